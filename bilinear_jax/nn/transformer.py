@@ -1,0 +1,265 @@
+"""A transformer whose MLPs are bilinear: config, Flax modules, sites and weight views.
+
+The architecture (Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability"):
+
+    x   = w_e[tokens]
+    x  <- x + attn_scale * attention(norm(x))          resid_pre -> resid_mid
+    x  <- x + w_p (gate(w_l norm(x)) * (w_r norm(x)))  resid_mid -> resid_post
+    logits = w_u norm(x)
+
+with RMSNorm without a gain, rotary positions and untied embeddings. ``gate=None`` is the bilinear
+MLP, which is a third-order tensor; the gates are for comparison.
+
+The layers are stacked: every array under ``params["layers"]`` has ``n_layer`` as its first axis.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+"""The places inside a layer that can be captured and edited, in the order in which they are computed."""
+
+GATES: dict[str | None, Callable[[Array], Array]] = {
+    None: lambda x: x,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+RMS_EPSILON = 1e-8
+ROTARY_BASE = 10_000.0
+
+Site = str | tuple[str, int]
+Edit = Callable[[Array], Array]
+Tap = Callable[[str, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The shape and the choices of a transformer; hashable, so it can be a static argument of ``jit``."""
+
+    n_layer: int  # number of layers
+    n_head: int  # attention heads a layer
+    d_model: int  # width of the residual stream
+    d_hidden: int  # hidden units of an MLP
+    n_ctx: int  # longest sequence, in tokens
+    n_vocab: int  # vocabulary size
+    bilinear: bool = True  # False: the plain MLP w_p gate(w_l x)
+    gate: str | None = None  # None, "relu", "silu" or "gelu", applied to the left side
+    bias: bool = False  # biases in the MLP
+    attention_bias: bool = False  # biases on queries, keys and values
+    normalization: tuple[bool, bool, bool] = (True, True, True)  # before attention, before MLP, final
+    attn_scale: float | None = None  # factor on the attention's output; None becomes 1 / sqrt(2 n_layer)
+    tokenizer: str | None = None  # name of the tokenizer
+    dataset: str | None = None  # name of the training data
+    pad_id: int | None = None  # the token that pads a batch at its end; None: not known
+
+    def __post_init__(self):
+        if isinstance(self.normalization, bool):
+            object.__setattr__(self, "normalization", (self.normalization,) * 3)
+        object.__setattr__(self, "normalization", tuple(self.normalization))
+        if self.attn_scale is None:
+            object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
+        for name in ("n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "n_vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of 2 n_head ({2 * self.n_head}): "
+                "heads share it evenly and rotary positions pair up a head's coordinates"
+            )
+        if self.gate not in GATES:
+            raise ValueError(f"unknown gate {self.gate!r}; choose one of {list(GATES)}")
+        if len(self.normalization) != 3:
+            raise ValueError(f"normalization is one bool or three (attention, MLP, final), got {self.normalization}")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+
+def rms_norm(x: Float[Array, "... d_model"]) -> Float[Array, "... d_model"]:
+    """``x / sqrt(mean(x^2) + 1e-8)`` over the last axis, computed in float32, without a gain."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + RMS_EPSILON)).astype(x.dtype)
+
+
+def rotate(x: Float[Array, "... seq head d_head"], positions: Int[Array, "... seq"]) -> Float[Array, "... seq head d_head"]:
+    """Rotary position embedding in the half-split form: coordinate i is paired with i + d_head / 2.
+
+    The pair (x_i, x_{i + d_head/2}) at position p is turned by the angle ``p * 10000^(-2 i / d_head)``.
+    """
+    half = x.shape[-1] // 2
+    frequencies = ROTARY_BASE ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.einsum("...s,f->...sf", positions.astype(jnp.float32), frequencies)[..., None, :]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    cos, sin = (jnp.broadcast_to(part, x.shape[:-1] + (half,)) for part in (cos, sin))
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def linear(x: Float[Array, "... inp"], weight: Float[Array, "out inp"], bias: Float[Array, " out"] | None = None):
+    """``weight x + bias`` over the last axis, in the dtype of ``x``."""
+    y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+
+
+def _untouched(site: str, value: Array) -> Array:
+    return value
+
+
+def _weight_init(fan_in: int, scale: float = 1.0):
+    return nn.initializers.normal(scale / math.sqrt(fan_in))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; taps ``scores`` and ``pattern``."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched) -> Float[Array, "batch seq d_model"]:
+        c = self.config
+        batch, seq, _ = x.shape
+        positions = jnp.arange(seq)
+        init, square = _weight_init(c.d_model), (c.d_model, c.d_model)
+
+        def heads(name: str):
+            bias = self.param(f"b_{name}", nn.initializers.zeros, (c.d_model,)) if c.attention_bias else None
+            y = linear(x, self.param(f"w_{name}", init, square), bias)
+            return y.reshape(batch, seq, c.n_head, c.d_head)
+
+        q, k, v = rotate(heads("q"), positions), rotate(heads("k"), positions), heads("v")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(c.d_head)
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((seq, seq), bool)), scores.shape)
+        scores = tap("scores", jnp.where(causal, scores, -jnp.inf))
+        pattern = tap("pattern", jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype))
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", pattern, v).reshape(batch, seq, c.d_model)
+        return linear(mixed, self.param("w_o", _weight_init(c.d_model, (2 * c.n_layer) ** -0.5), square))
+
+
+class MLP(nn.Module):
+    """``w_p (gate(w_l x) * (w_r x))``; with ``bilinear=False`` it is ``w_p gate(w_l x)``."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d_model"]) -> Float[Array, "... d_model"]:
+        c = self.config
+
+        def side(name: str):
+            bias = self.param(f"b_{name}", nn.initializers.zeros, (c.d_hidden,)) if c.bias else None
+            return linear(x, self.param(f"w_{name}", _weight_init(c.d_model), (c.d_hidden, c.d_model)), bias)
+
+        hidden = GATES[c.gate](side("l"))
+        if c.bilinear:
+            hidden = hidden * side("r")
+        bias = self.param("b_p", nn.initializers.zeros, (c.d_model,)) if c.bias else None
+        init = _weight_init(c.d_hidden, (2 * c.n_layer) ** -0.5)
+        return linear(hidden, self.param("w_p", init, (c.d_model, c.d_hidden)), bias)
+
+
+class Layer(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream; ``tap`` sees and may edit every site."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched) -> Float[Array, "batch seq d_model"]:
+        c = self.config
+        norm_attention, norm_mlp, _ = c.normalization
+        x = tap("resid_pre", x)
+        attn_in = rms_norm(x) if norm_attention else x
+        x = x + c.attn_scale * tap("attn_out", Attention(c, name="attention")(attn_in, tap))
+        x = tap("resid_mid", x)
+        mlp_in = tap("mlp_in", rms_norm(x) if norm_mlp else x)
+        x = x + tap("mlp_out", MLP(c, name="mlp")(mlp_in))
+        return tap("resid_post", x)
+
+
+def _scan_layers(config: TransformerConfig, length: int, unroll: int, x: Array, capture, edits):
+    """Inside a compact module: ``length`` layers as one scan over its stacked params ``layers``."""
+
+    def body(layer: Layer, x: Array, _):
+        captured = {}
+
+        def tap(site: str, value: Array) -> Array:
+            if site in edits:
+                value = _edited(site, edits[site], value)
+            if site in capture:
+                captured[site] = value
+            return value
+
+        return layer(x, tap), captured
+
+    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=length, unroll=unroll)
+    return scan(Layer(config, name="layers"), x, None)
+
+
+class LayerStack(nn.Module):
+    """``length`` consecutive layers; returns the residual stream and the captured sites, ``[length, ...]`` each."""
+
+    config: TransformerConfig
+    length: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        capture: frozenset[str] = frozenset(),
+        edits: Mapping[str, Edit] = MappingProxyType({}),
+    ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
+        return _scan_layers(self.config, self.length, 1, x, capture, edits)
+
+
+def _edited(site: str, edit: Edit, value: Array) -> Array:
+    edited = jnp.asarray(edit(value))
+    if edited.shape != value.shape:
+        raise ValueError(f"an edit must keep the shape: {site} is {value.shape}, the edit returned {edited.shape}")
+    return edited.astype(value.dtype)
+
+
+class Transformer(nn.Module):
+    """The whole model: ``Transformer(config).apply({"params": params}, tokens)`` gives logits.
+
+    ``compute_dtype`` is the dtype of activations; logits come back in float32.
+    """
+
+    config: TransformerConfig
+    compute_dtype: jnp.dtype = jnp.float32
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq n_vocab"]:
+        c = self.config
+        w_e = self.param("w_e", nn.initializers.normal(1.0), (c.n_vocab, c.d_model))
+        w_u = self.param("w_u", _weight_init(c.d_model, 0.1), (c.n_vocab, c.d_model))
+        x, _ = _scan_layers(c, c.n_layer, self.unroll, embed(w_e, tokens, self.compute_dtype), (), {})
+        return unembed(c, w_u, x)
+
+
+def embed(w_e: Float[Array, "n_vocab d_model"], tokens: Int[Array, "batch seq"], compute_dtype=jnp.float32):
+    """The residual stream before the first layer: the tokens' rows of ``w_e``."""
+    return w_e[tokens].astype(compute_dtype)
+
+
+def unembed(config: TransformerConfig, w_u: Float[Array, "n_vocab d_model"], x: Float[Array, "... d_model"]):
+    """Logits, in float32, of the residual stream after the last layer."""
+    x = rms_norm(x) if config.normalization[2] else x
+    return linear(x, w_u).astype(jnp.float32)
+
+
+def token_losses(
+    logits: Float[Array, "batch seq n_vocab"], tokens: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq-1"]:
+    """Cross entropy in nats of every token but the first: ``logsumexp(logits[t]) - logits[t, tokens[t + 1]]``."""
+    logits, targets = logits[:, :-1], tokens[:, 1:]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen

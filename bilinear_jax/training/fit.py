@@ -1,0 +1,139 @@
+"""The one training loop: a jitted update on one state pytree, checkpoints, metrics, exact resume."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+
+class TrainState(NamedTuple):
+    """Everything that a run needs to go on."""
+
+    step: jax.Array  # [], updates done so far
+    params: PyTree  # the parameters, float32
+    opt_state: PyTree  # the optimiser's state
+    extra: PyTree = ()  # counters of the recipe
+
+
+def fit(
+    update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    batch_at: Callable[[int], Any],
+    *,
+    steps: int,
+    directory: str | Path,
+    config: dict,
+    save_every: int = 200,
+    log_every: int = 20,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate_every: int | None = None,
+    name: str = "training",
+) -> TrainState:
+    """Run ``update`` until ``state.step == steps``, going on from the newest checkpoint in ``directory``.
+
+    ``batch_at(step)`` gives the batch of a step, so that a resumed run sees the same data. Writes into
+    ``directory``: ``config.json`` (refuses to resume a run that another config started), ``metrics.jsonl``
+    (a JSON object a line: step and metrics), and Orbax checkpoints, the newest two kept. ``update`` is
+    jitted here and its state argument donated.
+
+    Raises ``ValueError`` for a changed config and ``FloatingPointError`` for a loss that is not finite;
+    the last good checkpoint stays.
+    """
+    from orbax.checkpoint import v1 as ocp
+    from tqdm.auto import tqdm
+
+    directory = Path(directory).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    _claim(directory, config)
+    policies = ocp.training
+    keep = policies.preservation_policies.LatestN(2)
+    interval = policies.save_decision_policies.FixedIntervalPolicy(save_every)
+    update = jax.jit(update, donate_argnums=0)
+    with ocp.training.Checkpointer(
+        directory / "checkpoints", preservation_policy=keep, save_decision_policy=interval, cleanup_tmp_directories=True
+    ) as checkpointer:
+        if checkpointer.latest is not None:
+            state = checkpointer.load(checkpointer.latest.step, jax.tree.map(jax.numpy.asarray, state))
+        start = int(state.step)
+        metrics_path = directory / "metrics.jsonl"
+        _forget_after(metrics_path, start)
+        with tqdm(total=steps, initial=start, desc=name, disable=None, unit="step") as bar:
+            for step in range(start, steps):
+                state, metrics = update(state, batch_at(step))
+                done = step + 1
+                due = {"log": done % log_every == 0, "save": done % save_every == 0, "last": done == steps}
+                if any(due.values()):
+                    report = {key: float(value) for key, value in metrics.items()}
+                    bad = {key: value for key, value in report.items() if not math.isfinite(value)}
+                    if bad:
+                        raise FloatingPointError(
+                            f"{bad} at step {done}; the last good checkpoint is in {directory / 'checkpoints'}. "
+                            "Lower the learning rate, or lengthen the warm-up"
+                        )
+                    if evaluate is not None and (due["last"] or (evaluate_every and done % evaluate_every == 0)):
+                        report |= evaluate(state)
+                    _append(metrics_path, {"step": done} | report)
+                    bar.set_postfix({key: f"{value:.4g}" for key, value in report.items()}, refresh=False)
+                if due["save"] or due["last"]:
+                    checkpointer.save(done, state, force=True)
+                bar.update()
+    return state
+
+
+def _claim(directory: Path, config: dict) -> None:
+    path = directory / "config.json"
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+        return
+    before, now = json.loads(path.read_text()), json.loads(text)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+        raise ValueError(f"{directory} holds a run with another config ({listing}): restore it, or name another folder")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the metric lines that the resumed run will write again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # the line that a crash cut short
+            continue
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _append(path: Path, entry: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def cosine_with_warmup(peak: float, steps: int, warmup: int, final: float = 0.0):
+    """Linear from 0 to ``peak`` over ``warmup`` steps, then a cosine down to ``final`` at ``steps``."""
+    import optax
+
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, max(steps - 1, 1)), steps, final)
+
+
+def sum_over_rows(function: Callable[[np.ndarray], dict[str, jax.Array]], rows: np.ndarray, batch_size: int):
+    """Sums the sums that ``function(batch)`` returns over all rows; the caller divides once."""
+    totals: dict[str, float] = {}
+    for start in range(0, len(rows), batch_size):
+        for key, value in function(rows[start : start + batch_size]).items():
+            totals[key] = totals.get(key, 0.0) + float(value)
+    return totals
