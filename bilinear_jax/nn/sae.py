@@ -73,9 +73,7 @@ class SAEConfig:
         return f"{name}-{self.tag}" if self.tag else name
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "indices"], meta_fields=["n_features"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indices"], meta_fields=["n_features"])
 @dataclasses.dataclass(frozen=True)
 class SparseCodes:
     """The k active features of each token; every other feature is exactly 0."""

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from bilinear_jax.nn.transformer import SITES, Edit, LayerStack, Site, TransformerConfig, embed, token_losses, unembed
 
 
-
 @jax.tree_util.register_pytree_node_class
 class Captured(Mapping[Site, Array]):
     """The values of captured sites, by the names or (name, layer) pairs that were asked for; a pytree.

@@ -91,7 +91,9 @@ def rms_norm(x: Float[Array, "... d_model"]) -> Float[Array, "... d_model"]:
     return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + RMS_EPSILON)).astype(x.dtype)
 
 
-def rotate(x: Float[Array, "... seq head d_head"], positions: Int[Array, "... seq"]) -> Float[Array, "... seq head d_head"]:
+def rotate(
+    x: Float[Array, "... seq head d_head"], positions: Int[Array, "... seq"]
+) -> Float[Array, "... seq head d_head"]:
     """Rotary position embedding in the half-split form: coordinate i is paired with i + d_head / 2.
 
     The pair (x_i, x_{i + d_head/2}) at position p is turned by the angle ``p * 10000^(-2 i / d_head)``.
@@ -100,7 +102,7 @@ def rotate(x: Float[Array, "... seq head d_head"], positions: Int[Array, "... se
     frequencies = ROTARY_BASE ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.einsum("...s,f->...sf", positions.astype(jnp.float32), frequencies)[..., None, :]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    cos, sin = (jnp.broadcast_to(part, x.shape[:-1] + (half,)) for part in (cos, sin))
+    cos, sin = (jnp.broadcast_to(part, (*x.shape[:-1], half)) for part in (cos, sin))
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -125,7 +127,9 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched) -> Float[Array, "batch seq d_model"]:
+    def __call__(
+        self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched
+    ) -> Float[Array, "batch seq d_model"]:
         c = self.config
         batch, seq, _ = x.shape
         positions = jnp.arange(seq)
@@ -172,7 +176,9 @@ class Layer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched) -> Float[Array, "batch seq d_model"]:
+    def __call__(
+        self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched
+    ) -> Float[Array, "batch seq d_model"]:
         c = self.config
         norm_attention, norm_mlp, _ = c.normalization
         x = tap("resid_pre", x)

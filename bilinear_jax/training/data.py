@@ -18,9 +18,8 @@ END_OF_TEXT = "<|endoftext|>"
 def read_documents(path: str | Path) -> list[str]:
     """The documents of a UTF-8 text file (gzipped if it ends in .gz), separated by ``<|endoftext|>``."""
     path = Path(path)
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    with opened as file:
-        documents = [document.strip() for document in file.read().split(END_OF_TEXT)]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    documents = [document.strip() for document in content.decode("utf-8").split(END_OF_TEXT)]
     documents = [document for document in documents if document]
     if not documents:
         raise ValueError(f"{path} holds no documents: expected text, with {END_OF_TEXT} between documents")

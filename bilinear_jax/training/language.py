@@ -31,9 +31,7 @@ def language_optimizer(recipe: LanguageRecipe) -> optax.GradientTransformation:
     """Muon (orthogonalised momentum) on the stacked ``[n_layer, out, inp]`` matrices, Adam on all else."""
 
     def matrices(params):
-        return jax.tree.map(
-            lambda leaf: optax.contrib.MuonDimensionNumbers(2, 1) if leaf.ndim == 3 else None, params
-        )
+        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(2, 1) if leaf.ndim == 3 else None, params)
 
     rate = cosine_with_warmup(recipe.matrix_lr, recipe.steps, recipe.warmup)
     embed_rate = cosine_with_warmup(recipe.embed_lr, recipe.steps, recipe.warmup)
