@@ -21,7 +21,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """The places inside a layer that can be captured and edited, in the order in which they are computed."""
@@ -122,17 +122,26 @@ def _weight_init(fan_in: int, scale: float = 1.0):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; taps ``scores`` and ``pattern``."""
+    """Causal self-attention with rotary positions; taps ``scores`` and ``pattern``.
+
+    A cache (``generation``) gives its own ``positions`` and, for every query, the keys ``seen``; its tap for
+    ``keys`` and ``values``, ``[batch, seq, n_head, d_head]``, returns those of the tokens in the cache as well.
+    """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched
+        self,
+        x: Float[Array, "batch seq d_model"],
+        tap: Tap = _untouched,
+        positions: Int[Array, "batch seq"] | None = None,
+        seen: Bool[Array, "batch seq keys"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
         c = self.config
         batch, seq, _ = x.shape
-        positions = jnp.arange(seq)
+        positions = jnp.arange(seq) if positions is None else positions
+        seen = jnp.tril(jnp.ones((1, seq, seq), bool)) if seen is None else seen
         init, square = _weight_init(c.d_model), (c.d_model, c.d_model)
 
         def heads(name: str):
@@ -140,10 +149,10 @@ class Attention(nn.Module):
             y = linear(x, self.param(f"w_{name}", init, square), bias)
             return y.reshape(batch, seq, c.n_head, c.d_head)
 
-        q, k, v = rotate(heads("q"), positions), rotate(heads("k"), positions), heads("v")
+        q = rotate(heads("q"), positions)
+        k, v = tap("keys", rotate(heads("k"), positions)), tap("values", heads("v"))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(c.d_head)
-        causal = jnp.broadcast_to(jnp.tril(jnp.ones((seq, seq), bool)), scores.shape)
-        scores = tap("scores", jnp.where(causal, scores, -jnp.inf))
+        scores = tap("scores", jnp.where(seen[:, None], scores, -jnp.inf))
         pattern = tap("pattern", jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", pattern, v).reshape(batch, seq, c.d_model)
         return linear(mixed, self.param("w_o", _weight_init(c.d_model, (2 * c.n_layer) ** -0.5), square))
@@ -177,13 +186,17 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], tap: Tap = _untouched
+        self,
+        x: Float[Array, "batch seq d_model"],
+        tap: Tap = _untouched,
+        positions: Int[Array, "batch seq"] | None = None,
+        seen: Bool[Array, "batch seq keys"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
         c = self.config
         norm_attention, norm_mlp, _ = c.normalization
         x = tap("resid_pre", x)
         attn_in = rms_norm(x) if norm_attention else x
-        x = x + c.attn_scale * tap("attn_out", Attention(c, name="attention")(attn_in, tap))
+        x = x + c.attn_scale * tap("attn_out", Attention(c, name="attention")(attn_in, tap, positions, seen))
         x = tap("resid_mid", x)
         mlp_in = tap("mlp_in", rms_norm(x) if norm_mlp else x)
         x = x + tap("mlp_out", MLP(c, name="mlp")(mlp_in))
