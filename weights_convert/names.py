@@ -1,0 +1,46 @@
+"""The names of published SAE folders: ``<layer>-<point>-x<expansion>-k<k>[-<tag>]``."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+_PATTERN = re.compile(r"(\d+)-([a-z][a-z-]*?)-x(\d+)-k(\d+)(?:-(.+))?")
+
+
+class SAEName(NamedTuple):
+    """The parts of a folder's name."""
+
+    layer: int
+    site: str  # with underscores: "mlp_out"
+    expansion: int
+    k: int
+    tag: str | None
+
+
+def parse_sae_name(name: str) -> SAEName | None:
+    """The parts of an SAE folder's name, or None if it isn't one.
+
+    Example:
+        >>> parse_sae_name("12-mlp-out-x16-k30-v0")
+        SAEName(layer=12, site='mlp_out', expansion=16, k=30, tag='v0')
+    """
+    match = _PATTERN.fullmatch(name)
+    if match is None:
+        return None
+    layer, site, expansion, k, tag = match.groups()
+    return SAEName(int(layer), site.replace("-", "_"), int(expansion), int(k), tag)
+
+
+def sae_names_among(names: Iterable[str]) -> dict[str, SAEName]:
+    """Those of the names that are an SAE folder's, with their parts, in the order of their layers."""
+    parsed = {name: parts for name in names if (parts := parse_sae_name(name)) is not None}
+    return dict(sorted(parsed.items(), key=lambda item: (item[1].layer, item[0])))
+
+
+def sae_folders(folder: str | Path) -> dict[str, SAEName]:
+    """The SAE folders inside ``folder``, by name, in the order of their layers; empty if it holds none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return {}
+    return sae_names_among(entry.name for entry in folder.iterdir() if (entry / "config.json").is_file())

@@ -1,0 +1,120 @@
+"""A published SAE's folder as a config and params."""
+
+from pathlib import Path
+from typing import Any
+
+from weights_convert.files import Weights, check_keys, read_config, weight_files
+from weights_convert.names import parse_sae_name
+
+SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+
+_REQUIRED = {"point", "expansion", "k", "d_model"}
+_MEANT = _REQUIRED | {"bilinear_encoder", "encoder_bias", "passthrough", "normalize", "tag", "target", "token_lookup"}
+_TRAINING = {
+    *("lr", "in_batch", "out_batch", "n_buffers", "n_batches", "n_ctx", "val_steps", "dead_thresh", "init_scale"),
+    *("decoder_decay", "normalize_decoder"),
+}
+
+
+def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and the params of a published SAE.
+
+    ``folder`` holds ``config.json`` and ``model.safetensors``, and is named
+    ``<layer>-<point>-x<expansion>-k<k>[-<tag>]``. ``passthrough`` is carried over as a tuple; ``normalize`` is
+    recorded and, as in the original, not applied.
+
+    Returns:
+        ``(config, params)``: keyword arguments of ``SAEConfig``; ``w_enc [F, d]`` (``[2 F, d]`` for a bilinear
+        encoder), ``w_dec [d, F]``, ``b_dec [d]`` and, with an encoder bias, ``b_enc``, in the stored dtype.
+
+    Raises:
+        FileNotFoundError: for a file that isn't there.
+        ValueError: for unknown config keys, options that can't be represented, a config that contradicts the
+            folder's name or the weights, non-finite weights, and damaged files.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    raw = _flattened(read_config(folder))
+    check_keys(path, raw, _MEANT | _TRAINING, _REQUIRED)
+    wrong = {key: raw[key] for key in ("d_model", "expansion", "k") if type(raw[key]) is not int or raw[key] < 1}
+    if wrong:
+        raise ValueError(f"{path}: {wrong} must be whole numbers of at least 1")
+    site, layer = _point(path, raw["point"])
+    if raw.get("target") is not None and _point(path, raw["target"]) != (site, layer):
+        raise ValueError(
+            f"{path}: target {raw['target']} differs from point {raw['point']}: transcoders can't be loaded"
+        )
+    if raw.get("token_lookup"):
+        raise ValueError(f"{path} has token_lookup: SAEs with a table of tokens can't be loaded")
+    config = {
+        "site": site,
+        "layer": layer,
+        "d_model": raw["d_model"],
+        "expansion": raw["expansion"],
+        "k": raw["k"],
+        "bilinear_encoder": bool(raw.get("bilinear_encoder", False)),
+        "encoder_bias": bool(raw.get("encoder_bias", False)),
+        "passthrough": _passthrough(path, raw.get("passthrough"), raw["d_model"]),
+        "normalize": _normalize(path, raw.get("normalize")),
+        "tag": raw.get("tag") or None,
+    }
+    _check_name(folder, config)
+    d, features = config["d_model"], config["d_model"] * config["expansion"]
+    rows = features * (2 if config["bilinear_encoder"] else 1)
+    names = {"w_enc.weight": "w_enc", "w_dec.weight": "w_dec", "b_dec": "b_dec"}
+    shapes = {"w_enc.weight": (rows, d), "w_dec.weight": (d, features), "b_dec": (d,)}
+    if config["encoder_bias"]:
+        names["w_enc.bias"], shapes["w_enc.bias"] = "b_enc", (rows,)
+    weights = Weights(weight_files(folder))
+    weights.check(shapes)
+    return config, {name: weights.read(key) for key, name in names.items()}
+
+
+def _flattened(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config with what the original didn't know, and put under ``kwargs`` at every save, taken out of there."""
+    inner = raw.get("kwargs")
+    outer = {key: value for key, value in raw.items() if key != "kwargs"}
+    return (_flattened(inner) if isinstance(inner, dict) else {}) | outer
+
+
+def _point(path: Path, point: Any) -> tuple[str, int]:
+    """``["mlp-out", 7]``, with hyphens or underscores, as a site and a layer."""
+    if isinstance(point, list) and len(point) == 2 and isinstance(point[0], str) and type(point[1]) is int:
+        site = point[0].replace("-", "_")
+        if site in SITES and point[1] >= 0:
+            return site, point[1]
+    raise ValueError(
+        f"{path}: a point is a site and a layer, as ['mlp-out', 7], got {point!r}; sites: {', '.join(SITES)}"
+    )
+
+
+def _passthrough(path: Path, value: Any, d_model: int) -> tuple[int, ...]:
+    """An int, a list of them, or nothing, as a tuple."""
+    dims = [] if value is None else [value] if type(value) is int else value
+    if not isinstance(dims, list) or any(type(dim) is not int or not 0 <= dim < d_model for dim in dims):
+        raise ValueError(f"{path}: passthrough is a coordinate in 0 ... {d_model - 1} or a list of them, got {value!r}")
+    return tuple(dims)
+
+
+def _normalize(path: Path, value: Any) -> float | None:
+    if value is None or value is False:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{path}: normalize is a number or null, got {value!r}")
+    return float(value)
+
+
+def _check_name(folder: Path, config: dict[str, Any]) -> None:
+    """Raises ``ValueError`` if the folder's name says something else than its config; fills in a tag from it."""
+    named = parse_sae_name(folder.resolve().name)
+    if named is None:
+        return
+    config["tag"] = config["tag"] or named.tag
+    said = {key: config[key] for key in ("layer", "site", "expansion", "k", "tag")}
+    wrong = [
+        f"{key} {value!r} but the name says {getattr(named, key)!r}"
+        for key, value in said.items()
+        if value != getattr(named, key)
+    ]
+    if wrong:
+        raise ValueError(f"{folder / 'config.json'} has {'; '.join(wrong)}: rename the folder, or correct its config")

@@ -1,0 +1,238 @@
+"""A published transformer's folder as a config and params.
+
+What the state dict's keys become, with d = d_model, h = d_hidden (``h`` only half of ``mlp.w`` if bilinear):
+
+    transformer.wte.weight          [V, d]     w_e
+    transformer.h.{i}.attn.qkv      [3 d, d]   layers.attention.w_q, w_k, w_v  (rows in this order)
+    transformer.h.{i}.attn.o        [d, d]     layers.attention.w_o
+    transformer.h.{i}.mlp.w         [2 h, d]   layers.mlp.w_l, w_r  (the gated side first)
+    transformer.h.{i}.mlp.p         [d, h]     layers.mlp.w_p
+    lm_head.weight                  [V, d]     w_u
+"""
+
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weights_convert.files import Weights, check_keys, read_config, weight_files
+
+PAD_IDS = {"ts-4096": 2, "mistral": 2, "gpt2": 50256}
+"""The token with which each known tokenizer pads."""
+
+GATES = (None, "relu", "silu", "gelu")
+
+_REQUIRED = {"n_head", "n_layer", "n_ctx", "d_model", "d_hidden"}
+_MEANT = _REQUIRED | {"bilinear", "gate", "bias", "normalization", "tokenizer", "dataset", "n_vocab", "repo"}
+_OLDER = {"scale_attn", "attention2", "norm_bias", "mlp", "rms"}
+_HARMLESS = {
+    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+    *("modifier", "noise"),  # a suffix of the name; noise while training
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+_DEAD = re.compile(r"transformer\.(h\.\d+\.n[12]|n_f)\.norm\.linear\.weight")
+
+
+def read_transformer(
+    folder: str | Path, *, attn_scale: float | None = None, name: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and the params of a published model.
+
+    Args:
+        folder: holds ``config.json`` and ``model.safetensors`` (or shards and ``model.safetensors.index.json``).
+        attn_scale: the factor on the attention's output. None: from the config's ``scale_attn``; else from the
+            model's name, with a warning: 1 for ts-*, 1/sqrt(2 n_layer) for all others.
+        name: the model's name; by default the config's ``repo``, else the folder's name.
+
+    Returns:
+        ``(config, params)``: keyword arguments of ``TransformerConfig``, and a nested dict of arrays in the stored
+        dtype, bit for bit (unless gains of an older file's norms are folded in, which a warning says).
+
+    Raises:
+        FileNotFoundError: for a file that isn't there.
+        ValueError: for unknown config keys, an architecture that can't be represented, missing, extra, misshapen or
+            non-finite weights, and damaged files.
+    """
+    folder = Path(folder)
+    raw = read_config(folder)
+    path = folder / "config.json"
+    check_keys(path, raw, _MEANT | _OLDER | _HARMLESS, _REQUIRED)
+    _refuse(path, raw)
+    weights = Weights(weight_files(folder))
+    config = _config(path, raw, weights)
+    gains = [key for key in _gain_keys(config) if key in weights.shapes]
+    buffers = [key for i in range(config["n_layer"]) if (key := _layer(i, "attn.rotary.inv_freq")) in weights.shapes]
+    dead = [key for key in weights.shapes if _DEAD.fullmatch(key)]
+    expected = _expected(config, weights) | {key: (config["d_model"],) for key in gains}
+    weights.check(expected, [*buffers, *dead])
+    for key in buffers:
+        _check_rotary(weights, key, config)
+    params = _params(config, weights)
+    if gains:
+        _fold(params, {key: weights.read(key) for key in gains})
+        warnings.warn(
+            f"{folder} has norms with gains, which are folded into the weights that read them: {', '.join(gains)}",
+            stacklevel=2,
+        )
+    known_as = name or raw.get("repo") or folder.resolve().name
+    config["attn_scale"] = _attention_scale(attn_scale, raw.get("scale_attn"), known_as, config["n_layer"])
+    return config, params
+
+
+def _refuse(path: Path, raw: dict[str, Any]) -> None:
+    if raw.get("attention2"):
+        raise ValueError(
+            f"{path} has attention2: five projections and no softmax, which is another architecture. Only softmax "
+            "attention (attention2 false) can be loaded"
+        )
+    if raw.get("norm_bias"):
+        raise ValueError(f"{path} has norm_bias: norms with a bias can't be loaded, only RMSNorm without one")
+
+
+def _config(path: Path, raw: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """All of the config but ``attn_scale``."""
+    config = {key: raw[key] for key in sorted(_REQUIRED)}
+    wrong = {key: value for key, value in config.items() if type(value) is not int or value < 1}
+    if wrong:
+        raise ValueError(f"{path}: {wrong} must be whole numbers of at least 1")
+    if config["d_model"] % (2 * config["n_head"]):
+        raise ValueError(f"{path}: d_model {config['d_model']} is no multiple of 2 n_head, {2 * config['n_head']}")
+    if "bilinear" in raw:
+        config["bilinear"] = bool(raw["bilinear"])
+    elif raw.get("mlp", "bilinear") in ("bilinear", "blp"):
+        config["bilinear"] = True
+    else:
+        raise ValueError(f"{path} has mlp {raw['mlp']!r} and no bilinear: add bilinear and gate, which say what it is")
+    config["gate"] = raw.get("gate") or None  # false in mid-2024
+    if config["gate"] not in GATES:
+        raise ValueError(f"{path}: unknown gate {config['gate']!r}; known: {GATES}")
+    config["bias"] = bool(raw.get("bias", False))
+    config["attention_bias"] = config["bias"] and any(key.endswith(".attn.qkv.bias") for key in weights.shapes)
+    config["normalization"] = _normalization(path, raw)
+    config["n_vocab"] = raw.get("n_vocab") or weights.shapes.get("transformer.wte.weight", (1,))[0]
+    config["tokenizer"], config["dataset"] = raw.get("tokenizer"), raw.get("dataset")
+    config["pad_id"] = PAD_IDS.get(config["tokenizer"])
+    return config
+
+
+def _normalization(path: Path, raw: dict[str, Any]) -> tuple[bool, bool, bool]:
+    value = raw.get("normalization", raw.get("rms", True))
+    if "normalization" in raw and "rms" in raw and bool(raw["rms"]) != bool(raw["normalization"]):
+        raise ValueError(f"{path}: rms {raw['rms']!r} and normalization {value!r} contradict each other: keep one")
+    if isinstance(value, bool):
+        return value, value, value
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(part, bool) for part in value):
+        return value[0], value[1], value[2]
+    raise ValueError(f"{path}: normalization is true, false or three of them (attention, MLP, final), got {value!r}")
+
+
+def _layer(index: int, name: str) -> str:
+    return f"transformer.h.{index}.{name}"
+
+
+def _gain_keys(config: dict[str, Any]) -> list[str]:
+    """Where an older file has the gains of its norms, for those norms that there are."""
+    attention, mlp, final = config["normalization"]
+    keys = [
+        _layer(i, n) for i in range(config["n_layer"]) for n, on in (("n1.weight", attention), ("n2.weight", mlp)) if on
+    ]
+    return keys + (["transformer.n_f.weight"] if final else [])
+
+
+def _expected(config: dict[str, Any], weights: Weights) -> dict[str, tuple[int, ...]]:
+    d, h, n_vocab = config["d_model"], config["d_hidden"], config["n_vocab"]
+    rows = 2 * h if config["bilinear"] else h
+    layer = {
+        "attn.qkv.weight": (3 * d, d),
+        "attn.o.weight": (d, d),
+        "mlp.w.weight": (rows, d),
+        "mlp.p.weight": (d, h),
+    }
+    if config["bias"]:
+        layer |= {"mlp.w.bias": (rows,), "mlp.p.bias": (d,)}
+    if config["attention_bias"]:
+        layer |= {"attn.qkv.bias": (3 * d,)}
+    layers = {_layer(i, key): shape for i in range(config["n_layer"]) for key, shape in layer.items()}
+    return {"transformer.wte.weight": (n_vocab, d), "lm_head.weight": (n_vocab, d), **layers}
+
+
+def _check_rotary(weights: Weights, key: str, config: dict[str, Any]) -> None:
+    """Raises ``ValueError`` unless the stored frequencies are those that the model computes."""
+    half = config["d_model"] // config["n_head"] // 2
+    frequencies = 10_000.0 ** -(np.arange(half) / half)
+    stored = weights.read(key)
+    tolerance = 1e-5 if stored.dtype == np.float32 else 1e-2
+    if stored.shape != frequencies.shape or not np.allclose(
+        stored.astype(np.float64), frequencies, rtol=tolerance, atol=0
+    ):
+        raise ValueError(f"{key} is not the {half} frequencies of the rotary base 10000: another base can't be loaded")
+
+
+def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    def stacked(key: str, *names: str) -> dict[str, np.ndarray]:
+        """The rows of a weight cut evenly among ``names``, with the layers stacked."""
+        first = weights.read(_layer(0, key))
+        rows = first.shape[0] // len(names)
+        parts = {n: np.empty((config["n_layer"], rows, *first.shape[1:]), first.dtype) for n in names}
+        for i in range(config["n_layer"]):
+            value = first if i == 0 else weights.read(_layer(i, key))
+            if value.dtype != first.dtype:
+                raise ValueError(
+                    f"{_layer(i, key)} is {value.dtype} and layer 0's is {first.dtype}: re-save in one dtype"
+                )
+            for j, part in enumerate(parts.values()):
+                part[i] = value[j * rows : (j + 1) * rows]
+        return parts
+
+    sides = ("l", "r") if config["bilinear"] else ("l",)
+    attention = stacked("attn.qkv.weight", "w_q", "w_k", "w_v") | stacked("attn.o.weight", "w_o")
+    mlp = stacked("mlp.w.weight", *(f"w_{side}" for side in sides)) | stacked("mlp.p.weight", "w_p")
+    if config["attention_bias"]:
+        attention |= stacked("attn.qkv.bias", "b_q", "b_k", "b_v")
+    if config["bias"]:
+        mlp |= stacked("mlp.w.bias", *(f"b_{side}" for side in sides)) | stacked("mlp.p.bias", "b_p")
+    return {
+        "w_e": weights.read("transformer.wte.weight"),
+        "w_u": weights.read("lm_head.weight"),
+        "layers": {"attention": attention, "mlp": mlp},
+    }
+
+
+def _fold(params: dict[str, Any], gains: dict[str, np.ndarray]) -> None:
+    """Multiplies each norm's gain into the columns of the weights that read it: ``W (g * x) = (W g) x``."""
+    for key, gain in gains.items():
+        if key == "transformer.n_f.weight":
+            params["w_u"] = params["w_u"] * gain
+            continue
+        _, _, index, norm, _ = key.split(".")
+        part, names = ("attention", ("w_q", "w_k", "w_v")) if norm == "n1" else ("mlp", ("w_l", "w_r"))
+        for name in names:
+            if name in params["layers"][part]:
+                params["layers"][part][name][int(index)] *= gain
+
+
+def _attention_scale(given: float | None, scale_attn: bool | None, name: str, n_layer: int) -> float:
+    """The factor on the attention's output: given, or from the config, or from the model's name with a warning."""
+    scaled = 1 / math.sqrt(2 * n_layer)
+    if given is not None:
+        return float(given)
+    if scale_attn is not None:
+        return scaled if scale_attn else 1.0
+    short = name.rstrip("/").split("/")[-1]
+    if short.startswith("ts-"):
+        chosen, why = 1.0, "1, since models named ts-* were trained so"
+    elif short.startswith("fw-"):
+        chosen, why = scaled, f"1/sqrt(2 n_layer) = {scaled:.4g}, since models named fw-* were trained so"
+    else:
+        chosen, why = scaled, f"1/sqrt(2 n_layer) = {scaled:.4g}, the original's present default"
+    warnings.warn(
+        f"the files of {name} don't say how its attention's output is scaled; chosen: {why}. To check, compare the "
+        f"loss on text that it was trained on with attn_scale=1 and attn_scale={scaled:.6g}: the right one is clearly "
+        "lower. Giving attn_scale settles it",
+        stacklevel=3,
+    )
+    return chosen
