@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -112,7 +113,8 @@ class LanguageModel:
                 "into rows"
             )
         if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-            low, high = int(np.min(tokens)), int(np.max(tokens))
+            concrete = np.asarray(tokens)
+            low, high = int(concrete.min()), int(concrete.max())
             if low < 0 or high >= self.config.n_vocab:
                 raise ValueError(
                     f"token {low if low < 0 else high} lies outside the vocabulary 0 ... {self.config.n_vocab - 1}: "
@@ -122,3 +124,29 @@ class LanguageModel:
 
 
 _VIEWS = frozenset({"w_e", "w_u", "w_q", "w_k", "w_v", "w_o", "w_l", "w_r", "w_p", "qk", "ov"})
+
+
+def load(source: str | Path, attn_scale: float | None = None, compute_dtype: Any = jnp.float32) -> LanguageModel:
+    """A language model with its parameters, ready to run; its tokenizer is looked up when it is first needed.
+
+    Args:
+        source: the name of a model that ships with the package ("ts-nano"); a folder, written by this library or laid
+            out as the published checkpoints are; or a hub name, "owner/name".
+        attn_scale: the factor on the attention's output, over whatever the files say. The published checkpoints don't
+            say: without this argument it goes by the model's name, with a warning.
+        compute_dtype: of activations; parameters are float32.
+
+    Raises:
+        FileNotFoundError: for a source or a file that isn't there; it lists what can be loaded.
+        ConnectionError: where the hub can't be reached and its cache doesn't hold the model.
+        ValueError: for a damaged checkpoint, or one that its config doesn't describe.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> bj.load("ts-nano").config.n_layer
+        4
+    """
+    from bilinear_jax.checkpoint import load_model
+
+    files = load_model(source, attn_scale=attn_scale)
+    return LanguageModel(files.params, files.config, files.source, files.tokenizer_source, compute_dtype)

@@ -10,3 +10,38 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+import dataclasses  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """The original's outputs on small random weights, and the same model loaded by this library."""
+
+    lm: object  # the LanguageModel
+    expected: dict[str, np.ndarray]  # the original's arrays
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.expected["input_ids"]
+
+    @staticmethod
+    def close(actual, expected) -> None:
+        """Within 5e-5 (1 + |expected|): the original's float32 differs by 1.4e-5 from its own float64."""
+        np.testing.assert_allclose(np.asarray(actual), expected, rtol=5e-5, atol=5e-5)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    from safetensors.numpy import load_file
+
+    from bilinear_jax.language import load
+
+    lm = load(TS_MICRO / "model", attn_scale=1 / np.sqrt(2 * 3))
+    return Golden(lm, load_file(TS_MICRO / "expected.safetensors"))

@@ -21,6 +21,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
@@ -55,18 +56,13 @@ class TransformerConfig:
     gate: str | None = None  # None, "relu", "silu" or "gelu", applied to the left side
     bias: bool = False  # biases in the MLP
     attention_bias: bool = False  # biases on queries, keys and values
-    normalization: tuple[bool, bool, bool] = (True, True, True)  # before attention, before MLP, final
+    normalization: bool | tuple[bool, ...] = (True, True, True)  # before attention, before MLP, final
     attn_scale: float | None = None  # factor on the attention's output; None becomes 1 / sqrt(2 n_layer)
     tokenizer: str | None = None  # name of the tokenizer
     dataset: str | None = None  # name of the training data
     pad_id: int | None = None  # the token that pads a batch at its end; None: not known
 
     def __post_init__(self):
-        if isinstance(self.normalization, bool):
-            object.__setattr__(self, "normalization", (self.normalization,) * 3)
-        object.__setattr__(self, "normalization", tuple(self.normalization))
-        if self.attn_scale is None:
-            object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
         for name in ("n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "n_vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -77,8 +73,12 @@ class TransformerConfig:
             )
         if self.gate not in GATES:
             raise ValueError(f"unknown gate {self.gate!r}; choose one of {list(GATES)}")
-        if len(self.normalization) != 3:
-            raise ValueError(f"normalization is one bool or three (attention, MLP, final), got {self.normalization}")
+        three = (self.normalization,) * 3 if isinstance(self.normalization, bool) else tuple(self.normalization)
+        if len(three) != 3:
+            raise ValueError(f"normalization is one bool or three (attention, MLP, final), got {three}")
+        object.__setattr__(self, "normalization", three)
+        if self.attn_scale is None:
+            object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
 
     @property
     def d_head(self) -> int:
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
     """
 
     config: TransformerConfig
-    compute_dtype: jnp.dtype = jnp.float32
+    compute_dtype: DTypeLike = jnp.float32
     unroll: int = 1
 
     @nn.compact

@@ -1,0 +1,125 @@
+"""The top-k SAE and its published options, each by hand, and the transformations of JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
+
+
+def small(**options) -> SAE:
+    return SAE.init(SAEConfig("mlp_out", 1, d_model=4, expansion=3, k=options.pop("k", 2), **options), jax.random.key(0))
+
+
+def with_params(sae: SAE, **params) -> SAE:
+    return SAE(sae.params | {name: jnp.asarray(value) for name, value in params.items()}, sae.config)
+
+
+def test_top_k_is_by_value_and_keeps_negative_codes():
+    sae = with_params(small(k=2), w_enc=-np.ones((12, 4), np.float32) * np.arange(1, 13, dtype=np.float32)[:, None])
+    codes = sae.encode(jnp.asarray([[0.25] * 4]))
+    np.testing.assert_allclose(codes[0, :3], [-1, -2, 0])
+    assert np.count_nonzero(codes) == 2
+
+
+def test_the_decoder_bias_is_taken_off_before_and_put_back_after():
+    b = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
+    sae = with_params(small(), b_dec=b)
+    reconstruction, codes = sae(jnp.asarray(b)[None])
+    np.testing.assert_allclose(codes, 0, atol=1e-6)
+    np.testing.assert_allclose(reconstruction[0], b)
+
+
+def test_encoder_bias_acts_before_the_top_k():
+    sae = small(k=1, encoder_bias=True)
+    sae = with_params(sae, b_enc=np.eye(12, dtype=np.float32)[5] * 100)
+    assert int(sae.encode(jnp.ones((1, 4)), sparse=True).indices[0, 0]) == 5
+
+
+def test_a_bilinear_encoder_multiplies_its_two_halves():
+    sae = small(k=12, bilinear_encoder=True)
+    assert sae.params["w_enc"].shape == (24, 4)
+    x = jnp.asarray([0.3, -1.0, 2.0, 0.7])
+    left, right = sae.params["w_enc"][:12] @ x, sae.params["w_enc"][12:] @ x
+    np.testing.assert_allclose(sae.encode(x), left * right, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="bilinear encoder"):
+        _ = sae.w_enc
+
+
+def test_passthrough_adds_the_inputs_own_coordinates():
+    plain, through = small(), small(passthrough=(1, 3))
+    x = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])
+    np.testing.assert_allclose(through(x)[0] - plain(x)[0], [[0, 2, 0, 4]], atol=1e-6)
+    with pytest.raises(ValueError, match=r"\[1, 3\].*decode\(codes, x\)"):
+        through.decode(through.encode(x))
+
+
+def test_normalize_is_recorded_and_applied_only_on_request():
+    x = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])
+    recorded, applied = small(normalize=10.0), small(normalize=10.0, apply_normalize=True)
+    np.testing.assert_array_equal(recorded(x)[0], small()(x)[0])
+    np.testing.assert_allclose(applied.encode(x), small().encode(x / 10), rtol=1e-5)
+    np.testing.assert_allclose(applied(x)[0], small()(x / 10)[0] * 10, rtol=1e-5)
+
+
+def test_tied_unit_initialisation():
+    sae = small()
+    np.testing.assert_allclose(np.linalg.norm(sae.w_dec, axis=0), 1, rtol=1e-5)
+    np.testing.assert_array_equal(sae.w_enc, sae.w_dec.T)
+
+
+@pytest.mark.parametrize("k", [1, 5, 12])
+def test_sparse_and_dense_codes_say_the_same(k):
+    sae = small(k=k)
+    x = jax.random.normal(jax.random.key(k), (3, 2, 4))
+    sparse, dense = sae.encode(x, sparse=True), sae.encode(x)
+    assert dense.shape == (3, 2, 12)
+    np.testing.assert_array_equal(sparse.dense(), dense)
+    assert np.all(np.count_nonzero(dense, axis=-1) <= k)
+    np.testing.assert_allclose(sae.decode(sparse, x), sae.decode(dense, x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_tokens_give_no_codes():
+    assert small().encode(jnp.zeros((0, 4))).shape == (0, 12)
+
+
+def test_under_jit_vmap_and_grad():
+    sae, x = small(), jax.random.normal(jax.random.key(1), (5, 4))
+    reconstruction, codes = sae(x)
+    jitted = jax.jit(lambda s, y: s(y))(sae, x)
+    np.testing.assert_allclose(jitted[0], reconstruction, rtol=1e-5, atol=1e-6)
+    mapped = jax.vmap(lambda y: sae.encode(y, sparse=True))(x)
+    assert isinstance(mapped, SparseCodes)
+    np.testing.assert_allclose(mapped.dense(), codes, rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda s: jnp.sum((s(x)[0] - x) ** 2))(sae)
+    active = np.any(codes != 0, axis=0)
+    np.testing.assert_array_equal(np.any(gradient.w_dec != 0, axis=0), active)
+
+
+def test_names_are_the_published_ones():
+    assert small().name == "1-mlp-out-x3-k2"
+    assert small(tag="v1").name == "1-mlp-out-x3-k2-v1"
+    assert SAEConfig("resid-mid", 0, 4, 2, 1).site == "resid_mid"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(site="mlp"), "unknown SAE site 'mlp'; choose one of resid_pre"),
+        (dict(site="pattern"), "unknown SAE site 'pattern'"),
+        (dict(layer=-1), "layer counts from 0"),
+        (dict(k=0), r"k must lie in 1 ... 8"),
+        (dict(k=9), r"k must lie in 1 ... 8"),
+        (dict(passthrough=(4,)), r"passthrough coordinates \[4\] lie outside 0 ... 3"),
+        (dict(apply_normalize=True), "apply_normalize needs a normalize"),
+    ],
+)
+def test_bad_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        SAEConfig(**(dict(site="mlp_in", layer=0, d_model=4, expansion=2, k=1) | change))
+
+
+def test_inputs_of_another_width_are_named():
+    with pytest.raises(ValueError, match=r"reads vectors of 4 coordinates, got \(2, 5\)"):
+        small().encode(jnp.ones((2, 5)))

@@ -1,0 +1,170 @@
+"""Sites of the transformer: golden activations, capture that stops early, edits, and the transformations of JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilinear_jax.nn.sites import capture, default_token_mask, forward, loss
+from bilinear_jax.nn.transformer import SITES, Transformer, TransformerConfig, token_losses
+
+CONFIG = TransformerConfig(n_layer=3, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11)
+TOKENS = jnp.asarray([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Transformer(CONFIG).init(jax.random.key(0), TOKENS)["params"]
+
+
+def test_forward_is_the_module(params):
+    module = Transformer(CONFIG).apply({"params": params}, TOKENS)
+    np.testing.assert_allclose(forward(CONFIG, params, TOKENS), module, rtol=1e-6, atol=1e-6)
+
+
+def test_golden_activations(golden):
+    expected = {key: value for key, value in golden.expected.items() if key.startswith("act.")}
+    assert len(expected) == 3 * 7
+    got = golden.lm.capture(golden.ids, sorted({key.split(".")[1] for key in expected}))
+    for key, value in expected.items():
+        _, site, layer = key.split(".")
+        golden.close(got[site][int(layer)], value)
+
+
+def test_golden_views(golden):
+    golden.close(golden.lm.qk[:1], golden.expected["view.qk"])
+    golden.close(golden.lm.ov[:1], golden.expected["view.ov"])
+    for key, shape in golden.expected.items():
+        if key.startswith("viewsum."):
+            assert getattr(golden.lm, key.removeprefix("viewsum.")).shape == tuple(shape)
+
+
+def test_one_layer_equals_its_slice_of_all(params):
+    run = jax.jit(lambda sites: capture(CONFIG, params, TOKENS, sites), static_argnums=0)
+    everywhere = run(SITES)
+    for layer in range(CONFIG.n_layer):
+        here = run(tuple((site, layer) for site in SITES))
+        for site in SITES:
+            np.testing.assert_allclose(here[site, layer], everywhere[site][layer], rtol=1e-5, atol=1e-6)
+
+
+def test_the_residual_stream_adds_up(params):
+    got = capture(CONFIG, params, TOKENS, ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"])
+    middle = got["resid_pre"] + CONFIG.attn_scale * got["attn_out"]
+    np.testing.assert_allclose(got["resid_mid"], middle, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["resid_post"], middle + got["mlp_out"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["resid_pre"][1:], got["resid_post"][:-1], rtol=1e-6)
+
+
+def test_no_layer_after_the_last_one_needed_is_run(params):
+    def flops(layer):
+        run = jax.jit(lambda p: capture(CONFIG, p, TOKENS, [("resid_post", layer)]))
+        return run.lower(params).compile().cost_analysis()["flops"]
+
+    seen = []
+    edits = {("mlp_in", layer): lambda x, layer=layer: seen.append(layer) or x for layer in range(3)}
+    capture(CONFIG, params, TOKENS, [("resid_mid", 1)], edits)
+    assert set(seen) <= {0, 1}
+    assert flops(0) < flops(2)
+
+
+def test_only_what_was_asked_for_comes_back(params):
+    got = capture(CONFIG, params, TOKENS, ["mlp_in", ("resid_mid", 2)])
+    assert set(got) == {"mlp_in", ("resid_mid", 2)}
+    assert got["mlp_in"].shape == (3, 2, 5, 8)
+    assert got["resid_mid", 2].shape == (2, 5, 8)
+    with pytest.raises(KeyError, match="captured: 'mlp_in'"):
+        got["mlp_out"]
+
+
+def test_identity_edits_change_nothing(params):
+    plain = forward(CONFIG, params, TOKENS)
+    for site in ("attn_out", "scores", "pattern", ("mlp_out", 1), "resid_post"):
+        np.testing.assert_allclose(forward(CONFIG, params, TOKENS, {site: lambda x: x}), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_an_edit_of_one_layer_reaches_that_layer_only(params):
+    edits = {("mlp_out", 1): jnp.zeros_like}
+    before = capture(CONFIG, params, TOKENS, ["mlp_out", "resid_mid", "resid_post"])
+    after = capture(CONFIG, params, TOKENS, ["mlp_out", "resid_mid", "resid_post"], edits)
+    np.testing.assert_allclose(after["mlp_out"][0], before["mlp_out"][0], rtol=1e-6)
+    assert not np.any(after["mlp_out"][1])
+    np.testing.assert_allclose(after["resid_post"][1], before["resid_mid"][1], rtol=1e-6)
+    assert np.any(after["resid_mid"][2] != before["resid_mid"][2])
+
+
+def test_a_layers_own_edit_wins(params):
+    edits = {"mlp_out": jnp.zeros_like, ("mlp_out", 2): jnp.ones_like}
+    got = capture(CONFIG, params, TOKENS, ["mlp_out"], edits)["mlp_out"]
+    assert not np.any(got[:2]) and np.all(got[2] == 1)
+
+
+def test_zeroed_attention_ignores_other_tokens(params):
+    other = TOKENS.at[:, 0].set(9)
+    edits = {"pattern": jnp.zeros_like}
+    same = forward(CONFIG, params, TOKENS, edits)[:, 1:] == forward(CONFIG, params, other, edits)[:, 1:]
+    assert np.all(same)
+
+
+def test_under_jit_vmap_and_grad(params):
+    scales = jnp.asarray([0.0, 0.5, 1.0])
+    mask = default_token_mask(TOKENS, None)
+
+    def patched(scale):
+        total, count = loss(CONFIG, params, TOKENS, mask, {("mlp_out", 1): lambda x: scale * x})
+        return total / count
+
+    one = jax.jit(patched)
+    together = jax.jit(jax.vmap(patched))(scales)
+    np.testing.assert_allclose(together, [one(scale) for scale in scales], rtol=1e-5)
+    slope = jax.jit(jax.grad(patched))(0.5)
+    step = 1e-2
+    np.testing.assert_allclose(slope, (one(0.5 + step) - one(0.5 - step)) / (2 * step), rtol=2e-2, atol=1e-4)
+
+    def sums(tokens):
+        got = capture(CONFIG, params, tokens[None], ["mlp_in", ("resid_mid", 2)])
+        return jax.tree.map(jnp.sum, got)
+
+    mapped = jax.jit(jax.vmap(sums))(TOKENS)
+    np.testing.assert_allclose(mapped["mlp_in"][1], sums(TOKENS[1])["mlp_in"], rtol=1e-4)
+
+
+def test_the_loss_by_hand():
+    """Two tokens, known logits: the loss of the second is -log softmax(logits of the first)[second]."""
+    logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
+    np.testing.assert_allclose(token_losses(logits, jnp.asarray([[0, 2]])), [[np.log(4)]], rtol=1e-6)
+
+
+def test_the_default_mask_drops_position_0_and_padding_only():
+    tokens = jnp.asarray([[7, 2, 5, 2, 2], [2, 2, 2, 2, 5]])
+    np.testing.assert_array_equal(default_token_mask(tokens, 2), [[0, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(default_token_mask(tokens, None), [[0, 1, 1, 1, 1]] * 2)
+
+
+def test_any_split_into_batches_gives_the_same_loss(params):
+    mask = default_token_mask(TOKENS, 1)
+    total, count = loss(CONFIG, params, TOKENS, mask)
+    rows = [loss(CONFIG, params, TOKENS[i : i + 1], mask[i : i + 1]) for i in range(2)]
+    np.testing.assert_allclose(total, sum(row[0] for row in rows), rtol=1e-6)
+    assert count == sum(row[1] for row in rows) == 7
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        (["mlp"], "unknown site 'mlp'; choose one of resid_pre"),
+        ([("mlp_in", 3)], "mlp_in has layers 0 ... 2, got 3"),
+        ([("mlp_in", -1)], "mlp_in has layers 0 ... 2, got -1"),
+        ([], "name at least one site"),
+    ],
+)
+def test_bad_sites_are_named(params, sites, message):
+    with pytest.raises(ValueError, match=message):
+        capture(CONFIG, params, TOKENS, sites)
+
+
+def test_an_edit_must_keep_the_shape(params):
+    with pytest.raises(ValueError, match=r"mlp_out is \(2, 5, 8\), the edit returned \(2, 5\)"):
+        forward(CONFIG, params, TOKENS, {"mlp_out": lambda x: x[..., 0]})
+    with pytest.raises(ValueError, match="unknown site 'mlpout'"):
+        forward(CONFIG, params, TOKENS, {"mlpout": lambda x: x})

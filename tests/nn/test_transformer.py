@@ -1,0 +1,160 @@
+"""The transformer's pieces against their definitions, and every option of its config."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sites import forward
+from bilinear_jax.nn.transformer import MLP, Transformer, TransformerConfig, rms_norm, rotate
+
+SHAPE = dict(n_layer=2, n_head=2, d_model=8, d_hidden=6, n_ctx=8, n_vocab=11)
+TOKENS = jnp.asarray([[1, 2, 3, 4], [4, 3, 2, 1]])
+
+
+def test_golden_logits_and_next_tokens(golden):
+    logits = golden.lm.logits(golden.ids)
+    golden.close(logits[..., ::8], golden.expected["logits.every8"])
+    np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), golden.expected["greedy_next"])
+    golden.close(golden.lm.loss(golden.ids, np.ones_like(golden.ids)), golden.expected["loss"][0])
+
+
+def test_rms_norm_has_no_gain_and_its_epsilon_inside_the_root():
+    np.testing.assert_allclose(rms_norm(jnp.asarray([3.0, 4.0])), np.array([3, 4]) / np.sqrt(12.5), rtol=1e-6)
+    np.testing.assert_allclose(rms_norm(jnp.asarray([1e-4, 0.0])), [1e-4 / np.sqrt(0.5e-8 + 1e-8), 0], rtol=1e-5)
+
+
+def test_rotation_depends_on_the_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 8))
+
+    def score(query_position, key_position):
+        return jnp.vdot(rotate(q[None], jnp.asarray([query_position])), rotate(k[None], jnp.asarray([key_position])))
+
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_rotation_pairs_halves():
+    """At position 1 the first pair (0, 4) of a head of 8 turns by one radian."""
+    turned = rotate(jnp.zeros((1, 1, 8)).at[..., 0].set(1.0), jnp.asarray([1]))[0, 0]
+    np.testing.assert_allclose(turned[jnp.asarray([0, 4])], [np.cos(1), np.sin(1)], rtol=1e-6)
+    assert np.count_nonzero(turned) == 2
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [(None, -6.0), ("relu", 0.0), ("silu", -6 / (1 + np.exp(2))), ("gelu", -6 * 0.02275013)],
+)
+def test_the_gate_acts_on_the_left_side(gate, expected):
+    """left = -2, right = 3: gate(-2) * 3."""
+    config = TransformerConfig(1, 1, 2, 1, 4, 3, gate=gate)
+    weights = {"w_l": [[-2.0, 0.0]], "w_r": [[0.0, 3.0]], "w_p": [[1.0], [0.0]]}
+    params = jax.tree.map(jnp.asarray, weights, is_leaf=lambda leaf: isinstance(leaf, list))
+    y = MLP(config).apply({"params": params}, jnp.ones(2))
+    np.testing.assert_allclose(y, [expected, 0.0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bilinear", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gate", [None, "relu"])
+def test_every_kind_of_mlp_runs_and_has_its_params(bilinear, bias, gate):
+    config = TransformerConfig(**SHAPE, bilinear=bilinear, bias=bias, attention_bias=bias, gate=gate)
+    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    names = {"w_l", "w_p"} | ({"w_r"} if bilinear else set()) | ({"b_l", "b_p"} if bias else set())
+    assert set(params["layers"]["mlp"]) == names | ({"b_r"} if bias and bilinear else set())
+    assert params["layers"]["mlp"]["w_l"].shape == (2, 6, 8)
+    assert ("b_q" in params["layers"]["attention"]) == bias
+    assert np.all(np.isfinite(forward(config, params, TOKENS)))
+
+
+def test_biases_act():
+    config = TransformerConfig(**SHAPE, bias=True, attention_bias=True)
+    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    plain = forward(config, params, TOKENS)
+    for room, name in [("mlp", "b_l"), ("mlp", "b_r"), ("mlp", "b_p"), ("attention", "b_v"), ("attention", "b_q")]:
+        layers = {**params["layers"], room: {**params["layers"][room], name: params["layers"][room][name] + 1.0}}
+        assert np.any(np.abs(forward(config, {**params, "layers": layers}, TOKENS) - plain) > 1e-4), name
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_each_normalization_can_be_left_out(which):
+    full = TransformerConfig(**SHAPE)
+    flags = tuple(i != which for i in range(3))
+    params = Transformer(full).init(jax.random.key(0), TOKENS)["params"]
+    with_it = forward(full, params, TOKENS)
+    without = forward(TransformerConfig(**SHAPE, normalization=flags), params, TOKENS)
+    assert np.any(np.abs(with_it - without) > 1e-3)
+
+
+def test_attention_scale_is_a_factor_on_the_output_of_attention():
+    config = TransformerConfig(**SHAPE)
+    assert config.attn_scale == 0.5  # 1 / sqrt(2 * 2)
+    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    doubled = forward(TransformerConfig(**SHAPE, attn_scale=1.0), params, TOKENS)
+    by_edit = forward(config, params, TOKENS, {"attn_out": lambda x: 2.0 * x})
+    np.testing.assert_allclose(doubled, by_edit, rtol=1e-5, atol=1e-6)
+
+
+def test_causality():
+    config = TransformerConfig(**SHAPE)
+    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    changed = TOKENS.at[:, 3].set(9)
+    same = forward(config, params, TOKENS)[:, :3] == forward(config, params, changed)[:, :3]
+    assert np.all(same)
+
+
+def test_bfloat16_compute_keeps_float32_params_and_logits():
+    config = TransformerConfig(**SHAPE)
+    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    low = forward(config, params, TOKENS, compute_dtype=jnp.bfloat16)
+    assert low.dtype == jnp.float32
+    assert 0 < np.max(np.abs(low - forward(config, params, TOKENS))) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(gate="swish"), "unknown gate 'swish'"),
+        (dict(d_model=9), "d_model .9. must be a multiple of 2 n_head"),
+        (dict(n_layer=0), "n_layer must be at least 1"),
+        (dict(normalization=(True, False)), "normalization is one bool or three"),
+    ],
+)
+def test_bad_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**(SHAPE | change))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[0, 11]], "token 11 lies outside the vocabulary 0 ... 10"),
+        ([[-1, 2]], "token -1 lies outside"),
+        ([1, 2], r"tokens\[None\]"),
+        ([[1] * 9], "9 tokens do not fit the context of 8"),
+        ([[0.5]], "tokens are integers"),
+    ],
+)
+def test_bad_tokens_are_named(tokens, message):
+    config = TransformerConfig(**SHAPE)
+    lm = LanguageModel(Transformer(config).init(jax.random.key(0), TOKENS)["params"], config)
+    with pytest.raises(ValueError, match=message):
+        lm.logits(jnp.asarray(tokens))
+
+
+def test_a_language_model_is_an_argument_of_jit_and_grad():
+    config = TransformerConfig(**SHAPE)
+    lm = LanguageModel(Transformer(config).init(jax.random.key(0), TOKENS)["params"], config)
+    gradient = jax.jit(jax.grad(lambda model: model.loss(TOKENS)))(lm)
+    assert gradient.params["w_u"].shape == lm.w_u.shape
+    assert np.any(gradient.params["layers"]["mlp"]["w_p"] != 0)
+
+
+def test_views_of_a_plain_mlp_have_no_right_side():
+    config = TransformerConfig(**SHAPE, bilinear=False, gate="relu")
+    lm = LanguageModel(Transformer(config).init(jax.random.key(0), TOKENS)["params"], config)
+    with pytest.raises(ValueError, match="no right side"):
+        _ = lm.w_r
+    with pytest.raises(AttributeError, match="no attribute 'w_x'"):
+        _ = lm.w_x
