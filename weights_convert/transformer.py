@@ -115,7 +115,7 @@ def _config(path: Path, raw: dict[str, Any], weights: Weights) -> dict[str, Any]
     config["normalization"] = _normalization(path, raw)
     config["n_vocab"] = raw.get("n_vocab") or weights.shapes.get("transformer.wte.weight", (1,))[0]
     config["tokenizer"], config["dataset"] = raw.get("tokenizer"), raw.get("dataset")
-    config["pad_id"] = PAD_IDS.get(config["tokenizer"])
+    config["pad_id"] = PAD_IDS.get(config["tokenizer"] or "")
     return config
 
 

@@ -1,0 +1,341 @@
+"""Saving and loading of models and SAEs: Orbax checkpoints, and the published files as they are.
+
+A model's folder, whole or not there at all:
+
+    config.json             {"format": "bilinear_jax.transformer", "version": 1, "config": {...}, "origin": {...}}
+    params/                 the params, an Orbax checkpoint, in the dtype in which they were saved
+    tokenizer.json          and tokenizer_config.json; optional
+    scope/<name>/           its SAEs: config.json ("bilinear_jax.sae") and params/; optional
+    corpus.npy              [rows, n_ctx] tokens, uint16; optional
+
+Params are float32 in memory, whatever the dtype on disk.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+import weights_convert
+from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
+from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+from bilinear_jax.sources import builtin_names, find_sae, folder_of, load_tokenizer, sae_folder, sae_names
+
+__all__ = [
+    "ModelFiles",
+    "atomic_folder",
+    "builtin_names",
+    "corpus",
+    "folder_of",
+    "load_model",
+    "load_sae",
+    "load_tokenizer",
+    "sae_names",
+    "save_model",
+    "save_sae",
+]
+
+MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
+VERSION = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class ModelFiles(NamedTuple):
+    """What a model's folder holds."""
+
+    config: TransformerConfig
+    params: PyTree  # float32
+    source: str  # as given
+    tokenizer_source: str | None  # the folder, if it has a tokenizer.json; None: look the config's tokenizer up
+
+
+def load_model(source: str | Path, *, attn_scale: float | None = None) -> ModelFiles:
+    """The config and params of a model.
+
+    Args:
+        source: the name of a built-in model; a folder, written by ``save_model`` or laid out as the published
+            checkpoints are; or a hub name, "owner/name".
+        attn_scale: the factor on the attention's output, over whatever the files say or leave open.
+
+    Raises:
+        FileNotFoundError: for a source or a file that isn't there; it lists what can be loaded.
+        ConnectionError: where the hub can't be reached and its cache doesn't hold the model.
+        ValueError: for a checkpoint that is damaged, of a newer format, or in disagreement with its config.
+    """
+    folder = folder_of(source)
+    raw = _read_json(folder / "config.json")
+    if raw is None or "format" not in raw:
+        if raw is None and weights_convert.sae_folders(folder):
+            raise FileNotFoundError(f"{source} holds SAEs and no model: load the model that they belong to, or one SAE")
+        name = None if Path(source).expanduser().is_dir() else str(source)
+        values, arrays = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
+        config = TransformerConfig(**values)
+        params = jax.tree.map(_float32, arrays)
+    else:
+        config = TransformerConfig(**_own_config(folder, raw, MODEL_FORMAT, TransformerConfig))
+        if attn_scale is not None:
+            config = dataclasses.replace(config, attn_scale=float(attn_scale))
+        params = _restore(folder, _abstract_transformer(config))
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return ModelFiles(config, params, str(source), str(folder) if has_tokenizer else None)
+
+
+def load_sae(
+    source: str | Path,
+    site: str = "mlp-out",
+    layer: int | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    tag: str | None = None,
+) -> SAE:
+    """The one SAE of a source that has the given properties; None stands for any.
+
+    Args:
+        source: as for ``load_model``, or a ``-scope`` folder or hub name. A model's SAEs are in its folder
+            ``scope``, or in ``<name>-scope`` beside it.
+        site: where the SAE reads, with hyphens or underscores.
+        layer: the layer of that site, from 0.
+        expansion: features / d_model.
+        k: active features a token.
+        tag: what tells apart SAEs that are alike in all else. None: the one without a tag, if there is one.
+
+    Raises:
+        FileNotFoundError: if no SAE fits; it lists those that there are.
+        ValueError: for an unknown site, if several SAEs fit, or if the files are damaged or contradict each other.
+
+    Example:
+        >>> load_sae("ts-nano", site="mlp-in", layer=1).config.site
+        'mlp_in'
+    """
+    folder = sae_folder(source, find_sae(source, site_name(site), layer, expansion, k, tag))
+    raw = _read_json(folder / "config.json")
+    if raw is not None and "format" in raw:
+        config = SAEConfig(**_own_config(folder, raw, SAE_FORMAT, SAEConfig))
+        return SAE(_restore(folder, _abstract_sae(config)), config, str(source))
+    values, arrays = weights_convert.read_sae(folder)
+    return SAE(jax.tree.map(_float32, arrays), SAEConfig(**values), str(source))
+
+
+def save_model(
+    path: str | Path,
+    config: TransformerConfig,
+    params: PyTree,
+    *,
+    tokenizer: str | Path | None = None,
+    origin: Mapping[str, Any],
+    force: bool = False,
+    dtype: Any = None,
+) -> Path:
+    """Write a model's folder, from which ``load_model`` gives the same config and params.
+
+    Args:
+        path: the folder; it appears when it is whole.
+        tokenizer: a ``tokenizer.json``, or a folder with one, that is copied in.
+        origin: where the params come from, as JSON; it is kept in ``config.json``.
+        force: replace an older checkpoint, which stays until the new one is whole.
+        dtype: on disk, for instance ``jnp.bfloat16``; None: as the params are.
+
+    Raises:
+        FileExistsError: if the folder isn't empty and ``force`` is off, or if it isn't a checkpoint.
+        ValueError: if the params aren't finite or aren't those that the config describes.
+    """
+    _check_params(Path(path), params, _abstract_transformer(config))
+    with atomic_folder(path, force=force) as folder:
+        _write(folder, MODEL_FORMAT, config, params, origin, dtype)
+        if tokenizer is not None:
+            _copy_tokenizer(Path(tokenizer), folder)
+    return Path(path)
+
+
+def save_sae(path: str | Path, sae: SAE, *, origin: Mapping[str, Any], force: bool = False, dtype: Any = None) -> Path:
+    """Write an SAE's folder, ``<model's folder>/scope/<sae.name>``; its last part must be ``sae.name``.
+
+    The other arguments, and what is raised, are as for ``save_model``.
+    """
+    if Path(path).name != sae.name:
+        raise ValueError(f"an SAE's folder bears its name, by which it is found: {Path(path) / sae.name}, not {path}")
+    _check_params(Path(path), sae.params, _abstract_sae(sae.config))
+    with atomic_folder(path, force=force) as folder:
+        _write(folder, SAE_FORMAT, sae.config, sae.params, origin, dtype)
+    return Path(path)
+
+
+def corpus(source: str | Path) -> np.ndarray:
+    """The tokens that ship with a model, uint16 ``[rows, n_ctx]``, read from disk as they are used."""
+    path = folder_of(source, ["corpus.npy"]) / "corpus.npy"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} has no corpus.npy: give tokens of your own, [rows, n_ctx]")
+    tokens = np.load(path, mmap_mode="r")
+    if tokens.ndim != 2 or tokens.dtype != np.uint16:
+        raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected uint16 [rows, n_ctx]")
+    return tokens
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place once the block has ended without an error.
+
+    A killed process leaves nothing at ``path`` but what was there before (and the hidden temporary folder, named
+    ``.<name>.partial-...``, which can be deleted). With ``force``, an older checkpoint is moved aside when the new
+    one is whole, and deleted when that is in its place.
+    """
+    path = Path(path).expanduser().resolve()
+    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if occupied and not force:
+        raise FileExistsError(f"{path} exists: name another folder, or replace it with force (--force)")
+    if occupied and "format" not in (_read_json(path / "config.json") or {}):
+        raise FileExistsError(f"{path} isn't a checkpoint of this library, so not even force replaces it: move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    partial, old = path.with_name(f".{path.name}.partial-{mark}"), path.with_name(f".{path.name}.old-{mark}")
+    partial.mkdir()
+    try:
+        yield partial
+        if not path.exists():
+            os.replace(partial, path)
+            return
+        os.replace(path, old)
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+        shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Mapping[str, Any], dtype: Any) -> None:
+    from orbax.checkpoint import v1 as ocp
+
+    arrays = jax.tree.map(lambda a: np.asarray(a) if dtype is None else np.asarray(a).astype(dtype), params)
+    ocp.save(folder.resolve() / "params", arrays)
+    record = {"format": kind, "version": VERSION, "config": dataclasses.asdict(config), "origin": dict(origin)}
+    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _restore(folder: Path, abstract: PyTree) -> PyTree:
+    """The params of a folder in float32, if they have the structure and the shapes of ``abstract``."""
+    from orbax.checkpoint import v1 as ocp
+
+    path = folder.resolve() / "params"
+    if not path.is_dir():
+        raise FileNotFoundError(f"{folder} has no params: the checkpoint isn't whole. Convert or download it again")
+    try:
+        stored = ocp.metadata(path).metadata
+    except Exception as error:
+        raise _damaged(path, error) from error
+    _check_shapes(folder, stored, abstract)
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
+    try:
+        arrays = ocp.load(path, target)
+    except Exception as error:
+        raise _damaged(path, error) from error
+    _check_finite(folder, arrays)
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return ValueError(f"{path} can't be read ({reason}): the checkpoint is damaged. Convert or download it again")
+
+
+def _own_config(folder: Path, raw: Mapping[str, Any], kind: str, cls: type) -> dict[str, Any]:
+    """The keyword arguments for a config that this library wrote."""
+    path = folder / "config.json"
+    if raw["format"] != kind:
+        raise ValueError(f"{path} is of format {raw['format']!r}, expected {kind!r}: name the folder of such a one")
+    version = raw.get("version")
+    if type(version) is not int or version > VERSION:
+        raise ValueError(f"{path} has format version {version}, this bilinear_jax reads up to {VERSION}: upgrade it")
+    config = raw.get("config", {})
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(config.keys() - known)
+    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+    lacking = sorted(required - config.keys())
+    if unknown or lacking:
+        raise ValueError(f"{path}: unknown config keys {unknown}, missing ones {lacking}: convert or download it again")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _abstract_transformer(config: TransformerConfig) -> PyTree:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+
+
+def _abstract_sae(config: SAEConfig) -> PyTree:
+    x = jax.ShapeDtypeStruct((1, config.d_model), jnp.float32)
+    return jax.eval_shape(TopKSAE(config).init, jax.random.key(0), x)["params"]
+
+
+def _check_params(folder: Path, params: PyTree, abstract: PyTree) -> None:
+    _check_shapes(folder, params, abstract)
+    _check_finite(folder, params)
+
+
+def _check_shapes(folder: Path, params: PyTree, abstract: PyTree) -> None:
+    """Raises ``ValueError`` listing both sides unless names and shapes are the same."""
+    have, want = (
+        {jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape) for key, leaf in _leaves(tree)}
+        for tree in (params, abstract)
+    )
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    wrong = [f"{key} {have[key]}, expected {want[key]}" for key in sorted(have.keys() & want) if have[key] != want[key]]
+    if missing or extra or wrong:
+        raise ValueError(
+            f"params and config of {folder} disagree. In the model but not in the checkpoint: "
+            f"{', '.join(missing) or 'nothing'}; in the checkpoint but not in the model: "
+            f"{', '.join(extra) or 'nothing'}; shapes: {'; '.join(wrong) or 'as expected'}. "
+            "Check that they belong together"
+        )
+
+
+def _check_finite(folder: Path, params: PyTree) -> None:
+    bad = [
+        jax.tree_util.keystr(key, simple=True, separator=".")
+        for key, leaf in _leaves(params)
+        if not np.isfinite(np.asarray(leaf)).all()
+    ]
+    if bad:
+        raise ValueError(
+            f"params of {folder} hold NaN or infinite values: {', '.join(bad)}. Take an earlier checkpoint"
+        )
+
+
+def _leaves(tree: PyTree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _float32(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array.astype(np.float32, copy=False))
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    source = source.parent if source.is_file() else source
+    if not (source / TOKENIZER_FILES[0]).is_file():
+        raise FileNotFoundError(f"{source} has no {TOKENIZER_FILES[0]}")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): convert or download it again") from error
+    return value if isinstance(value, dict) else None
