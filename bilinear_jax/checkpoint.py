@@ -220,7 +220,7 @@ def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Mapping
     from orbax.checkpoint import v1 as ocp
 
     arrays = jax.tree.map(lambda a: np.asarray(a) if dtype is None else np.asarray(a).astype(dtype), params)
-    ocp.save(folder.resolve() / "params", arrays)
+    ocp.save(str(folder.resolve() / "params"), arrays)
     record = {"format": kind, "version": VERSION, "config": dataclasses.asdict(config), "origin": dict(origin)}
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -233,13 +233,13 @@ def _restore(folder: Path, abstract: PyTree) -> PyTree:
     if not path.is_dir():
         raise FileNotFoundError(f"{folder} has no params: the checkpoint isn't whole. Convert or download it again")
     try:
-        stored = ocp.metadata(path).metadata
+        stored = ocp.metadata(str(path)).metadata
     except Exception as error:
         raise _damaged(path, error) from error
     _check_shapes(folder, stored, abstract)
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
     try:
-        arrays = ocp.load(path, target)
+        arrays = ocp.load(str(path), target)
     except Exception as error:
         raise _damaged(path, error) from error
     _check_finite(folder, arrays)

@@ -1,0 +1,71 @@
+"""Small folders in the published layout, for tests to write and to break."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
+MODEL, SCOPE = TS_MICRO / "model", TS_MICRO / "scope"
+SCALE = 1 / np.sqrt(6)  # with which the golden outputs were made
+
+CONFIG = {
+    "architectures": ["Transformer"],
+    "n_head": 2,
+    "n_layer": 2,
+    "n_ctx": 16,
+    "d_model": 8,
+    "d_hidden": 12,
+    "bilinear": True,
+    "gate": None,
+    "bias": False,
+    "normalization": True,
+    "tokenizer": "ts-4096",
+    "repo": "someone/small",
+    "scale_attn": True,
+}
+
+
+def state(config: dict, n_vocab: int = 11, qkv_bias: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+    """A random state dict with the keys and shapes of a published model."""
+    rng = np.random.default_rng(seed)
+    d, h = config["d_model"], config["d_hidden"]
+    rows = 2 * h if config["bilinear"] else h
+    shapes = {"transformer.wte.weight": (n_vocab, d), "lm_head.weight": (n_vocab, d)}
+    for i in range(config["n_layer"]):
+        layer = {
+            "attn.qkv.weight": (3 * d, d),
+            "attn.o.weight": (d, d),
+            "mlp.w.weight": (rows, d),
+            "mlp.p.weight": (d, h),
+        }
+        if config["bias"]:
+            layer |= {"mlp.w.bias": (rows,), "mlp.p.bias": (d,)}
+        if qkv_bias:
+            layer |= {"attn.qkv.bias": (3 * d,)}
+        shapes |= {f"transformer.h.{i}.{key}": shape for key, shape in layer.items()}
+    return {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+def write(folder: Path, config: dict, weights: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_sharded(folder: Path, config: dict, weights: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(sorted(weights))}
+    for name in set(names.values()):
+        save_file({key: weights[key] for key in weights if names[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
+def sae(name: str = "1-mlp-out-x4-k6") -> tuple[dict, dict[str, np.ndarray]]:
+    """The config and the weights of a golden SAE."""
+    folder = SCOPE / name
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
