@@ -67,8 +67,10 @@ def fit(
             for step in range(start, steps):
                 state, metrics = update(state, batch_at(step))
                 done = step + 1
-                due = {"log": done % log_every == 0, "save": done % save_every == 0, "last": done == steps}
-                if any(due.values()):
+                last = done == steps
+                save_due = last or done % save_every == 0
+                evaluate_due = evaluate is not None and (last or (evaluate_every and done % evaluate_every == 0))
+                if save_due or evaluate_due or done % log_every == 0:
                     report = {key: float(value) for key, value in metrics.items()}
                     bad = {key: value for key, value in report.items() if not math.isfinite(value)}
                     if bad:
@@ -76,14 +78,23 @@ def fit(
                             f"{bad} at step {done}; the last good checkpoint is in {directory / 'checkpoints'}. "
                             "Lower the learning rate, or lengthen the warm-up"
                         )
-                    if evaluate is not None and (due["last"] or (evaluate_every and done % evaluate_every == 0)):
+                    if evaluate is not None and evaluate_due:
                         report |= evaluate(state)
                     _append(metrics_path, {"step": done} | report)
                     bar.set_postfix({key: f"{value:.4g}" for key, value in report.items()}, refresh=False)
-                if due["save"] or due["last"]:
+                if save_due:
                     checkpointer.save(done, state, force=True)
                 bar.update()
     return state
+
+
+def apply_optimizer(optimizer, gradient: PyTree, state: TrainState) -> tuple[PyTree, PyTree]:
+    """``(params, opt_state)`` after one update of an Optax optimiser."""
+    import optax
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax corrects its bias with integer step counts
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
 
 
 def _claim(directory: Path, config: dict) -> None:

@@ -10,7 +10,7 @@ import optax
 
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig, token_losses
 from bilinear_jax.training.data import Windows
-from bilinear_jax.training.fit import TrainState, cosine_with_warmup, fit, sum_over_rows
+from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit, sum_over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,7 @@ def train_language(
 
     def update(state: TrainState, batch):
         loss, gradient = jax.value_and_grad(loss_of)(state.params, batch)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = apply_optimizer(optimizer, gradient, state)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, opt_state), metrics
 

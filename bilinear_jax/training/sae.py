@@ -19,7 +19,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
 from bilinear_jax.nn.sites import capture, default_token_mask
 from bilinear_jax.training.data import Windows
-from bilinear_jax.training.fit import TrainState, cosine_with_warmup, fit
+from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,8 @@ def train_saes(
             quiet[config.name] = jnp.where(fired, jnp.zeros_like(silent), silent)
             metrics[f"nmse.{config.name}"] = loss
             metrics[f"dead.{config.name}"] = jnp.mean(quiet[config.name] >= recipe.dead_after)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = {name: with_unit_columns(p) for name, p in optax.apply_updates(state.params, updates).items()}
+        params, opt_state = apply_optimizer(optimizer, gradients, state)
+        params = {name: with_unit_columns(sae_params) for name, sae_params in params.items()}
         return TrainState(state.step + 1, params, opt_state, quiet), metrics
 
     params = _initial_params(lm, configs, recipe, windows.batch_at(0))
