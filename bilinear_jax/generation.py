@@ -1,0 +1,294 @@
+"""Sampling text from a transformer, token by token, with a cache of keys and values.
+
+The prompts of a batch fill the first slots of the cache, each padded at its end; the new tokens of all rows share
+the slots after them, so that a step writes one slot whatever the lengths. A row attends to its own prompt and to
+the new tokens so far, at the positions that it would have alone.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from bilinear_jax.nn.transformer import Layer, LayerStack, TransformerConfig, embed, unembed
+
+if TYPE_CHECKING:
+    from bilinear_jax.language import LanguageModel
+
+
+def generate(
+    config: TransformerConfig,
+    params: PyTree,
+    prompts: Int[Array | np.ndarray, "batch seq"],
+    lengths: Int[Array | np.ndarray, " batch"] | None = None,
+    *,
+    max_length: int,
+    temperature: float | int | Float[Array, ""] = 1.0,
+    top_k: int | None = None,
+    key: Key[Array, ""] | None = None,
+    stop_token: int | None = None,
+    compute_dtype=jnp.float32,
+) -> Int[Array, "batch max_length"]:
+    """The next ``max_length`` tokens of every prompt.
+
+    Token t of row b is drawn from ``softmax(logits / temperature)``, cut to the ``top_k`` largest logits, with the
+    key ``fold_in(fold_in(key, b), t)``: it depends on the row's place in the batch, and on no other row. Give
+    every batch of a larger job its own key.
+
+    One program is compiled for each bucket of prompt lengths and of new tokens (see ``bucket``), each batch size,
+    and each ``top_k``; ``temperature``, apart from 0, and ``stop_token`` are ordinary arguments of it. Inside your own
+    ``jit``, ``max_length``, ``top_k`` and ``stop_token`` must be Python numbers, and traced values are not checked.
+
+    Args:
+        config: of the transformer.
+        params: of the transformer.
+        prompts: token ids, padded at the end of each row; what stands in the padding does not matter.
+        lengths: tokens in each prompt; all of ``seq`` by default.
+        max_length: number of new tokens.
+        temperature: 0 takes the most likely token (the first of equals).
+        top_k: sample among so many of the most likely tokens; ``None``: among all.
+        key: of the random numbers; ``jax.random.key(0)`` by default.
+        stop_token: a row that has drawn this token goes on with nothing else, and when all rows have, the loop ends.
+        compute_dtype: of activations, and of the weights as they are read.
+
+    Raises:
+        ValueError: if a prompt and its new tokens do not fit ``n_ctx``, for an empty prompt, a token outside the
+            vocabulary, a negative temperature, ``top_k`` or ``stop_token`` outside the vocabulary, or ``max_length < 1``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+        >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=16, d_hidden=32, n_ctx=32, n_vocab=50)
+        >>> prompts = jnp.array([[3, 14, 15], [9, 2, 0]])
+        >>> params = Transformer(config).init(jax.random.key(0), prompts)["params"]
+        >>> generate(config, params, prompts, jnp.array([3, 2]), max_length=5, top_k=10).shape
+        (2, 5)
+    """
+    prompts, lengths = _checked(config, prompts, lengths, max_length, temperature, top_k, stop_token)
+    width = bucket(prompts.shape[1], config.n_ctx)
+    return _generate(
+        config,
+        params,
+        jnp.pad(prompts, ((0, 0), (0, width - prompts.shape[1]))),
+        lengths,
+        jax.random.key(0) if key is None else key,
+        jnp.asarray(temperature, jnp.float32),
+        max_length,
+        -1 if stop_token is None else stop_token,
+        slots=bucket(max_length, config.n_ctx),
+        greedy=not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0,
+        top_k=top_k,
+        compute_dtype=compute_dtype,
+    )[:, :max_length]
+
+
+def generate_text(
+    lm: "LanguageModel",
+    prompt: str | list[str],
+    max_length: int = 30,
+    *,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop: bool = False,
+) -> str | list[str]:
+    """A text, or each of a list of texts, continued by ``max_length`` sampled tokens: see ``generate``.
+
+    The prompt comes back as the tokenizer decodes it, special tokens left out; nothing is added to what the
+    tokenizer gives. With ``stop``, a text ends where the tokenizer's end-of-text token is drawn.
+
+    Raises:
+        ValueError: as ``generate``; for an empty prompt to which the tokenizer adds nothing; for ``stop`` with a
+            tokenizer that has no end-of-text token.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> bj.load("ts-nano").generate("Once upon a time", max_length=5, temperature=0).startswith("once upon a time")
+        True
+    """
+    tokenizer = lm.tokenizer
+    end = tokenizer.eos_token_id if stop else None
+    if stop and end is None:
+        raise ValueError("this tokenizer has no end-of-text token to stop at: leave stop=False")
+    rows = [tokenizer(text)["input_ids"] for text in ([prompt] if isinstance(prompt, str) else prompt)]
+    if not rows:
+        raise ValueError("give at least one prompt")
+    if not all(rows):
+        raise ValueError(
+            f"prompt {rows.index([])} is empty, and the tokenizer adds no token of its own: begin the text"
+        )
+    lengths = np.array([len(row) for row in rows], np.int32)
+    prompts = np.zeros((len(rows), lengths.max()), np.int32)
+    for padded, row in zip(prompts, rows, strict=True):
+        padded[: len(row)] = row
+    new = generate(
+        lm.config,
+        lm.params,
+        prompts,
+        lengths,
+        max_length=max_length,
+        temperature=temperature,
+        top_k=top_k,
+        key=jax.random.key(seed),
+        stop_token=end,
+        compute_dtype=lm.compute_dtype,
+    )
+    texts = []
+    for row, continuation in zip(rows, np.asarray(new).tolist(), strict=True):
+        kept = continuation[: continuation.index(end)] if end in continuation else continuation
+        texts.append(tokenizer.decode(row + kept, skip_special_tokens=True))
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def sample(
+    logits: Float[Array, "batch n_vocab"],
+    keys: Key[Array, " batch"],
+    temperature: float | int | Float[Array, ""],
+    top_k: int | None = None,
+) -> Int[Array, " batch"]:
+    """One token a row from ``softmax(logits / temperature)`` over the ``top_k`` largest; at temperature 0, the largest.
+
+    With a Python 0 no random number is drawn.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if not isinstance(temperature, Array) and temperature == 0:
+        return greedy
+    tokens = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+    if top_k is not None:
+        logits, tokens = jax.lax.top_k(logits, top_k)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits / jnp.where(temperature > 0, temperature, 1.0))
+    drawn = jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return jnp.where(temperature > 0, drawn, greedy)
+
+
+def bucket(length: int, n_ctx: int) -> int:
+    """The length to which ``length`` is padded: a multiple of 16 up to 128, then 4 to 8 sizes for every doubling.
+
+    At most a quarter is padding beyond 64 tokens, and no bucket is wider than ``n_ctx``.
+
+    >>> [bucket(n, 1000) for n in (1, 16, 17, 130, 300, 990)]
+    [16, 16, 32, 160, 320, 1000]
+    """
+    step = max(16, 2 ** (length - 1).bit_length() // 8)
+    return min(-(-length // step) * step, n_ctx)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "greedy", "top_k", "compute_dtype"))
+def _generate(
+    config: TransformerConfig,
+    params: PyTree,
+    prompts: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    key: Key[Array, ""],
+    temperature: Float[Array, ""],
+    max_length: Int[Array, ""] | int,
+    stop_token: Int[Array, ""] | int,
+    *,
+    slots: int,
+    greedy: bool,
+    top_k: int | None,
+    compute_dtype,
+) -> Int[Array, "batch {slots}"]:
+    batch, width = prompts.shape
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    in_prompt = jnp.arange(width)[None] < lengths[:, None]
+    layers = jax.tree.map(lambda a: a.astype(compute_dtype), params["layers"])
+    w_u = params["w_u"].astype(compute_dtype)
+
+    def draw(x, t):
+        """Token t of every row, from the residual stream of the token before it."""
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
+        return sample(unembed(config, w_u, x), keys, 0 if greedy else temperature, top_k)
+
+    def run_prompts():
+        x = embed(params["w_e"], jnp.where(in_prompt, prompts, 0), compute_dtype)
+        stack = LayerStack(config, config.n_layer)
+        x, cache = stack.apply({"params": {"layers": layers}}, x, frozenset({"keys", "values"}))
+        cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))), cache)
+        x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return x, [jax.tree.map(lambda a, i=i: a[i], cache) for i in range(config.n_layer)]
+
+    def step(state):
+        """Token t, from the cache and token t - 1, which it adds to the cache."""
+        t, token, finished, new, cache = state
+        x = embed(params["w_e"], token[:, None], compute_dtype)
+        positions = (lengths + (t - 1))[:, None]
+        in_new = jnp.broadcast_to(jnp.arange(slots)[None] < t, (batch, slots))
+        seen = jnp.concatenate([in_prompt, in_new], axis=1)[:, None]
+        written = []
+        for i, entries in enumerate(cache):
+            weights, entries = jax.tree.map(lambda a, i=i: a[i], layers), dict(entries)
+
+            def tap(site, value, entries=entries):
+                if site in entries:
+                    entries[site] = jax.lax.dynamic_update_slice_in_dim(entries[site], value, width + t - 1, axis=1)
+                return entries.get(site, value)
+
+            x = Layer(config).apply({"params": weights}, x, tap, positions, seen)
+            written.append(entries)
+        return emit(t, draw(x[:, 0], t), finished, new, written)
+
+    def emit(t, token, finished, new, cache):
+        token = jnp.where(finished, stop_token, token)
+        new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], t, axis=1)
+        return t + 1, token, finished | (token == stop_token), new, cache
+
+    def going(state):
+        t, _, finished, _, _ = state
+        return (t < max_length) & ~jnp.all(finished)
+
+    x, cache = run_prompts()
+    new = jnp.full((batch, slots), stop_token, jnp.int32)
+    state = emit(jnp.int32(0), draw(x, 0), jnp.zeros(batch, bool), new, cache)
+    return jax.lax.while_loop(going, step, state)[3]
+
+
+def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_token) -> tuple[Array, Array]:
+    """Prompts and lengths as int32 arrays; whatever is concrete is checked, and padding of every row is cut off."""
+
+    def concrete(value):
+        return not isinstance(value, jax.core.Tracer)
+
+    if not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length is the number of new tokens, an int of at least 1; got {max_length!r}")
+    if concrete(temperature) and temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and not 1 <= top_k <= config.n_vocab:
+        raise ValueError(f"top_k must lie in 1 ... {config.n_vocab} (the vocabulary), or be None; got {top_k}")
+    if stop_token is not None and not 0 <= stop_token < config.n_vocab:
+        raise ValueError(f"stop_token {stop_token} lies outside the vocabulary 0 ... {config.n_vocab - 1}")
+    if prompts.shape[0] < 1 or prompts.shape[1] < 1:
+        raise ValueError(f"prompts are [batch, seq] with at least one row and one token, got shape {prompts.shape}")
+    if lengths is None:
+        lengths = np.full(prompts.shape[0], prompts.shape[1], np.int32)
+    if concrete(lengths):
+        lengths = np.asarray(lengths, np.int32)
+        if lengths.min() < 1 or lengths.max() > prompts.shape[1]:
+            row = int(np.argmax((lengths < 1) | (lengths > prompts.shape[1])))
+            raise ValueError(
+                f"lengths[{row}] is {lengths[row]}, but a prompt has 1 ... {prompts.shape[1]} tokens here: begin an empty "
+                "prompt with one token, such as the tokenizer's beginning of text"
+            )
+        prompts = prompts[:, : lengths.max()]
+    if prompts.shape[1] + max_length > config.n_ctx:
+        fit = config.n_ctx - prompts.shape[1]
+        mend = (
+            f"at most {fit} new tokens fit" if fit > 0 else f"shorten the prompt to {config.n_ctx - max_length} tokens"
+        )
+        raise ValueError(
+            f"a prompt of {prompts.shape[1]} tokens and {max_length} new ones do not fit the context of {config.n_ctx}: "
+            f"{mend}"
+        )
+    if concrete(prompts) and concrete(lengths):
+        prompts = np.asarray(prompts, np.int32)
+        outside = (prompts < 0) | (prompts >= config.n_vocab)
+        outside &= np.arange(prompts.shape[1])[None] < lengths[:, None]
+        if outside.any():
+            raise ValueError(
+                f"token {prompts[outside][0]} lies outside the vocabulary 0 ... {config.n_vocab - 1}: tokenize with this "
+                "model's own tokenizer"
+            )
+    return jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32)
