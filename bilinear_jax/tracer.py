@@ -1,0 +1,288 @@
+"""Tracer: the MLP of one layer, seen between an SAE of its input and an SAE of its output.
+
+An output feature with encoder row (or decoder column) u reads ``u . y = x^T Q_u x`` from the MLP's output y. With the
+input written in SAE features, ``x = D f + b + e`` (D decoder, f codes, b decoder bias, e error), the part of it that
+pairs of input features make is
+
+    sum_ij  f_i f_j (D^T Q_u D)[i, j]
+
+so the entries of ``D^T Q_u D`` say which input features work together to make (or to suppress) the output feature.
+
+Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 5.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sae import SAE, site_name
+from bilinear_jax.tensor import BilinearTensor
+
+INPUT_SITES = ("mlp_in", "resid_mid")
+OUTPUT_SITES = ("mlp_out",)
+
+Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
+
+
+class Submatrix(NamedTuple):
+    """The part of a projected interaction matrix that some input features span."""
+
+    matrix: Float[Array, "n n"]  # D^T Q D between these features
+    features: Int[np.ndarray, " n"]  # the input features of its rows and columns, ascending
+
+
+def mlp_tensor(lm: LanguageModel, layer: int) -> BilinearTensor:
+    """The MLP of a layer as a ``BilinearTensor``: ``lm``'s ``mlp_in`` to ``mlp_out``.
+
+    If the model has biases, the tensor has one more input, the last one, which is always 1 (see
+    ``tensor.with_constant``).
+
+    Raises:
+        ValueError: if the MLP is gated or plain, for then it is no tensor, or if the layer is out of range.
+    """
+    config = lm.config
+    if not config.bilinear or config.gate is not None:
+        kind = f"gated by {config.gate}" if config.bilinear else "plain (bilinear=False)"
+        raise ValueError(f"the MLP of this model is {kind}; only an MLP that is bilinear without a gate is a tensor")
+    if not 0 <= layer < config.n_layer:
+        raise ValueError(f"layer must lie in 0 ... {config.n_layer - 1} for this model, got {layer}")
+    mlp = {name: weight[layer] for name, weight in lm.params["layers"]["mlp"].items()}
+    biases = (mlp.get(name) for name in ("b_l", "b_r", "b_p"))
+    return BilinearTensor.from_mlp(mlp["w_l"], mlp["w_r"], mlp["w_p"], *biases)
+
+
+class Tracer:
+    """Interaction matrices between the features of two SAEs around the MLP of one layer.
+
+    Args:
+        lm: a model with bilinear MLPs.
+        layer: the layer of the MLP, from 0.
+        inp: the input SAE: an ``SAE``, or which one to load: a dict of ``site``, ``expansion``, ``k`` and ``tag``, each
+            optional (``site`` is "mlp-in" unless given; the others need not be if one SAE fits). Its site is mlp-in,
+            or resid-mid; with resid-mid, ``x = r / rms(r)`` is what the MLP sees of the residual stream r, so every
+            quadratic term in the codes of r carries ``1 / rms(r)^2`` of its token.
+        out: the output SAE, likewise; its site is mlp-out.
+        use_encoder: output directions are the encoder rows of the output SAE: what makes the feature fire (before its
+            bias and the top-k). False: its decoder columns: what the feature stands for.
+        scope: where the SAEs are loaded from (a folder or a hub name), if not from where the model came.
+
+    Attributes:
+        inp, out: the two ``SAE`` objects, each with its own k.
+        tensor: the MLP as a ``BilinearTensor``, see ``mlp_tensor``.
+        directions: output directions ``[features, d_model]``.
+        basis: the decoder of the input SAE ``[in, features]``, which ``project=True`` changes to. If the model has
+            biases, the constant input stays one more coordinate, the last: its row is what single features do. Input
+            coordinates that an SAE passes through beside its codes are no part of it.
+
+    Raises:
+        ValueError: if the MLP is no tensor, the layer is out of range, an SAE reads another site, layer or width, or
+            the output SAE has a bilinear encoder and ``use_encoder`` is set.
+        FileNotFoundError: if no such SAE exists; it lists those that do.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=1)
+        >>> q = tracer.q(3, project=True)
+        >>> q.shape == (tracer.inp.config.n_features,) * 2
+        True
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        inp: SAE | Mapping[str, Any] | None = None,
+        out: SAE | Mapping[str, Any] | None = None,
+        use_encoder: bool = True,
+        scope: str | Path | None = None,
+    ):
+        self.layer = layer
+        self.use_encoder = use_encoder
+        self.tensor = mlp_tensor(lm, layer)
+        source = lm.source if scope is None else scope
+        self.inp = _resolve_sae("inp", inp, INPUT_SITES, lm, layer, source)
+        self.out = _resolve_sae("out", out, OUTPUT_SITES, lm, layer, source)
+        self.directions = _encoder_rows(self.out) if use_encoder else self.out.w_dec.T
+        self.basis = _decoder_columns(self.inp)
+        if self.tensor.n_in > lm.config.d_model:
+            self.basis = jnp.pad(self.basis, ((0, 1), (0, 1))).at[-1, -1].set(1)
+
+    def __repr__(self) -> str:
+        return f"Tracer(layer={self.layer}, inp={self.inp.name}, out={self.out.name}, use_encoder={self.use_encoder})"
+
+    @property
+    def n_features(self) -> int:
+        """Number of output features."""
+        return self.directions.shape[0]
+
+    def q(self, idx: Index, project: bool = False) -> Float[Array, "*U in in"]:
+        """Interaction matrices of output features, always symmetrised, with the highest matmul precision.
+
+        Args:
+            idx: an output feature gives ``[in, in]``; a slice or a list or array of them ``[U, in, in]``.
+            project: in the basis of the input SAE: ``D^T Q D``, with ``features`` of the input SAE in place of ``in``.
+
+        Raises:
+            IndexError: for a feature that does not exist.
+
+        Memory: ``U * hidden * in`` numbers and twice the result, which is ``U * features^2`` with ``project``.
+        """
+        features, single = self._features(idx)
+        q = _interaction(self.tensor, self.directions[features], self.basis if project else None)
+        return q[0] if single else q
+
+    def compute(self, fn: Callable[..., PyTree], batch_size: int = 32, project: bool = False, **kwargs) -> PyTree:
+        """``fn(q, **kwargs)`` of the interaction matrices of all output features, with a progress bar.
+
+        Args:
+            fn: a function of a batch of matrices ``[batch, in, in]`` that JAX can trace, such as those in
+                ``spectra``. It returns a pytree of arrays whose first axis is the batch. What it says of a matrix must
+                not depend on the others in the batch.
+            batch_size: matrices that are built and given to fn together; it changes no result.
+            project: give fn the matrices in the basis of the input SAE, ``[batch, features, features]``.
+            kwargs: passed on to fn; they are constants of the compilation.
+
+        Returns:
+            The pytree of fn, with all output features along the first axis.
+
+        Memory: twice the result, what fn needs, and ``batch_size * (hidden * in + 2 in^2)`` numbers; with ``project``
+        another ``2 batch_size * features^2``: choose a small batch_size there.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=1)
+            >>> strength = tracer.compute(bj.spectra.truncated_eigenvalues, k=2)
+            >>> strength.shape == (tracer.n_features,)
+            True
+        """
+        from tqdm import tqdm
+
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        total, size = self.n_features, min(batch_size, self.n_features)
+
+        @jax.jit
+        def step(tensor, directions, basis, features):
+            return fn(_interaction(tensor, directions[features], basis), **kwargs)
+
+        results = []
+        for start in tqdm(range(0, total, size), desc=f"features of {self.out.name}", disable=None):
+            # The last batch is filled up with the last feature, so that there is one shape to compile for.
+            features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))
+            result = step(self.tensor, self.directions, self.basis if project else None, features)
+            for leaf in jax.tree.leaves(result) if not results else ():
+                if leaf.ndim == 0 or leaf.shape[0] != size:
+                    raise ValueError(
+                        f"fn must return arrays whose first axis is the batch: for {size} matrices it returned an "
+                        f"array of shape {leaf.shape}"
+                    )
+            results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
+
+    def interaction_submatrix(self, feature: int, n: int = 50) -> Submatrix:
+        """The smallest part of an output feature's projected matrix that holds its n largest |entries|.
+
+        ``D^T Q D`` is symmetric, and both (i, j) and (j, i) are counted. With biases in the model, the number of
+        features of the input SAE stands for the constant input.
+
+        Raises:
+            ValueError: if the matrix has fewer than n entries, or n is below 1.
+            IndexError: if there is no such feature.
+        """
+        q = self.q(feature, project=True)
+        if not 1 <= n <= q.size:
+            raise ValueError(f"n must lie in 1 ... {q.size} (the number of entries), got {n}")
+        _, entries = jax.lax.top_k(jnp.abs(q).ravel(), n)
+        involved = np.unique(np.concatenate(np.unravel_index(np.asarray(entries), q.shape)))
+        return Submatrix(q[np.ix_(involved, involved)], involved)
+
+    def cosines(self, features: Index) -> Float[Array, "n n"]:
+        """Cosine similarities between the decoder columns of some output features: near 1 or -1, they say the same."""
+        columns = self.out.w_dec[:, self._features(features)[0]]
+        norms = jnp.maximum(jnp.linalg.norm(columns, axis=0, keepdims=True), jnp.finfo(columns.dtype).tiny)
+        columns = columns / jnp.broadcast_to(norms, columns.shape)
+        with jax.default_matmul_precision("highest"):
+            return columns.T @ columns
+
+    def _features(self, idx: Index) -> tuple[Any, bool]:
+        """The output features that idx names, and whether it names one by itself."""
+        if isinstance(idx, slice):
+            return np.arange(self.n_features)[idx], False
+        features = idx if isinstance(idx, jax.core.Tracer) else np.asarray(idx)
+        if features.ndim > 1 or not (features.size == 0 or np.issubdtype(features.dtype, np.integer)):
+            raise IndexError(
+                f"name output features by an int, a slice, or a list or 1-D array of ints, got {features.dtype} of "
+                f"shape {features.shape}"
+            )
+        if not isinstance(idx, jax.core.Tracer):
+            features = features.astype(np.int32)
+            outside = features[(features < 0) | (features >= self.n_features)]
+            if outside.size:
+                raise IndexError(
+                    f"output features of {self.out.name} are 0 ... {self.n_features - 1}, got {outside.flat[0]}"
+                )
+        return jnp.atleast_1d(features), features.ndim == 0
+
+
+@jax.jit
+def _interaction(tensor: BilinearTensor, directions, basis) -> Float[Array, "U in in"]:
+    with jax.default_matmul_precision("highest"):
+        return tensor.interaction(directions, basis)
+
+
+def _resolve_sae(argument: str, given, sites: tuple[str, ...], lm: LanguageModel, layer: int, source) -> SAE:
+    """The SAE that was given, or the one that a dict describes; checked against the model and the layer."""
+    if isinstance(given, SAE):
+        sae = given
+        _check_site(argument, sae.config.site, sites)
+    else:
+        wanted = {"site": sites[0], **(given or {})}
+        unknown = sorted(set(wanted) - {"site", "expansion", "k", "tag"})
+        if unknown:
+            raise ValueError(f"{argument} takes site, expansion, k and tag, got {', '.join(unknown)}")
+        _check_site(argument, site_name(wanted["site"]), sites)
+        if source is None:
+            raise ValueError(
+                "this model was not loaded from anywhere, so its SAEs can't be found: pass scope=, or an SAE as "
+                f"{argument}"
+            )
+        from bilinear_jax.checkpoint import load_sae
+
+        sae = load_sae(source, layer=layer, **wanted)
+    if sae.config.layer != layer:
+        raise ValueError(f"{argument} is the SAE {sae.name} of layer {sae.config.layer}, but layer {layer} is traced")
+    if sae.config.d_model != lm.config.d_model:
+        raise ValueError(
+            f"{argument} is the SAE {sae.name} with d_model {sae.config.d_model}, the model has {lm.config.d_model}"
+        )
+    return sae
+
+
+def _check_site(argument: str, site: str, sites: tuple[str, ...]) -> None:
+    if site not in sites:
+        raise ValueError(f"{argument} must be an SAE of {' or '.join(sites)}, got one of {site}")
+
+
+def _encoder_rows(sae: SAE) -> Float[Array, "features d_model"]:
+    """The gradient of each feature's pre-activation with respect to the SAE's input."""
+    if sae.config.bilinear_encoder:
+        raise ValueError(
+            f"SAE {sae.name} has a bilinear encoder, so a feature has no one encoder row: trace its decoder columns, "
+            "use_encoder=False"
+        )
+    return sae.w_enc / _scale(sae)
+
+
+def _decoder_columns(sae: SAE) -> Float[Array, "d_model features"]:
+    """The gradient of the SAE's reconstruction with respect to its codes."""
+    return sae.w_dec * _scale(sae)
+
+
+def _scale(sae: SAE) -> float:
+    return sae.config.normalize if sae.config.apply_normalize and sae.config.normalize else 1.0
