@@ -2,7 +2,8 @@
 
 A model's folder, whole or not there at all:
 
-    config.json             {"format": "bilinear_jax.transformer", "version": 1, "config": {...}, "origin": {...}}
+    config.json             {"format": "bilinear_jax.transformer", "version": 1, "config": {...}, "origin": {...},
+                             "files": {"params/...": bytes}}
     params/                 the params, an Orbax checkpoint, in the dtype in which they were saved
     tokenizer.json          and tokenizer_config.json; optional
     scope/<name>/           its SAEs: config.json ("bilinear_jax.sae") and params/; optional
@@ -85,7 +86,7 @@ def load_model(source: str | Path, *, attn_scale: float | None = None) -> ModelF
         config = TransformerConfig(**_own_config(folder, raw, MODEL_FORMAT, TransformerConfig))
         if attn_scale is not None:
             config = dataclasses.replace(config, attn_scale=float(attn_scale))
-        params = _restore(folder, _abstract_transformer(config))
+        params = _restore(folder, raw, _abstract_transformer(config))
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return ModelFiles(config, params, str(source), str(folder) if has_tokenizer else None)
 
@@ -121,7 +122,7 @@ def load_sae(
     raw = _read_json(folder / "config.json")
     if raw is not None and "format" in raw:
         config = SAEConfig(**_own_config(folder, raw, SAE_FORMAT, SAEConfig))
-        return SAE(_restore(folder, _abstract_sae(config)), config, str(source))
+        return SAE(_restore(folder, raw, _abstract_sae(config)), config, str(source))
     values, arrays = weights_convert.read_sae(folder)
     return SAE(jax.tree.map(_float32, arrays), SAEConfig(**values), str(source))
 
@@ -221,21 +222,36 @@ def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Mapping
 
     arrays = jax.tree.map(lambda a: np.asarray(a) if dtype is None else np.asarray(a).astype(dtype), params)
     ocp.save(str(folder.resolve() / "params"), arrays)
-    record = {"format": kind, "version": VERSION, "config": dataclasses.asdict(config), "origin": dict(origin)}
+    files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
+    record = {
+        "format": kind,
+        "version": VERSION,
+        "config": dataclasses.asdict(config),
+        "origin": dict(origin),
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+    }
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _restore(folder: Path, abstract: PyTree) -> PyTree:
+def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:
     """The params of a folder in float32, if they have the structure and the shapes of ``abstract``."""
     from orbax.checkpoint import v1 as ocp
 
     path = folder.resolve() / "params"
     if not path.is_dir():
         raise FileNotFoundError(f"{folder} has no params: the checkpoint isn't whole. Convert or download it again")
+    for name, size in raw.get("files", {}).items():
+        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if there != size:
+            raise _damaged(
+                path, f"{name} should have {size} bytes, but {'is gone' if there is None else f'has {there}'}"
+            )
     try:
         stored = ocp.metadata(str(path)).metadata
     except Exception as error:
         raise _damaged(path, error) from error
+    if stored is None:  # Orbax logs why
+        raise _damaged(path, "its metadata can't be read")
     _check_shapes(folder, stored, abstract)
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
     try:
@@ -246,7 +262,7 @@ def _restore(folder: Path, abstract: PyTree) -> PyTree:
     return jax.tree.map(jnp.asarray, arrays)
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, error: Exception | str) -> ValueError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return ValueError(f"{path} can't be read ({reason}): the checkpoint is damaged. Convert or download it again")
 

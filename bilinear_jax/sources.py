@@ -7,6 +7,7 @@ A source is one of
   environment's ``HF_ENDPOINT`` and ``HF_HOME`` are respected.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -119,7 +120,7 @@ def _remote_names(repository: str) -> dict[str, SAEName]:
     from huggingface_hub import HfApi
 
     try:
-        files = HfApi().list_repo_files(repository)
+        siblings = HfApi().model_info(repository).siblings or []  # list_repo_files tries again for a minute if offline
     except Exception as error:
         if not _is_unreachable(error):
             raise _explained(repository, error) from error
@@ -127,15 +128,20 @@ def _remote_names(repository: str) -> dict[str, SAEName]:
             if names := sae_folders(snapshot):
                 return names
         raise _explained(repository, error) from error
+    files = [sibling.rfilename for sibling in siblings]
     return sae_names_among(file.removesuffix("/config.json") for file in files if file.count("/") == 1)
 
 
 def _fetch(repository: str, files: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    """The folder with a repository's files, from the cache alone where the hub can't be reached."""
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(files)))
     except Exception as error:
+        if _is_unreachable(error):
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                return Path(snapshot_download(repository, allow_patterns=list(files), local_files_only=True))
         raise _explained(repository, error) from error
 
 

@@ -1,10 +1,14 @@
-"""Small folders in the published layout, for tests to write and to break."""
+"""Small folders in the published layout, for tests to write and to break, and small models to save."""
 
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from bilinear_jax.nn.transformer import Transformer
 
 TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
 MODEL, SCOPE = TS_MICRO / "model", TS_MICRO / "scope"
@@ -69,3 +73,37 @@ def sae(name: str = "1-mlp-out-x4-k6") -> tuple[dict, dict[str, np.ndarray]]:
     """The config and the weights of a golden SAE."""
     folder = SCOPE / name
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+ORIGIN = {"made_by": "a test"}
+
+
+def make_params(config, seed: int = 0):
+    """Random params of the structure and shapes that a ``TransformerConfig`` asks for."""
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(np.float32)), shapes)
+
+
+def same(left, right) -> bool:
+    """Whether two trees of arrays agree bit for bit."""
+    equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), left, right)
+    return all(jax.tree.leaves(equal))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(
+        models.WordLevel({"[UNK]": 0, "[BOS]": 1, "[EOS]": 2, "hello": 3, "world": 4}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": {"content": "[BOS]"}, "eos_token": "[EOS]", "pad_token": "[EOS]", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))

@@ -53,6 +53,9 @@ def convert(
 
     ``out`` appears when it is whole: see ``bilinear_jax.checkpoint.atomic_folder``.
     """
+    import jax
+    import jax.numpy as jnp
+
     from bilinear_jax import checkpoint, sources
     from bilinear_jax.nn.sae import SAE, SAEConfig
     from bilinear_jax.nn.transformer import TransformerConfig
@@ -73,7 +76,7 @@ def convert(
         for sae_name in names:
             sae_folder = sources.sae_folder(str(scope), sae_name)
             sae_values, sae_params = weights_convert.read_sae(sae_folder)
-            sae = SAE(sae_params, SAEConfig(**sae_values))
+            sae = SAE(jax.tree.map(jnp.asarray, sae_params), SAEConfig(**sae_values))
             _check_fits(sae, config, sae_folder)
             checkpoint.save_sae(partial / "scope" / sae.name, sae, origin=_origin(scope, sae_folder))
     return names

@@ -1,0 +1,189 @@
+"""Names, folders, the hub, tokenizers: what is there is found, what is not is said with what there is."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import published
+import pytest
+
+from bilinear_jax import checkpoint, sources
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.transformer import TransformerConfig
+
+
+def test_unknown_names_list_what_there_is(tmp_path, monkeypatch):
+    with pytest.raises(
+        FileNotFoundError, match=r"no SAE 7-mlp-out-x8-k30 in .*; it holds: 1-mlp-in-x4-k6, 1-mlp-out-x4-k6"
+    ):
+        checkpoint.load_sae(published.SCOPE, layer=7, expansion=8, k=30)
+    with pytest.raises(ValueError, match=r"fits several SAEs in .*: 1-mlp-out-x4-k6, 2-mlp-out-x4-k6"):
+        checkpoint.load_sae(published.SCOPE)
+    with pytest.raises(ValueError, match="unknown SAE site 'mlp-mid'; choose one of"):
+        checkpoint.load_sae(published.SCOPE, site="mlp-mid")
+    with pytest.raises(FileNotFoundError, match="it holds: none"):
+        checkpoint.load_sae(published.MODEL, layer=1)
+    with pytest.raises(FileNotFoundError, match="holds SAEs and no model"):
+        checkpoint.load_model(published.SCOPE)
+    monkeypatch.setattr(sources, "PRETRAINED", tmp_path)
+    shutil.copytree(published.MODEL, tmp_path / "ts-built-in")
+    with pytest.raises(FileNotFoundError, match=r"no folder nano, and no model of that name.*built in: ts-built-in"):
+        checkpoint.load_model("nano")
+    assert checkpoint.load_model("ts-built-in", attn_scale=1.0).config.n_layer == 3
+
+
+def test_without_a_tag_the_untagged_sae_wins(tmp_path):
+    config, weights = published.sae()
+    for tag in ("", "-v0", "-v1"):
+        published.write(tmp_path / f"1-mlp-out-x4-k6{tag}", config | {"tag": tag[1:] or None}, weights)
+    assert checkpoint.load_sae(tmp_path, layer=1).config.tag is None
+    assert checkpoint.load_sae(tmp_path, layer=1, tag="v1").config.tag == "v1"
+    shutil.rmtree(tmp_path / "1-mlp-out-x4-k6")
+    with pytest.raises(ValueError, match="fits several"):
+        checkpoint.load_sae(tmp_path, layer=1)
+
+
+@pytest.mark.parametrize("place", ["model/scope", "model-scope", "model"])
+def test_where_the_saes_of_a_folder_are(tmp_path, place):
+    shutil.copytree(published.MODEL, tmp_path / "model")
+    shutil.copytree(published.SCOPE, tmp_path / place, dirs_exist_ok=True)
+    assert checkpoint.load_sae(tmp_path / "model", layer=2).name == "2-mlp-out-x4-k6"
+    assert checkpoint.load_sae(tmp_path / place, layer=2).name == "2-mlp-out-x4-k6"
+
+
+def test_a_model_without_a_tokenizer_says_so_when_it_is_needed():
+    config = TransformerConfig(n_layer=1, n_head=2, d_model=8, d_hidden=8, n_ctx=8, n_vocab=5, tokenizer="mine")
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer, 'mine', isn't one of ts-4096, mistral, gpt2: put a tokenizer"
+    ):
+        _ = LanguageModel(published.make_params(config), config).tokenizer
+
+
+def test_corpus_is_read_from_disk(tmp_path):
+    copy = tmp_path
+    with pytest.raises(FileNotFoundError, match=r"has no corpus\.npy: give tokens"):
+        checkpoint.corpus(copy)
+    tokens = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    np.save(copy / "corpus.npy", tokens)
+    got = checkpoint.corpus(copy)
+    assert isinstance(got, np.memmap)
+    assert np.array_equal(got, tokens)
+    np.save(copy / "corpus.npy", tokens.astype(np.int64))
+    with pytest.raises(ValueError, match="expected uint16"):
+        checkpoint.corpus(copy)
+
+
+# The hub, served from this machine.
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The three questions that the hub's client asks: which commit, which files, and a file."""
+
+    repositories: dict[str, Path]
+    requests: list[str]
+
+    def do_GET(self):
+        path = self.path.split("?")[0].strip("/")
+        if path == "stop":
+            self.answer(b"")
+            threading.Thread(target=self.server.server_close).start()
+            self.server.shutdown()
+            return
+        is_api = path.startswith("api/models/")
+        owner, name, *rest = path.removeprefix("api/models/").split("/")
+        root = self.repositories.get(f"{owner}/{name}")
+        if root is None:
+            self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+            return
+        files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+        if is_api and rest[:1] == ["tree"]:
+            listing = [
+                {"type": "file", "path": str(file.relative_to(root)), "size": file.stat().st_size, "oid": "0" * 40}
+                for file in files
+            ]
+            self.answer(json.dumps(listing).encode())
+        elif is_api:
+            names = [{"rfilename": str(file.relative_to(root))} for file in files]
+            answer = {"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "sha": "a" * 40, "siblings": names}
+            self.answer(json.dumps(answer).encode())
+        else:
+            file = root.joinpath(*rest[2:])
+            self.requests.append(f"{self.command} {name}/{'/'.join(rest[2:])}")
+            self.answer(file.read_bytes(), 200, {"ETag": f'"{abs(hash(file))}"', "X-Repo-Commit": "a" * 40})
+
+    do_HEAD = do_GET
+
+    def answer(self, body, status=200, headers=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+CLIENT = """
+import sys, os, urllib.request
+from bilinear_jax import checkpoint
+from bilinear_jax.language import load
+
+def attempt(function):
+    try:
+        return function()
+    except Exception as error:
+        print(type(error).__name__, error)
+
+lm = load("someone/ts-micro", attn_scale=0.5)
+print(lm.source, lm.config.n_layer, lm.tokenizer("hello world")["input_ids"])
+print(checkpoint.load_sae("someone/ts-micro", layer=2).name)
+attempt(lambda: load("someone/nothing"))
+attempt(lambda: checkpoint.load_sae("someone/ts-micro", layer=9))
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/stop").read()
+again = load("someone/ts-micro", attn_scale=0.5)
+print("cached", again.config == lm.config, checkpoint.load_sae("someone/ts-micro-scope", layer=2).name)
+attempt(lambda: checkpoint.load_sae("someone/ts-micro", layer=1))
+attempt(lambda: load("someone/else"))
+"""
+
+
+def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    published.write_tokenizer(tokenizer)
+    repositories = {
+        "someone/ts-micro": published.MODEL,
+        "someone/ts-micro-scope": published.SCOPE,
+        "tdooms/ts-tokenizer-4096": tokenizer,
+    }
+    handler = type("Served", (Hub,), {"repositories": repositories, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-W", "error", "-c", CLIENT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["someone/ts-micro 3 [3, 4]", "2-mlp-out-x4-k6"]
+    assert lines[2].startswith("FileNotFoundError someone/nothing can't be had from the hub (http://127.0.0.1")
+    assert lines[3].startswith("FileNotFoundError no SAE 9-mlp-out-x*-k* in someone/ts-micro; it holds: 1-mlp-in-x4-k6")
+    assert lines[4] == "cached True 2-mlp-out-x4-k6"
+    assert "it holds: 2-mlp-out-x4-k6" in lines[5]
+    assert lines[6].startswith("ConnectionError the hub (http://127.0.0.1")
+    assert "can't be reached" in lines[6]
+    assert "from the hub's cache: someone/ts-micro, someone/ts-micro-scope;" in lines[6]
+    fetched = {request for request in handler.requests if request.startswith("GET")}
+    assert fetched == {
+        *("GET ts-micro/config.json", "GET ts-micro/model.safetensors"),
+        *("GET ts-micro-scope/2-mlp-out-x4-k6/config.json", "GET ts-micro-scope/2-mlp-out-x4-k6/model.safetensors"),
+        *("GET ts-tokenizer-4096/tokenizer.json", "GET ts-tokenizer-4096/tokenizer_config.json"),
+    }
