@@ -244,8 +244,14 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
             ) from error
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put it there, or work with token ids")
-    special = dict(zip(("bos_token", "eos_token", "pad_token"), known[1:], strict=True)) if known else {}
-    return _tokenizer_class()(tokenizer_file=str(path), **(special | _special_tokens(path)))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    usual = dict(zip(("bos_token", "eos_token", "pad_token"), known[1:], strict=True)) if known else {}
+    usual = {key: token for key, token in usual.items() if tokenizer.token_to_id(token) is not None}
+    padding = {key: token for key, token in usual.items() if key == "pad_token"}  # whatever the files say
+    special = usual | _special_tokens(path) | padding
+    return _tokenizer_class()(tokenizer_object=tokenizer, **special)
 
 
 def _special_tokens(path: Path) -> dict[str, str]:

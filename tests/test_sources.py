@@ -57,6 +57,15 @@ def test_where_the_saes_of_a_folder_are(tmp_path, place):
     assert checkpoint.load_sae(tmp_path / place, layer=2).name == "2-mlp-out-x4-k6"
 
 
+def test_known_tokenizers_pad_as_published_and_gain_no_token(tmp_path):
+    published.write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[UNK]"}')
+    tokenizer = checkpoint.load_tokenizer(str(tmp_path), "ts-4096")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    other = checkpoint.load_tokenizer(str(tmp_path), "mistral")  # whose tokens this one doesn't have
+    assert (other.bos_token, other.pad_token, len(other)) == (None, "[UNK]", 5)
+
+
 def test_a_model_without_a_tokenizer_says_so_when_it_is_needed():
     config = TransformerConfig(n_layer=1, n_head=2, d_model=8, d_hidden=8, n_ctx=8, n_vocab=5, tokenizer="mine")
     with pytest.raises(
