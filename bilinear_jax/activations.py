@@ -53,9 +53,9 @@ def top_activations(
 ) -> dict[str, TopActivations]:
     """The ``k`` largest activations of every feature of every SAE, in one pass of the language model.
 
-    Only codes that the SAE's own top-k selected count: the 0 of an inactive feature is no activation. Ties go to
-    the earlier row, then to the earlier position. No layer after the last SAE's is run, and no more than one
-    batch of codes is held at a time. A progress bar shows on a terminal.
+    Only codes that the SAE's own top-k selected, and that aren't 0, count: an inactive feature has no activation.
+    Ties go to the earlier row, then to the earlier position. No layer after the last SAE's is run, and no more than
+    one batch of codes is held at a time. A progress bar shows on a terminal.
 
     Args:
         saes: one SAE or several, at any sites and layers, with different names.
@@ -77,8 +77,8 @@ def top_activations(
         >>> from bilinear_jax.nn.sae import SAEConfig
         >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
         >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
-        >>> tokens = np.arange(30).reshape(5, 6) % 10
-        >>> lm = LanguageModel(Transformer(config).init(jax.random.key(0), tokens)["params"], config)
+        >>> tokens = jnp.arange(30).reshape(5, 6) % 10
+        >>> lm = LanguageModel(jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"], config)
         >>> sae = SAE.init(SAEConfig("mlp_in", 1, d_model=8, expansion=4, k=2), jax.random.key(1))
         >>> top = top_activations(lm, sae, tokens, k=3)["1-mlp-in-x4-k2"]
         >>> top.values.shape, bool((top.positions != 0).all())
@@ -136,7 +136,7 @@ def _merge_batch(lm, saes, best, tokens, token_mask, first_row, *, one_per_row: 
 def _candidates(codes: SparseCodes, token_mask: Bool[Array, "batch seq"], k: int, one_per_row: bool) -> TopActivations:
     """The activations of a batch that can be among the top, ``-inf`` where there is none."""
     batch, seq = token_mask.shape
-    selected = jnp.where(token_mask[..., None], codes.values, -jnp.inf)
+    selected = jnp.where(token_mask[..., None] & (codes.values != 0), codes.values, -jnp.inf)
     if one_per_row:
         row = jnp.broadcast_to(jnp.arange(batch)[:, None, None], selected.shape)
         position = jnp.broadcast_to(jnp.arange(seq)[None, :, None], selected.shape)
@@ -235,10 +235,9 @@ def locate(
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
         codes = row_codes(lm, sae, tokens, chosen, batch_size)
-        selected = (np.asarray(codes.indices) == feature).any(-1)
-        values = feature_codes(codes, feature)
-        for row, active, value in zip(chosen, selected, values, strict=True):
-            active = active & np.asarray(lm.token_mask(np.asarray(tokens[row])[None]))[0]
+        masks = np.asarray(lm.token_mask(np.stack([tokens[row] for row in chosen])))
+        for row, mask, value in zip(chosen, masks, feature_codes(codes, feature), strict=True):
+            active = mask & (value != 0)
             if active.any():
                 position = int(np.argmax(np.where(active, value, -np.inf)))
                 found.append((float(value[position]), int(row), position))

@@ -58,17 +58,19 @@ def sae_sums(
 
     def reconstructed(value):
         found = value.astype(jnp.float32)
-        return jnp.where(token_mask[..., None], sae.decode(sae.encode(found, sparse=True), found), found)
+        return sae.decode(sae.encode(found, sparse=True), found).astype(value.dtype)
 
-    def zeroed(value):
-        return jnp.where(token_mask[..., None], 0.0, value.astype(jnp.float32))
+    def loss(which):
+        """Summed loss with the site left as it is (0), reconstructed (1) or zeroed (2): one compilation for all."""
 
-    site = (sae.config.site, sae.config.layer)
-    losses, predicted = [], jnp.zeros(())
-    runs: list[dict[Site, Edit]] = [{}, {site: reconstructed}, {site: zeroed}]
-    for edits in runs:
-        total, predicted = sites.loss(lm.config, lm.params, tokens, token_mask, edits, compute_dtype=lm.compute_dtype)
-        losses.append(total)
+        def edit(value):
+            other = jax.lax.switch(which, [lambda v: v, reconstructed, jnp.zeros_like], value)
+            return jnp.where(token_mask[..., None], other, value)
+
+        edits: dict[Site, Edit] = {(sae.config.site, sae.config.layer): edit}
+        return sites.loss(lm.config, lm.params, tokens, token_mask, edits, compute_dtype=lm.compute_dtype)
+
+    losses, predicted = jax.lax.map(loss, jnp.arange(3))
     return SAESums(
         squared_error=error,
         squared_norm=jnp.sum((x * counted) ** 2),
@@ -76,8 +78,8 @@ def sae_sums(
         absolute=jnp.sum(jnp.abs(codes.values) * counted),
         fired=jnp.zeros(sae.config.n_features).at[codes.indices].add(nonzero),
         tokens=jnp.sum(counted),
-        losses=jnp.stack(losses),
-        predicted=predicted,
+        losses=losses,
+        predicted=predicted[0],
     )
 
 
@@ -104,8 +106,8 @@ def evaluate_sae(lm: LanguageModel, sae: SAE, tokens, token_mask=None, batch_siz
         >>> from bilinear_jax.nn.sae import SAEConfig
         >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
         >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
-        >>> tokens = np.arange(30).reshape(5, 6) % 10
-        >>> lm = LanguageModel(Transformer(config).init(jax.random.key(0), tokens)["params"], config)
+        >>> tokens = jnp.arange(30).reshape(5, 6) % 10
+        >>> lm = LanguageModel(jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"], config)
         >>> sae = SAE.init(SAEConfig("mlp_out", 1, d_model=8, expansion=4, k=2), jax.random.key(1))
         >>> metrics = evaluate_sae(lm, sae, tokens)
         >>> metrics.l0, metrics.tokens, 0 < metrics.nmse < 1

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,8 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
         >>> from bilinear_jax.nn.sae import SAEConfig
         >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
         >>> config = TransformerConfig(n_layer=1, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
-        >>> lm = LanguageModel(Transformer(config).init(jax.random.key(0), jnp.zeros((1, 6), int))["params"], config)
+        >>> params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 6), int))["params"]
+        >>> lm = LanguageModel(params, config)
         >>> sae = SAE.init(SAEConfig("mlp_out", 0, d_model=8, expansion=4, k=2), jax.random.key(1))
         >>> effects = logit_effects(lm, sae, 3, k=2)
         >>> bool(effects.raised_by[0] > effects.lowered_by[0]), effects.lowered.shape
@@ -135,7 +136,7 @@ class Visualizer:
         color: bool | None = None,
         window: int = 10,
         logits: int = 6,
-        file: TextIO | None = None,
+        file: Any = None,
     ) -> None:
         """Print each feature: its logits, then its ``k`` largest activations with the tokens around them.
 
@@ -148,7 +149,7 @@ class Visualizer:
                 ``NO_COLOR`` isn't set. Without colours the token of the activation stands in [brackets].
             window: tokens shown on either side.
             logits: tokens listed as raised and as lowered; 0 leaves them out.
-            file: where to print; by default the standard output.
+            file: a text stream to print to; by default the standard output.
 
         Raises:
             ValueError: for a feature that the SAE doesn't have.
@@ -269,17 +270,17 @@ def _chosen(lm: LanguageModel, sae: SAE, top) -> TopActivations | RankedRows:
         return find_top(top, sae, "the top activations given")
     path = _folder(lm) / "top-activations.safetensors" if top is None else Path(top)
     if not path.is_file():
-        raise ValueError(f"there is no {path}: pass tokens= to compute the top activations over them")
+        raise FileNotFoundError(f"there is no {path}: pass tokens= to compute the top activations over them")
     return find_top(load_top_activations(path), sae, str(path))
 
 
-def _colorful(file: TextIO) -> bool:
+def _colorful(file: Any) -> bool:
     """Whether ANSI colours belong into a stream: a terminal's or a notebook's, unless the user set NO_COLOR."""
     if os.environ.get("NO_COLOR"):
         return False
     if type(file).__module__.startswith("ipykernel"):
         return True
-    return file.isatty() and os.environ.get("TERM") != "dumb"
+    return hasattr(file, "isatty") and file.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _dark_terminal() -> bool:
