@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from bilinear_jax.nn.transformer import Layer, LayerStack, TransformerConfig, embed, unembed
+from bilinear_jax.nn.transformer import Layer, TransformerConfig, embed, unembed
 
 if TYPE_CHECKING:
     from bilinear_jax.language import LanguageModel
@@ -195,8 +195,15 @@ def _generate(
     batch, width = prompts.shape
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     in_prompt = jnp.arange(width)[None] < lengths[:, None]
-    layers = jax.tree.map(lambda a: a.astype(compute_dtype), params["layers"])
+    stacked = jax.tree.map(lambda a: a.astype(compute_dtype), params["layers"])
+    layers = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.n_layer)]
     w_u = params["w_u"].astype(compute_dtype)
+
+    def to_cache(a):
+        return a.transpose(0, 2, 3, 1).reshape(batch * config.n_head, config.d_head, -1)
+
+    def from_cache(a):
+        return a.reshape(batch, config.n_head, config.d_head, -1).transpose(0, 3, 1, 2)
 
     def draw(x, t):
         """Token t of every row, from the residual stream of the token before it."""
@@ -204,32 +211,35 @@ def _generate(
         return sample(unembed(config, w_u, x), keys, 0 if greedy else temperature, top_k)
 
     def run_prompts():
+        cache = []
+
+        def tap(site, value):
+            if site in ("keys", "values"):
+                cache.append(jnp.pad(to_cache(value), ((0, 0), (0, 0), (0, slots))))
+            return value
+
         x = embed(params["w_e"], jnp.where(in_prompt, prompts, 0), compute_dtype)
-        stack = LayerStack(config, config.n_layer)
-        x, cache = stack.apply({"params": {"layers": layers}}, x, frozenset({"keys", "values"}))
-        cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))), cache)
-        x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return x, [jax.tree.map(lambda a, i=i: a[i], cache) for i in range(config.n_layer)]
+        for weights in layers:
+            x = Layer(config).apply({"params": weights}, x, tap)
+        return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
     def step(state):
         """Token t, from the cache and token t - 1, which it adds to the cache."""
         t, token, finished, new, cache = state
-        x = embed(params["w_e"], token[:, None], compute_dtype)
-        positions = (lengths + (t - 1))[:, None]
+        old, cache = iter(cache), []
+
+        def tap(site, value):
+            if site not in ("keys", "values"):
+                return value
+            cache.append(jax.lax.dynamic_update_slice_in_dim(next(old), to_cache(value), width + t - 1, axis=2))
+            return from_cache(cache[-1])
+
         in_new = jnp.broadcast_to(jnp.arange(slots)[None] < t, (batch, slots))
         seen = jnp.concatenate([in_prompt, in_new], axis=1)[:, None]
-        written = []
-        for i, entries in enumerate(cache):
-            weights, entries = jax.tree.map(lambda a, i=i: a[i], layers), dict(entries)
-
-            def tap(site, value, entries=entries):
-                if site in entries:
-                    entries[site] = jax.lax.dynamic_update_slice_in_dim(entries[site], value, width + t - 1, axis=1)
-                return entries.get(site, value)
-
-            x = Layer(config).apply({"params": weights}, x, tap, positions, seen)
-            written.append(entries)
-        return emit(t, draw(x[:, 0], t), finished, new, written)
+        x = embed(params["w_e"], token[:, None], compute_dtype)
+        for weights in layers:
+            x = Layer(config).apply({"params": weights}, x, tap, (lengths + (t - 1))[:, None], seen)
+        return emit(t, draw(x[:, 0], t), finished, new, cache)
 
     def emit(t, token, finished, new, cache):
         token = jnp.where(finished, stop_token, token)
