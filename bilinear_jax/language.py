@@ -83,7 +83,7 @@ class LanguageModel:
 
     def token_mask(self, tokens):
         """Which tokens count by default: all but position 0 and the padding at the end of each row."""
-        return default_token_mask(jnp.asarray(tokens), self.config.pad_id)
+        return default_token_mask(jnp.asarray(tokens, jnp.int32), self.config.pad_id)
 
     def encode(self, text: str):
         """The tokens of a text, ``[1, seq]``, exactly as the tokenizer gives them."""

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class Visualizer:
 
     def __call__(
         self,
-        *features: int,
+        *features: SupportsIndex,
         k: int = 5,
         dark: bool | None = None,
         color: bool | None = None,
@@ -162,7 +162,7 @@ class Visualizer:
 
     def text(
         self,
-        *features: int,
+        *features: SupportsIndex,
         k: int = 5,
         dark: bool | None = None,
         color: bool = False,
@@ -175,7 +175,7 @@ class Visualizer:
         found = self.contexts(*features, k=k, window=window)
         return "\n\n".join(self._block(feature, found[feature], palette, logits) for feature in found)
 
-    def contexts(self, *features: int, k: int = 5, window: int = 10) -> dict[int, list[Context]]:
+    def contexts(self, *features: SupportsIndex, k: int = 5, window: int = 10) -> dict[int, list[Context]]:
         """The ``k`` largest activations of each feature with ``window`` tokens on either side; none of a dead one."""
         numbers = list(dict.fromkeys(check_feature(self.sae, feature) for feature in features))
         tops = {feature: self._largest(feature, k) for feature in numbers}

@@ -130,6 +130,11 @@ def test_an_output_that_knows_no_unicode_gets_escapes(vis):
     assert "\\u241b[2J" in file.getvalue() and file.getvalue().isascii()
 
 
+def test_features_may_be_numbers_of_arrays(vis):
+    """What a top-k of JAX or numpy gives."""
+    assert vis.text(np.int64(NOT), jnp.asarray(LOST)) == vis.text(NOT, LOST)
+
+
 def test_a_dead_feature_and_a_rare_one(vis):
     text = vis.text(LOST, DEAD, k=5, logits=0)
     lost, dead = text.split("\n\n")
