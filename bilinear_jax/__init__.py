@@ -6,54 +6,44 @@ in the basis of a sparse autoencoder (SAE) its entries say which features make w
 
 Axis names, in every signature:
 
-    batch, seq      sequences and token positions
-    d_model         width of the residual stream
-    d_hidden        hidden units of an MLP
-    d_head, n_head  width and number of attention heads
-    n_layer         layers; the first axis of everything under params["layers"]
-    n_vocab         tokens of the vocabulary
-    features, k     features of an SAE, and how many are active at a token
-    out, hidden, in the three axes of a BilinearTensor's factors
-    U               output directions asked about at once
+    batch, seq       sequences and token positions
+    rows             sequences of a token dataset
+    d_model          width of the residual stream
+    d_hidden         hidden units of an MLP
+    d_head, n_head   width and number of attention heads
+    n_layer          layers; the first axis of everything under params["layers"]
+    n_vocab          tokens of the vocabulary
+    features, k      features of an SAE, and how many are active at a token
+    out, hidden, in  the axes of a BilinearTensor's factors
+    U                output directions asked about at once
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+from bilinear_jax import checkpoint, evaluation, figures, generation, spectra
+from bilinear_jax.activations import top_activations
+from bilinear_jax.checkpoint import load_sae
+from bilinear_jax.language import LanguageModel, load
+from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
+from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.tensor import BilinearTensor
+from bilinear_jax.tracer import Tracer
+from bilinear_jax.visualizer import Visualizer, logit_effects
 
-_PUBLIC = {
-    "BilinearTensor": "bilinear_jax.tensor",
-    "LanguageModel": "bilinear_jax.language",
-    "SAE": "bilinear_jax.nn.sae",
-    "SAEConfig": "bilinear_jax.nn.sae",
-    "SparseCodes": "bilinear_jax.nn.sae",
-    "Tracer": "bilinear_jax.tracer",
-    "TransformerConfig": "bilinear_jax.nn.transformer",
-    "Visualizer": "bilinear_jax.visualizer",
-    "load": "bilinear_jax.language",
-    "load_sae": "bilinear_jax.checkpoint",
-}
-_MODULES = ("checkpoint", "figures", "generation", "spectra", "visualizer")
-
-__all__ = sorted([*_PUBLIC, *_MODULES])
-
-if TYPE_CHECKING:
-    from bilinear_jax import checkpoint, figures, generation, spectra, visualizer
-    from bilinear_jax.checkpoint import load_sae
-    from bilinear_jax.language import LanguageModel, load
-    from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
-    from bilinear_jax.nn.transformer import TransformerConfig
-    from bilinear_jax.tensor import BilinearTensor
-    from bilinear_jax.tracer import Tracer
-    from bilinear_jax.visualizer import Visualizer
-
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    if name in _MODULES:
-        return import_module(f"bilinear_jax.{name}")
-    raise AttributeError(f"module 'bilinear_jax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__all__ = [
+    "SAE",
+    "BilinearTensor",
+    "LanguageModel",
+    "SAEConfig",
+    "SparseCodes",
+    "Tracer",
+    "TransformerConfig",
+    "Visualizer",
+    "checkpoint",
+    "evaluation",
+    "figures",
+    "generation",
+    "load",
+    "load_sae",
+    "logit_effects",
+    "spectra",
+    "top_activations",
+]

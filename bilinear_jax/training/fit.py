@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ def fit(
 
     ``batch_at(step)`` gives the batch of a step, so that a resumed run sees the same data. Writes into
     ``directory``: ``config.json`` (refuses to resume a run that another config started), ``metrics.jsonl``
-    (a JSON object a line: step and metrics), and Orbax checkpoints, the newest two kept. ``update`` is
+    (a JSON object a line: step, seconds
+    of training so far, metrics), and Orbax checkpoints, the newest two kept. ``update`` is
     jitted here and its state argument donated.
 
     Raises ``ValueError`` for a changed config and ``FloatingPointError`` for a loss that is not finite;
@@ -62,7 +64,8 @@ def fit(
             state = checkpointer.load(checkpointer.latest.step, jax.tree.map(jax.numpy.asarray, state))
         start = int(state.step)
         metrics_path = directory / "metrics.jsonl"
-        _forget_after(metrics_path, start)
+        trained_before = _forget_after(metrics_path, start)
+        began = time.monotonic()
         with tqdm(total=steps, initial=start, desc=name, disable=None, unit="step") as bar:
             for step in range(start, steps):
                 state, metrics = update(state, batch_at(step))
@@ -80,7 +83,8 @@ def fit(
                         )
                     if evaluate is not None and evaluate_due:
                         report |= evaluate(state)
-                    _append(metrics_path, {"step": done} | report)
+                    seconds = round(trained_before + time.monotonic() - began, 1)
+                    _append(metrics_path, {"step": done, "seconds": seconds} | report)
                     bar.set_postfix({key: f"{value:.4g}" for key, value in report.items()}, refresh=False)
                 if save_due:
                     checkpointer.save(done, state, force=True)
@@ -112,11 +116,11 @@ def _claim(directory: Path, config: dict) -> None:
         raise ValueError(f"{directory} holds a run with another config ({listing}): restore it, or name another folder")
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the metric lines that the resumed run will write again."""
+def _forget_after(path: Path, step: int) -> float:
+    """Drop the metric lines that the resumed run will write again; the seconds that the kept ones took."""
     if not path.exists():
-        return
-    kept = []
+        return 0.0
+    kept, seconds = [], 0.0
     for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
@@ -124,9 +128,11 @@ def _forget_after(path: Path, step: int) -> None:
             continue
         if entry["step"] <= step:
             kept.append(line + "\n")
+            seconds = entry["seconds"]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+    return seconds
 
 
 def _append(path: Path, entry: dict) -> None:

@@ -21,7 +21,7 @@ class LanguageRecipe:
     batch_size: int = 16  # windows of n_ctx tokens an update
     matrix_lr: float = 0.02  # Muon's learning rate, for the layers' weight matrices
     embed_lr: float = 1e-2  # Adam's learning rate, for the embeddings and biases
-    weight_decay: float = 0.01  # decoupled, on the weight matrices
+    weight_decay: float = 0.1  # decoupled, on the weight matrices
     warmup: int = 100  # steps
     clip: float = 1.0  # largest global gradient norm
     seed: int = 0  # of the parameters and of the order of the data

@@ -1,0 +1,68 @@
+# %% [markdown]
+# # Language modelling
+#
+# How SAE features make SAE features, read from the weights of a bilinear MLP. This is the language chapter of
+# "Bilinear MLPs enable weight-based mechanistic interpretability" on the small model that ships with the package;
+# for the paper's own, load "tdooms/fw-medium" and take layer 7 with expansion 8.
+
+# %%
+import jax
+import jax.numpy as jnp
+
+import bilinear_jax as bj
+
+# %% [markdown]
+# ## Setting up
+# The model writes children's stories.
+
+# %%
+lm = bj.load("ts-nano")
+print(lm.generate("Once upon a time", max_length=60, temperature=0.7))
+
+# %% [markdown]
+# `Tracer` puts an SAE on either side of a layer's MLP. `Visualizer` shows what a feature fires on.
+
+# %%
+tracer = bj.Tracer(lm, layer=2, inp=dict(expansion=4), out=dict(expansion=4))
+show_input = bj.Visualizer(lm, tracer.inp)
+show_output = bj.Visualizer(lm, tracer.out)
+
+# %% [markdown]
+# ## Finding interesting output features
+# Every output feature has an interaction matrix. A matrix with a few large eigenvalues has structure: rank all
+# features by the sum of their two largest |eigenvalues|. (It is a heuristic.)
+
+# %%
+scores = tracer.compute(bj.spectra.truncated_eigenvalues, k=2)
+values, best = jax.lax.top_k(scores, 10)
+
+# %% [markdown]
+# Are any of them related? The cosines between their decoder columns tell.
+
+# %%
+directions = tracer.out.w_dec[:, best]
+cosines = bj.figures.heat_map(directions.T @ directions, best, title="Cosines of the ten best")
+cosines.savefig("cosines.png")
+
+# %%
+show_output(int(best[0]), int(best[1]), k=5)
+
+# %% [markdown]
+# ## Understanding feature interactions
+# In the basis of the input SAE, entry (i, j) says how much input features i and j together make this output feature.
+# Take the 50 largest entries of the whole matrix, and show the smallest sub-matrix that holds them.
+
+# %%
+feature = int(best[0])
+q = tracer.q(feature, project=True)
+matrix, inputs = tracer.interaction_submatrix(feature, n=50)
+print(f"{len(inputs)} input features hold {float(jnp.sum(matrix**2) / jnp.sum(q**2)):.1%} of the squared interactions")
+interactions = bj.figures.heat_map(matrix, inputs, title=f"What makes output feature {feature}")
+interactions.savefig("interactions.png")
+
+# %% [markdown]
+# What are the two input features that interact most?
+
+# %%
+row, column = jnp.unravel_index(jnp.argmax(jnp.abs(q)), q.shape)
+show_input(int(row), int(column), k=5)
