@@ -47,12 +47,12 @@ def heat_map(matrix: Any, labels: Sequence[Any] | None = None, title: str | None
     longest = max(map(len, labels))
     cell = 0.62 if n <= WRITTEN_OUT else max(0.19, 4.5 / n)  # inches
     font = min(10.0, cell * 45)  # points; a label stands upright in its cell
-    side, margin = max(n * cell, 2.0), 0.35 + longest * font * 0.65 / 72
-    bar = 0.22
-    top = margin + (0.45 if title else 0.1)
-    width, height = margin + side + 0.25 + bar + 0.9, 0.25 + side + top
+    side, margin = max(n * cell, 2.0), 0.15 + longest * font * 0.65 / 72
+    gap, bar, below = 0.25, 0.22, 0.25
+    width = max(margin + side + gap + bar + 0.9, margin + 0.1 * len(title or "") + 0.2)
+    height = below + side + margin + (0.35 if title else 0)
     figure = _new_figure(width, height)
-    axes = figure.add_axes((margin / width, 0.25 / height, side / width, side / height))
+    axes = figure.add_axes((margin / width, below / height, side / width, side / height))
     limit = float(np.abs(matrix).max()) or 1.0
     image = axes.imshow(matrix, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_xticks(range(n), labels, rotation=90, fontsize=font)
@@ -63,9 +63,7 @@ def heat_map(matrix: Any, labels: Sequence[Any] | None = None, title: str | None
         for (i, j), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.6 * limit else "black"
             axes.text(j, i, _short(value), ha="center", va="center", fontsize=9, color=colour)
-    bar_axes = figure.add_axes(
-        ((margin + side + 0.25) / width, 0.25 / height, bar / width, side / height),
-    )
+    bar_axes = figure.add_axes(((margin + side + gap) / width, below / height, bar / width, side / height))
     figure.colorbar(image, cax=bar_axes, label=unit or None)
     if title:
         figure.suptitle(title, x=margin / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=12)
@@ -148,4 +146,4 @@ def _finite(name: str, array: Any) -> np.ndarray:
 
 def _short(value: float) -> str:
     """A number in at most six characters."""
-    return f"{value:.2f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+    return f"{value + 0.0:.2f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
