@@ -199,8 +199,12 @@ def _generate(
     layers = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.n_layer)]
     w_u = params["w_u"].astype(compute_dtype)
 
+    # [batch, n_head, d_head, slots] without axes of size 1: the very operand of the two products of attention. With
+    # anything in between, be it a reshape, XLA on a CPU copies the whole cache several times a step.
+    heads = tuple(size for size in (batch, config.n_head) if size > 1)
+
     def to_cache(a):
-        return a.transpose(0, 2, 3, 1).reshape(batch * config.n_head, config.d_head, -1)
+        return a.transpose(0, 2, 3, 1).reshape(*heads, config.d_head, -1)
 
     def from_cache(a):
         return a.reshape(batch, config.n_head, config.d_head, -1).transpose(0, 3, 1, 2)
@@ -215,7 +219,7 @@ def _generate(
 
         def tap(site, value):
             if site in ("keys", "values"):
-                cache.append(jnp.pad(to_cache(value), ((0, 0), (0, 0), (0, slots))))
+                cache.append(to_cache(jnp.pad(value, ((0, 0), (0, slots), (0, 0), (0, 0)))))
             return value
 
         x = embed(params["w_e"], jnp.where(in_prompt, prompts, 0), compute_dtype)
@@ -231,7 +235,7 @@ def _generate(
         def tap(site, value):
             if site not in ("keys", "values"):
                 return value
-            cache.append(jax.lax.dynamic_update_slice_in_dim(next(old), to_cache(value), width + t - 1, axis=2))
+            cache.append(jax.lax.dynamic_update_slice_in_dim(next(old), to_cache(value), width + t - 1, axis=-1))
             return from_cache(cache[-1])
 
         in_new = jnp.broadcast_to(jnp.arange(slots)[None] < t, (batch, slots))
