@@ -42,9 +42,8 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     values, best = jax.lax.top_k(scores, 10)
     for feature, value in zip(best.tolist(), values.tolist(), strict=True):
         print(f"  feature {feature:5d}  {value:.3f}")
-    directions = tracer.out.w_dec[:, best]
-    cosines = directions.T @ directions  # decoder columns have unit length
-    _save(bj.figures.heat_map(cosines, best, title="Cosines between the decoder columns of the ten best"), out, "cosines")
+    title = "Cosines between the decoder columns of the ten best"
+    _save(bj.figures.heat_map(tracer.cosines(best), best, title=title), out, "cosines")
 
     _heading("What the best two fire on")
     feature = int(best[0])

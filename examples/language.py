@@ -40,8 +40,7 @@ values, best = jax.lax.top_k(scores, 10)
 # Are any of them related? The cosines between their decoder columns tell.
 
 # %%
-directions = tracer.out.w_dec[:, best]
-cosines = bj.figures.heat_map(directions.T @ directions, best, title="Cosines of the ten best")
+cosines = bj.figures.heat_map(tracer.cosines(best), best, title="Cosines of the ten best")
 cosines.savefig("cosines.png")
 
 # %%

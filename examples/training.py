@@ -23,7 +23,13 @@ import bilinear_jax as bj
 from bilinear_jax.activations import save_top_activations
 from bilinear_jax.checkpoint import save_model, save_sae
 from bilinear_jax.evaluation import evaluate_sae
-from bilinear_jax.training.data import encode_documents, held_out_rows, read_documents, train_tokenizer
+from bilinear_jax.training.data import (
+    encode_documents,
+    held_out_rows,
+    read_documents,
+    save_tokenizer,
+    train_tokenizer,
+)
 from bilinear_jax.training.language import LanguageRecipe, train_language
 from bilinear_jax.training.sae import SAERecipe, train_saes
 
@@ -44,7 +50,7 @@ training, held_out = documents[: -options.held_out], documents[-options.held_out
 options.out.mkdir(parents=True, exist_ok=True)
 tokenizer_file = options.out / "tokenizer.json"
 if not tokenizer_file.exists():
-    train_tokenizer(training, n_vocab=4096).save(str(tokenizer_file))
+    save_tokenizer(train_tokenizer(training, n_vocab=4096), options.out)
 tokenizer = Tokenizer.from_file(str(tokenizer_file))
 tokens = encode_documents(tokenizer, training)
 
@@ -64,7 +70,7 @@ origin = {
 }
 folder = options.out / "model"
 if not folder.exists():
-    save_model(folder, config, params, tokenizer=tokenizer_file, origin=origin, dtype=jnp.bfloat16)
+    save_model(folder, config, params, tokenizer=options.out, origin=origin, dtype=jnp.bfloat16)
 lm = bj.load(folder)
 
 # %% SAEs around one MLP, all trained in the same pass.

@@ -6,6 +6,7 @@ continues with exactly the batches that it would have seen.
 
 import dataclasses
 import gzip
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def train_tokenizer(documents: Iterable[str], n_vocab: int):
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
     )
     return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """Write ``tokenizer.json`` and, so that generation can stop and batches can be padded, ``tokenizer_config.json``."""
+    folder = Path(folder)
+    special = {name: END_OF_TEXT for name in ("bos_token", "eos_token", "pad_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def encode_documents(tokenizer, documents: Sequence[str]) -> Int[np.ndarray, " tokens"]:

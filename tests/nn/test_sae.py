@@ -9,7 +9,9 @@ from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
 
 
 def small(**options) -> SAE:
-    return SAE.init(SAEConfig("mlp_out", 1, d_model=4, expansion=3, k=options.pop("k", 2), **options), jax.random.key(0))
+    return SAE.init(
+        SAEConfig("mlp_out", 1, d_model=4, expansion=3, k=options.pop("k", 2), **options), jax.random.key(0)
+    )
 
 
 def with_params(sae: SAE, **params) -> SAE:
