@@ -60,7 +60,7 @@ class ModelFiles(NamedTuple):
     tokenizer_source: str | None  # the folder, if it has a tokenizer.json; None: look the config's tokenizer up
 
 
-def load_model(source: str | Path, *, attn_scale: float | None = None) -> ModelFiles:
+def load_model(source: str | Path, *, attn_scale: float | int | None = None) -> ModelFiles:
     """The config and params of a model.
 
     Args:

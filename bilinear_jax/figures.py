@@ -3,7 +3,6 @@
 They touch no global state of matplotlib, and open no window.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ NEGATIVE, POSITIVE = "#b2182b", "#2166ac"  # the same two
 WRITTEN_OUT = 12  # up to so many labels, each cell of a heat map has its value written in it
 
 
-def heat_map(matrix: Any, labels: Sequence[Any] | None = None, title: str | None = None, unit: str = "") -> "Figure":
+def heat_map(matrix: Any, labels: Any = None, title: str | None = None, unit: str = "") -> "Figure":
     """A square matrix in colours from red (negative) through white (0) to blue (positive), labelled on both axes.
 
     The colours are symmetric around 0: they reach as far as the largest |entry|. The first row is at the top. The
@@ -119,7 +118,7 @@ def eigenvalue_spectrum(values: Any, title: str | None = None) -> "Figure":
     axes.set_xlabel("rank, from the largest")
     axes.set_ylabel("eigenvalue")
     axes.margins(x=0.02)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     if title:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from bilinear_jax.nn import sites as sites_module
@@ -76,10 +77,9 @@ class LanguageModel:
             >>> got["mlp_in"].shape[0], got["resid_mid", 2].shape[-1]
             (4, 256)
         """
-        sites = tuple(tuple(site) if isinstance(site, list) else site for site in sites)
         tokens = self._checked(tokens)
         run = sites_module.capture if edits else _capture
-        return run(self.config, self.params, tokens, sites, dict(edits), compute_dtype=self.compute_dtype)
+        return run(self.config, self.params, tokens, tuple(sites), dict(edits), compute_dtype=self.compute_dtype)
 
     def token_mask(self, tokens):
         """Which tokens count by default: all but position 0 and the padding at the end of each row."""
@@ -112,7 +112,7 @@ class LanguageModel:
                 f"{tokens.shape[1]} tokens do not fit the context of {self.config.n_ctx}: shorten the text, or cut it "
                 "into rows"
             )
-        if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        if not isinstance(tokens, Tracer) and tokens.size:
             concrete = np.asarray(tokens)
             low, high = int(concrete.min()), int(concrete.max())
             if low < 0 or high >= self.config.n_vocab:
@@ -126,7 +126,7 @@ class LanguageModel:
 _VIEWS = frozenset({"w_e", "w_u", "w_q", "w_k", "w_v", "w_o", "w_l", "w_r", "w_p", "qk", "ov"})
 
 
-def load(source: str | Path, attn_scale: float | None = None, compute_dtype: Any = jnp.float32) -> LanguageModel:
+def load(source: str | Path, attn_scale: float | int | None = None, compute_dtype: Any = jnp.float32) -> LanguageModel:
     """A language model with its parameters, ready to run; its tokenizer is looked up when it is first needed.
 
     Args:

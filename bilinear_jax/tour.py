@@ -29,7 +29,9 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     lm = bj.load(model)
     c = lm.config
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
-    print(f"{model}: {c.n_layer} bilinear layers, d_model {c.d_model}, {size / 1e6:.1f} million parameters. It writes:\n")
+    print(
+        f"{model}: {c.n_layer} bilinear layers, d_model {c.d_model}, {size / 1e6:.1f} million parameters. It writes:\n"
+    )
     print(lm.generate("Once upon a time", max_length=60, temperature=0.7, seed=0))
 
     _heading(f"Two SAEs around the MLP of layer {layer}")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer as JaxTracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.language import LanguageModel
@@ -214,13 +215,13 @@ class Tracer:
         """The output features that idx names, and whether it names one by itself."""
         if isinstance(idx, slice):
             return np.arange(self.n_features)[idx], False
-        features = idx if isinstance(idx, jax.core.Tracer) else np.asarray(idx)
+        features: Any = idx if isinstance(idx, JaxTracer) else np.asarray(idx)
         if features.ndim > 1 or not (features.size == 0 or np.issubdtype(features.dtype, np.integer)):
             raise IndexError(
                 f"name output features by an int, a slice, or a list or 1-D array of ints, got {features.dtype} of "
                 f"shape {features.shape}"
             )
-        if not isinstance(idx, jax.core.Tracer):
+        if not isinstance(idx, JaxTracer):
             features = features.astype(np.int32)
             outside = features[(features < 0) | (features >= self.n_features)]
             if outside.size:

@@ -79,7 +79,7 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
         feature = check_feature(sae, feature)
     effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.w_dec[:, feature])
     if sae.config.site == "attn_out":
-        effects = lm.config.attn_scale * effects  # pyright: ignore[reportOptionalOperand]  (set by __post_init__)
+        effects = lm.config.attention_factor * effects
     raised_by, raised = jax.lax.top_k(effects, min(k, len(effects)))
     lowered_by, lowered = jax.lax.top_k(-effects, min(k, len(effects)))
     return LogitEffects(raised, raised_by, lowered, -lowered_by)

@@ -38,7 +38,7 @@ parser.add_argument("text", type=Path, help="text file, gzipped or not, document
 parser.add_argument("--out", type=Path, default=Path("runs/ts-nano"), help="folder of the run")
 parser.add_argument("--held-out", type=int, default=500, help="documents at the end that are not trained on")
 parser.add_argument("--steps", type=int, default=3300, help="updates of the language model, 4096 tokens each")
-parser.add_argument("--sae-steps", type=int, default=1500, help="updates of the SAEs, 8192 tokens each")
+parser.add_argument("--sae-steps", type=int, default=1000, help="updates of the SAEs, 8192 tokens each")
 parser.add_argument("--layer", type=int, default=2, help="the layer whose MLP gets SAEs")
 parser.add_argument("--corpus-rows", type=int, default=4096, help="rows of 256 tokens to sample from the model")
 parser.add_argument("--cost", default="not recorded", help="what the training cost, for the card")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from bilinear_jax.nn.transformer import SITES, linear
+from bilinear_jax.nn.transformer import SITES, linear, run_module
 
 SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
 """The sites that an SAE can read: those with ``d_model`` coordinates."""
@@ -165,7 +165,7 @@ class SAE:
     @staticmethod
     def init(config: SAEConfig, key: Array) -> "SAE":
         """A fresh SAE with unit decoder columns and the encoder tied to them."""
-        params = TopKSAE(config).init(key, jnp.zeros((1, config.d_model)))["params"]
+        params = dict(TopKSAE(config).init(key, jnp.zeros((1, config.d_model)))["params"])
         norms = jnp.linalg.norm(params["w_dec"], axis=0, keepdims=True)
         params["w_dec"] = params["w_dec"] / jnp.broadcast_to(norms, params["w_dec"].shape)
         if not config.bilinear_encoder:
@@ -193,7 +193,7 @@ class SAE:
         return self.params["b_dec"]
 
     def _apply(self, method: str, *args):
-        return TopKSAE(self.config).apply({"params": self.params}, *args, method=method)
+        return run_module(TopKSAE(self.config), self.params, *args, method=method)
 
     @overload
     def encode(self, x: Float[Array, "... d_model"]) -> Float[Array, "... features"]: ...

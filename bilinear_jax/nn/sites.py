@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bilinear_jax.nn.transformer import SITES, Edit, LayerStack, Site, TransformerConfig, embed, token_losses, unembed
+from bilinear_jax.nn.transformer import (
+    SITES,
+    Edit,
+    LayerStack,
+    Site,
+    TransformerConfig,
+    embed,
+    run_module,
+    token_losses,
+    unembed,
+)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -90,7 +100,7 @@ def capture(
     Raises:
         ValueError: for no site, an unknown site, or a layer out of range.
     """
-    sites = [tuple(site) if isinstance(site, list) else site for site in sites]
+    sites = tuple(sites)
     if not sites:
         raise ValueError(f"name at least one site to capture, of {', '.join(SITES)}")
     depth = max(layers.stop for _, layers in (_resolve(config, site) for site in sites))
@@ -166,7 +176,7 @@ def _run(config, params, tokens, sites, edits, depth, compute_dtype):
         whole = start == 0 and stop == config.n_layer
         layers = params["layers"] if whole else jax.tree.map(lambda a, s=start, e=stop: a[s:e], params["layers"])
         stack = LayerStack(config, stop - start)
-        x, captured = stack.apply({"params": {"layers": layers}}, x, frozenset(wanted[start]), edited[start])
+        x, captured = run_module(stack, {"layers": layers}, x, frozenset(wanted[start]), edited[start])
         values |= {(name, start + i): value[i] for name, value in captured.items() for i in range(stop - start)}
         start = stop
     return x, values

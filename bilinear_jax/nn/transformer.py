@@ -17,12 +17,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """The places inside a layer that can be captured and edited, in the order in which they are computed."""
@@ -82,7 +83,18 @@ class TransformerConfig:
 
     @property
     def d_head(self) -> int:
+        """Width of a head."""
         return self.d_model // self.n_head
+
+    @property
+    def norms(self) -> tuple[bool, bool, bool]:
+        """Whether there is a norm before attention, before the MLP, and at the end."""
+        return cast(tuple[bool, bool, bool], self.normalization)
+
+    @property
+    def attention_factor(self) -> float:
+        """``attn_scale``, whose None is resolved when a config is made."""
+        return cast(float, self.attn_scale)
 
 
 def rms_norm(x: Float[Array, "... d_model"]) -> Float[Array, "... d_model"]:
@@ -111,6 +123,11 @@ def linear(x: Float[Array, "... inp"], weight: Float[Array, "out inp"], bias: Fl
     """``weight x + bias`` over the last axis, in the dtype of ``x``."""
     y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+
+
+def run_module(module: nn.Module, params: PyTree, *args, **kwargs) -> Any:
+    """``module.apply`` on params alone: the one way that modules run."""
+    return module.apply({"params": params}, *args, **kwargs)
 
 
 def _untouched(site: str, value: Array) -> Array:
@@ -193,17 +210,17 @@ class Layer(nn.Module):
         seen: Bool[Array, "batch seq keys"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
         c = self.config
-        norm_attention, norm_mlp, _ = c.normalization
+        norm_attention, norm_mlp, _ = c.norms
         x = tap("resid_pre", x)
         attn_in = rms_norm(x) if norm_attention else x
-        x = x + c.attn_scale * tap("attn_out", Attention(c, name="attention")(attn_in, tap, positions, seen))
+        x = x + c.attention_factor * tap("attn_out", Attention(c, name="attention")(attn_in, tap, positions, seen))
         x = tap("resid_mid", x)
         mlp_in = tap("mlp_in", rms_norm(x) if norm_mlp else x)
         x = x + tap("mlp_out", MLP(c, name="mlp")(mlp_in))
         return tap("resid_post", x)
 
 
-def _scan_layers(config: TransformerConfig, length: int, unroll: int, x: Array, capture, edits):
+def _scan_layers(config: TransformerConfig, length: int, x: Array, capture, edits):
     """Inside a compact module: ``length`` layers as one scan over its stacked params ``layers``."""
 
     def body(layer: Layer, x: Array, _):
@@ -218,7 +235,7 @@ def _scan_layers(config: TransformerConfig, length: int, unroll: int, x: Array, 
 
         return layer(x, tap), captured
 
-    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=length, unroll=unroll)
+    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=length)
     return scan(Layer(config, name="layers"), x, None)
 
 
@@ -235,7 +252,7 @@ class LayerStack(nn.Module):
         capture: frozenset[str] = frozenset(),
         edits: Mapping[str, Edit] = MappingProxyType({}),
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
-        return _scan_layers(self.config, self.length, 1, x, capture, edits)
+        return _scan_layers(self.config, self.length, x, capture, edits)
 
 
 def _edited(site: str, edit: Edit, value: Array) -> Array:
@@ -253,14 +270,13 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     compute_dtype: DTypeLike = jnp.float32
-    unroll: int = 1
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq n_vocab"]:
         c = self.config
         w_e = self.param("w_e", nn.initializers.normal(1.0), (c.n_vocab, c.d_model))
         w_u = self.param("w_u", _weight_init(c.d_model, 0.1), (c.n_vocab, c.d_model))
-        x, _ = _scan_layers(c, c.n_layer, self.unroll, embed(w_e, tokens, self.compute_dtype), (), {})
+        x, _ = _scan_layers(c, c.n_layer, embed(w_e, tokens, self.compute_dtype), (), {})
         return unembed(c, w_u, x)
 
 
@@ -271,7 +287,7 @@ def embed(w_e: Float[Array, "n_vocab d_model"], tokens: Int[Array, "batch seq"],
 
 def unembed(config: TransformerConfig, w_u: Float[Array, "n_vocab d_model"], x: Float[Array, "... d_model"]):
     """Logits, in float32, of the residual stream after the last layer."""
-    x = rms_norm(x) if config.normalization[2] else x
+    x = rms_norm(x) if config.norms[2] else x
     return linear(x, w_u).astype(jnp.float32)
 
 

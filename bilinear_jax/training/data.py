@@ -53,7 +53,7 @@ def train_tokenizer(documents: Iterable[str], n_vocab: int):
 
 
 def save_tokenizer(tokenizer, folder: str | Path) -> None:
-    """Write ``tokenizer.json`` and, so that generation can stop and batches can be padded, ``tokenizer_config.json``."""
+    """Write ``tokenizer.json``, and ``tokenizer_config.json``, which names the token that begins, ends and pads."""
     folder = Path(folder)
     special = {name: END_OF_TEXT for name in ("bos_token", "eos_token", "pad_token")}
     (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")

@@ -53,12 +53,10 @@ def fit(
     directory = Path(directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     _claim(directory, config)
-    policies = ocp.training
-    keep = policies.preservation_policies.LatestN(2)
-    interval = policies.save_decision_policies.FixedIntervalPolicy(save_every)
+    policy: Any = ocp.training.preservation_policies.LatestN(2)
     update = jax.jit(update, donate_argnums=0)
     with ocp.training.Checkpointer(
-        directory / "checkpoints", preservation_policy=keep, save_decision_policy=interval, cleanup_tmp_directories=True
+        str(directory / "checkpoints"), preservation_policy=policy, cleanup_tmp_directories=True
     ) as checkpointer:
         if checkpointer.latest is not None:
             state = checkpointer.load(checkpointer.latest.step, jax.tree.map(jax.numpy.asarray, state))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilinear_jax.nn.sites import forward
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig, token_losses
 from bilinear_jax.training.data import Windows
 from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit, sum_over_rows
@@ -59,12 +60,11 @@ def train_language(
 
     ``held_out``: [rows, n_ctx] tokens, whose mean loss in nats per token is logged as ``held_out_loss``.
     """
-    model = Transformer(config, unroll=config.n_layer)
     optimizer = language_optimizer(recipe)
     windows = Windows(tokens, config.n_ctx, recipe.batch_size, recipe.seed)
 
     def loss_of(params, batch):
-        return jnp.mean(token_losses(model.apply({"params": params}, batch), batch))
+        return jnp.mean(token_losses(forward(config, params, batch), batch))
 
     def update(state: TrainState, batch):
         loss, gradient = jax.value_and_grad(loss_of)(state.params, batch)
@@ -74,13 +74,13 @@ def train_language(
 
     @jax.jit
     def losses(params, batch):
-        return jnp.sum(token_losses(model.apply({"params": params}, batch), batch))
+        return jnp.sum(token_losses(forward(config, params, batch), batch))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         total = sum_over_rows(lambda rows: {"loss": losses(state.params, rows)}, held_out, recipe.batch_size)
         return {"held_out_loss": total["loss"] / (held_out.shape[0] * (held_out.shape[1] - 1))}
 
-    params = model.init(jax.random.key(recipe.seed), jnp.zeros((1, config.n_ctx), jnp.int32))["params"]
+    params = Transformer(config).init(jax.random.key(recipe.seed), jnp.zeros((1, config.n_ctx), jnp.int32))["params"]
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     identity = {"model": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "tokens": len(tokens)}
     return fit(

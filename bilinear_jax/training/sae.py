@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
+from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.sites import capture, default_token_mask
 from bilinear_jax.training.data import Windows
 from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit
@@ -53,9 +53,9 @@ def reconstruction_loss(
     config: SAEConfig, params: dict[str, Array], x: Float[Array, "tokens d_model"], mask: Bool[Array, " tokens"]
 ) -> tuple[Float[Array, ""], Bool[Array, " features"]]:
     """``sum |x - x_hat|^2 / sum |x|^2`` over the tokens in ``mask``, and which features fired on them."""
-    module = TopKSAE(config)
-    codes = module.apply({"params": params}, x, method="encode_sparse").dense()
-    reconstruction = module.apply({"params": params}, codes, x, method="decode")
+    sae = SAE(params, config)
+    codes = sae.encode(x)
+    reconstruction = sae.decode(codes, x)
     weight = mask.astype(x.dtype)
     missed = jnp.einsum("td,t->", (x - reconstruction) ** 2, weight)
     fired = jnp.einsum("tf,t->f", (codes != 0).astype(x.dtype), weight) > 0

@@ -5,7 +5,15 @@ import gzip
 import numpy as np
 import pytest
 
-from bilinear_jax.training.data import Windows, encode_documents, held_out_rows, read_documents, train_tokenizer
+from bilinear_jax.checkpoint import load_tokenizer
+from bilinear_jax.training.data import (
+    Windows,
+    encode_documents,
+    held_out_rows,
+    read_documents,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 TEXT = ["The cat sat.\n\nIt purred — loudly!", "A dog ran 12 miles; naïve dog.", "The end of the cat and the dog."] * 5
 
@@ -23,8 +31,15 @@ def test_the_tokenizer_is_lossless_and_leads_with_end_of_text(tokenizer):
     assert tokenizer.get_vocab_size() == 300
 
 
+def test_a_saved_tokenizer_knows_its_special_tokens(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(str(tmp_path), None)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 0, 0)
+    assert loaded(TEXT[0])["input_ids"] == tokenizer.encode(TEXT[0]).ids
+
+
 def test_a_vocabulary_that_the_text_cannot_fill_is_an_error():
-    with pytest.raises(ValueError, match="the text supports only .* pieces"):
+    with pytest.raises(ValueError, match="the text supports only"):
         train_tokenizer(["ab"], n_vocab=5000)
 
 

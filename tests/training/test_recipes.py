@@ -33,7 +33,9 @@ def trained(tmp_path_factory):
     params = train_language(
         CONFIG, recipe, stream(0, 20_000), held_out_rows(stream(1, 2_000), CONFIG.n_ctx), directory, evaluate_every=50
     )
-    return LanguageModel(params, CONFIG), [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return LanguageModel(params, CONFIG), [
+        json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_the_language_model_learns_the_rule(trained):
