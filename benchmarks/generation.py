@@ -52,7 +52,6 @@ def measure(length, config, params, reductions, size):
 
 def main():
     config, params = FW_MEDIUM, random_params(FW_MEDIUM)
-    jitted = jax.jit(functools.partial(forward, config))
     weights = jax.tree.leaves([params["layers"], params["w_u"]])
     size = sum(a.nbytes for a in weights)
     reductions = {

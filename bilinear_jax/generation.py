@@ -56,7 +56,8 @@ def generate(
 
     Raises:
         ValueError: if a prompt and its new tokens do not fit ``n_ctx``, for an empty prompt, a token outside the
-            vocabulary, a negative temperature, ``top_k`` or ``stop_token`` outside the vocabulary, or ``max_length < 1``.
+            vocabulary, a negative temperature, ``top_k`` or ``stop_token`` outside the vocabulary, or
+            ``max_length < 1``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -106,7 +107,8 @@ def generate_text(
 
     Example:
         >>> import bilinear_jax as bj
-        >>> bj.load("ts-nano").generate("Once upon a time", max_length=5, temperature=0).startswith("once upon a time")
+        >>> text = generate_text(bj.load("ts-nano"), "Once upon a time", max_length=5, temperature=0)
+        >>> text.lower().startswith("once upon a time")
         True
     """
     tokenizer = lm.tokenizer
@@ -278,23 +280,23 @@ def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_toke
         raise ValueError(f"prompts are [batch, seq] with at least one row and one token, got shape {prompts.shape}")
     if lengths is None:
         lengths = np.full(prompts.shape[0], prompts.shape[1], np.int32)
+    if lengths.shape != prompts.shape[:1]:
+        raise ValueError(f"give one length a row: {prompts.shape[0]} rows, lengths of shape {lengths.shape}")
     if concrete(lengths):
         lengths = np.asarray(lengths, np.int32)
         if lengths.min() < 1 or lengths.max() > prompts.shape[1]:
             row = int(np.argmax((lengths < 1) | (lengths > prompts.shape[1])))
             raise ValueError(
-                f"lengths[{row}] is {lengths[row]}, but a prompt has 1 ... {prompts.shape[1]} tokens here: begin an empty "
-                "prompt with one token, such as the tokenizer's beginning of text"
+                f"lengths[{row}] is {lengths[row]}, but a prompt has 1 ... {prompts.shape[1]} tokens here: begin an "
+                "empty prompt with one token, such as the tokenizer's beginning of text"
             )
         prompts = prompts[:, : lengths.max()]
     if prompts.shape[1] + max_length > config.n_ctx:
         fit = config.n_ctx - prompts.shape[1]
-        mend = (
-            f"at most {fit} new tokens fit" if fit > 0 else f"shorten the prompt to {config.n_ctx - max_length} tokens"
-        )
+        mend = f"at most {fit} new tokens fit" if fit > 0 else f"{config.n_ctx - 1} tokens leave room for one new token"
         raise ValueError(
-            f"a prompt of {prompts.shape[1]} tokens and {max_length} new ones do not fit the context of {config.n_ctx}: "
-            f"{mend}"
+            f"a prompt of {prompts.shape[1]} tokens and {max_length} new ones do not fit the context of "
+            f"{config.n_ctx}: {mend}"
         )
     if concrete(prompts) and concrete(lengths):
         prompts = np.asarray(prompts, np.int32)
@@ -302,7 +304,7 @@ def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_toke
         outside &= np.arange(prompts.shape[1])[None] < lengths[:, None]
         if outside.any():
             raise ValueError(
-                f"token {prompts[outside][0]} lies outside the vocabulary 0 ... {config.n_vocab - 1}: tokenize with this "
-                "model's own tokenizer"
+                f"token {prompts[outside][0]} lies outside the vocabulary 0 ... {config.n_vocab - 1}: tokenize with "
+                "this model's own tokenizer"
             )
     return jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32)
