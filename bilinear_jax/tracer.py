@@ -162,6 +162,8 @@ class Tracer:
             >>> strength.shape == (tracer.n_features,)
             True
         """
+        import scipy.linalg  # noqa: F401  loads the LAPACK whose threads are limited below
+        from threadpoolctl import threadpool_limits
         from tqdm import tqdm
 
         if batch_size < 1:
@@ -173,17 +175,20 @@ class Tracer:
             return fn(_interaction(tensor, directions[features], basis), **kwargs)
 
         results = []
-        for start in tqdm(range(0, total, size), desc=f"features of {self.out.name}", disable=None):
-            # The last batch is filled up with the last feature, so that there is one shape to compile for.
-            features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))
-            result = step(self.tensor, self.directions, self.basis if project else None, features)
-            for leaf in jax.tree.leaves(result) if not results else ():
-                if leaf.ndim == 0 or leaf.shape[0] != size:
-                    raise ValueError(
-                        f"fn must return arrays whose first axis is the batch: for {size} matrices it returned an "
-                        f"array of shape {leaf.shape}"
-                    )
-            results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
+        # LAPACK on a CPU takes one matrix at a time, too small to share out: its threads would wait for each other,
+        # busily, and on a machine with other work to do that made it ten times slower.
+        with threadpool_limits(1, user_api="blas"):
+            for start in tqdm(range(0, total, size), desc=f"features of {self.out.name}", disable=None):
+                # The last batch is filled up with the last feature, so that there is one shape to compile for.
+                features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))
+                result = step(self.tensor, self.directions, self.basis if project else None, features)
+                for leaf in jax.tree.leaves(result) if not results else ():
+                    if leaf.ndim == 0 or leaf.shape[0] != size:
+                        raise ValueError(
+                            f"fn must return arrays whose first axis is the batch: for {size} matrices it returned an "
+                            f"array of shape {leaf.shape}"
+                        )
+                results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
     def interaction_submatrix(self, feature: int, n: int = 50) -> Submatrix:
