@@ -30,30 +30,22 @@ def recompute(logits, prompt):
     return tokens[:, -NEW:]
 
 
-def measure(length, config, params, reductions, size):
-    """The cases of one prompt length; ``reductions`` read ``size`` bytes each."""
+def measure(length, config, params, reductions):
+    """Seconds of our calls after a prompt of that length and of the reductions; the share of wrong tokens; memory."""
     prompt = np.random.default_rng(0).integers(0, config.n_vocab, (1, length))
     ours = functools.partial(generate, config, params, prompt, temperature=0.0)
     seconds = best_of(5, {"all": lambda: ours(max_length=NEW), "first": lambda: ours(max_length=1)} | reductions)
-    reading = min(reductions, key=seconds.get)
-    print(f"reading {size / 1e9:.2f} GB: {size / 1e9 / seconds[reading]:.1f} GB/s ({reading})")
     logits = functools.partial(jax.jit(functools.partial(forward, config)), params)
     new = np.asarray(ours(max_length=NEW))
     likeliest = np.argmax(logits(np.concatenate([prompt, new], axis=1))[:, length - 1 : -1], axis=-1)
-    wrong = float(np.mean(likeliest != new))
+    seconds |= best_of(1, {"scratch": lambda: recompute(logits, prompt)})
     peak = peak_bytes(functools.partial(generate, config, max_length=NEW, temperature=0.0), params, prompt)
-    step = (seconds["all"] - seconds["first"]) / STEPS
-    scratch = best_of(1, {"": lambda: recompute(logits, prompt)})[""]
-    return [
-        case(f"step after {length}", "reading the weights once", seconds[reading], step, wrong, peak),
-        case(f"{NEW} tokens after {length}", "recomputing from scratch", scratch, seconds["all"], wrong, peak),
-    ]
+    return seconds, float(np.mean(likeliest != new)), peak
 
 
 def main():
     config, params = FW_MEDIUM, random_params(FW_MEDIUM)
     weights = jax.tree.leaves([params["layers"], params["w_u"]])
-    size = sum(a.nbytes for a in weights)
     reductions = {
         f"{kind} over {over}": functools.partial(
             jax.jit(lambda arrays, f=f, axis=axis: [f(a, axis=axis) for a in arrays]), weights
@@ -61,9 +53,16 @@ def main():
         for kind, f in (("sum", jnp.sum), ("max", jnp.max))
         for over, axis in (("everything", None), ("rows", -1))
     }
+    measured = {length: measure(length, config, params, reductions) for length in (10, 400)}
+    reading, name = min((seconds[name], name) for seconds, _, _ in measured.values() for name in reductions)
+    gigabytes = sum(a.nbytes for a in weights) / 1e9
+    print(f"reading {gigabytes:.2f} GB ({name}): {1e3 * reading:.1f} ms, {gigabytes / reading:.1f} GB/s")
     cases = []
-    for length in (10, 400):
-        cases += measure(length, config, params, reductions, size)
+    for length, (seconds, wrong, peak) in measured.items():
+        step, every = (seconds["all"] - seconds["first"]) / STEPS, seconds["all"]
+        cases.append(case(f"step after {length}", "reading the weights once", reading, step, wrong, peak))
+        scratch = seconds["scratch"]
+        cases.append(case(f"{NEW} tokens after {length}", "recomputing from scratch", scratch, every, wrong, peak))
     report("generation", cases)
 
 

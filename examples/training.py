@@ -11,6 +11,8 @@
 
 # %%
 import argparse
+import json
+import os
 from pathlib import Path
 
 import jax
@@ -41,7 +43,6 @@ parser.add_argument("--steps", type=int, default=3300, help="updates of the lang
 parser.add_argument("--sae-steps", type=int, default=1000, help="updates of the SAEs, 8192 tokens each")
 parser.add_argument("--layer", type=int, default=2, help="the layer whose MLP gets SAEs")
 parser.add_argument("--corpus-rows", type=int, default=4096, help="rows of 256 tokens to sample from the model")
-parser.add_argument("--cost", default="not recorded", help="what the training cost, for the card")
 options = parser.parse_args()
 
 # %% The tokenizer: byte-level BPE, trained on the text itself.
@@ -113,6 +114,14 @@ def held_out_loss(stories):
 
 loss, loss_a_character, clean_rows = held_out_loss(clean)
 garbled_loss = f"{held_out_loss(garbled)[0]:.3f}" if garbled else "none there"
+
+
+def minutes(run):
+    """How long a run trained, by its own log."""
+    last = (options.out / run / "metrics.jsonl").read_text().splitlines()[-1]
+    return round(json.loads(last)["seconds"] / 60)
+
+
 table = "\n".join(
     f"| {sae.name} | {m.nmse:.3f} | {m.l0:.1f} | {m.loss_added:.4f} | {m.loss_recovered:.3f} | {m.dead:.3f} |"
     for sae in saes
@@ -130,7 +139,8 @@ enough to ship with `bilinear_jax`.
 - Architecture: {config}
 - Recipe: {recipe}, {recipe.batch_size * config.n_ctx} tokens an update; SAEs: {sae_recipe}
 - Command: `python examples/training.py tinystories.txt.gz --out runs/ts-nano`
-- Cost: {options.cost}
+- Cost: {minutes("language")} minutes of training for the language model and {minutes("saes")} for the SAEs, on
+  {os.cpu_count()} CPU cores, in float32 (wall clock)
 - Training text: {len(training)} stories of TinyStories (Eldan and Li 2023), {len(tokens):,} tokens, seen
   {options.steps * recipe.batch_size * config.n_ctx / len(tokens):.1f} times. The stories are not in the package.
 - Tokenizer: byte-level BPE of 4,096 pieces, trained on the same text.
