@@ -6,14 +6,15 @@ the new tokens so far, at the positions that it would have alone.
 """
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from bilinear_jax.nn.transformer import Layer, TransformerConfig, embed, unembed
+from bilinear_jax.nn.transformer import Layer, TransformerConfig, embed, run_module, unembed
 
 if TYPE_CHECKING:
     from bilinear_jax.language import LanguageModel
@@ -80,7 +81,7 @@ def generate(
         max_length,
         -1 if stop_token is None else stop_token,
         slots=bucket(max_length, config.n_ctx),
-        greedy=not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0,
+        greedy=not isinstance(temperature, Tracer) and float(temperature) == 0,
         top_k=top_k,
         compute_dtype=compute_dtype,
     )[:, :max_length]
@@ -112,7 +113,7 @@ def generate_text(
         True
     """
     tokenizer = lm.tokenizer
-    end = tokenizer.eos_token_id if stop else None
+    end: Any = tokenizer.eos_token_id if stop else None
     if stop and end is None:
         raise ValueError("this tokenizer has no end-of-text token to stop at: leave stop=False")
     rows = [tokenizer(text)["input_ids"] for text in ([prompt] if isinstance(prompt, str) else prompt)]
@@ -226,7 +227,7 @@ def _generate(
 
         x = embed(params["w_e"], jnp.where(in_prompt, prompts, 0), compute_dtype)
         for weights in layers:
-            x = Layer(config).apply({"params": weights}, x, tap)
+            x = run_module(Layer(config), weights, x, tap)
         return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
     def step(state):
@@ -244,7 +245,7 @@ def _generate(
         seen = jnp.concatenate([in_prompt, in_new], axis=1)[:, None]
         x = embed(params["w_e"], token[:, None], compute_dtype)
         for weights in layers:
-            x = Layer(config).apply({"params": weights}, x, tap, (lengths + (t - 1))[:, None], seen)
+            x = run_module(Layer(config), weights, x, tap, (lengths + (t - 1))[:, None], seen)
         return emit(t, draw(x[:, 0], t), finished, new, cache)
 
     def emit(t, token, finished, new, cache):
@@ -266,7 +267,7 @@ def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_toke
     """Prompts and lengths as int32 arrays; whatever is concrete is checked, and padding of every row is cut off."""
 
     def concrete(value):
-        return not isinstance(value, jax.core.Tracer)
+        return not isinstance(value, Tracer)
 
     if not isinstance(max_length, int) or max_length < 1:
         raise ValueError(f"max_length is the number of new tokens, an int of at least 1; got {max_length!r}")

@@ -165,7 +165,7 @@ class SAE:
     @staticmethod
     def init(config: SAEConfig, key: Array) -> "SAE":
         """A fresh SAE with unit decoder columns and the encoder tied to them."""
-        params = dict(TopKSAE(config).init(key, jnp.zeros((1, config.d_model)))["params"])
+        params: Any = TopKSAE(config).init(key, jnp.zeros((1, config.d_model)))["params"]
         norms = jnp.linalg.norm(params["w_dec"], axis=0, keepdims=True)
         params["w_dec"] = params["w_dec"] / jnp.broadcast_to(norms, params["w_dec"].shape)
         if not config.bilinear_encoder:
