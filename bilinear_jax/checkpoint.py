@@ -115,7 +115,7 @@ def load_sae(
         ValueError: for an unknown site, if several SAEs fit, or if the files are damaged or contradict each other.
 
     Example:
-        >>> load_sae("ts-nano", site="mlp-in", layer=1).config.site
+        >>> load_sae("ts-nano", site="mlp-in", layer=2).config.site
         'mlp_in'
     """
     folder = sae_folder(source, find_sae(source, site_name(site), layer, expansion, k, tag))
@@ -222,6 +222,7 @@ def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Mapping
 
     arrays = jax.tree.map(lambda a: np.asarray(a) if dtype is None else np.asarray(a).astype(dtype), params)
     ocp.save(str(folder.resolve() / "params"), arrays)
+    (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it names a path of this machine
     files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
     record = {
         "format": kind,

@@ -88,7 +88,7 @@ class Tracer:
 
     Example:
         >>> import bilinear_jax as bj
-        >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=1)
+        >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
         >>> q = tracer.q(3, project=True)
         >>> q.shape == (tracer.inp.config.n_features,) * 2
         True
@@ -157,7 +157,7 @@ class Tracer:
 
         Example:
             >>> import bilinear_jax as bj
-            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=1)
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
             >>> strength = tracer.compute(bj.spectra.truncated_eigenvalues, k=2)
             >>> strength.shape == (tracer.n_features,)
             True

@@ -140,7 +140,7 @@ enough to ship with `bilinear_jax`.
 - Recipe: {recipe}, {recipe.batch_size * config.n_ctx} tokens an update; SAEs: {sae_recipe}
 - Command: `python examples/training.py tinystories.txt.gz --out runs/ts-nano`
 - Cost: {minutes("language")} minutes of training for the language model and {minutes("saes")} for the SAEs, on
-  {os.cpu_count()} CPU cores, in float32 (wall clock)
+  {os.cpu_count()} CPU cores, in float32 (wall clock, beside other work)
 - Training text: {len(training)} stories of TinyStories (Eldan and Li 2023), {len(tokens):,} tokens, seen
   {options.steps * recipe.batch_size * config.n_ctx / len(tokens):.1f} times. The stories are not in the package.
 - Tokenizer: byte-level BPE of 4,096 pieces, trained on the same text.
