@@ -30,7 +30,9 @@ def test_it_ends_well_and_leaves_its_figures(toured):
 def test_its_numbers_are_those_of_the_library(toured):
     _, text, out = toured
     tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
-    best, score = re.search(r"Output feature (\d+) of .* has the largest top-two eigenvalues, ([\d.]+)", text).groups()
+    best, score = re.search(
+        r"Output feature (\d+) of .* has the largest top-two eigenvalues, (\d+\.\d+)", text
+    ).groups()
     q = np.asarray(tracer.q(int(best)))
     values = np.sort(np.abs(np.linalg.eigvalsh(q)))[::-1]
     np.testing.assert_allclose(float(score), values[:2].sum(), atol=6e-4)
