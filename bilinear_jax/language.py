@@ -89,7 +89,9 @@ class LanguageModel:
         """The tokens of a text, ``[1, seq]``, exactly as the tokenizer gives them."""
         return jnp.asarray([self.tokenizer(text)["input_ids"]], jnp.int32)
 
-    def generate(self, prompt, max_length: int = 30, temperature: float | int = 1.0, top_k: int | None = None, seed: int = 0):
+    def generate(
+        self, prompt, max_length: int = 30, temperature: float | int = 1.0, top_k: int | None = None, seed: int = 0
+    ):
         """The prompt continued by at most ``max_length`` sampled tokens: see ``generation.generate_text``."""
         from bilinear_jax.generation import generate_text
 
