@@ -88,10 +88,7 @@ def top_activations(
 
     saes = (saes,) if isinstance(saes, SAE) else tuple(saes)
     _check_names(saes)
-    if tokens.ndim != 2 or not min(tokens.shape):
-        raise ValueError(f"tokens are [rows, seq] with at least one of each, got shape {tokens.shape}")
-    if token_mask is not None and token_mask.shape != tokens.shape:
-        raise ValueError(f"token_mask has shape {token_mask.shape}, the tokens {tokens.shape}: they must agree")
+    check_dataset(tokens, token_mask)
     if min(k, batch_size) < 1:
         raise ValueError(f"k and batch_size must be at least 1, got {k} and {batch_size}")
 
@@ -102,6 +99,14 @@ def top_activations(
             best = jax.block_until_ready(_merge_batch(lm, saes, best, batch, mask, start, one_per_row=one_per_row))
             bar.update(min(len(batch), len(tokens) - start))
     return {sae.name: _finished(top) for sae, top in zip(saes, best, strict=True)}
+
+
+def check_dataset(tokens, token_mask) -> None:
+    """Raises ``ValueError`` unless the tokens are ``[rows, seq]`` and the mask, if there is one, is like them."""
+    if tokens.ndim != 2 or not min(tokens.shape):
+        raise ValueError(f"tokens are [rows, seq] with at least one of each, got shape {tokens.shape}")
+    if token_mask is not None and token_mask.shape != tokens.shape:
+        raise ValueError(f"token_mask has shape {token_mask.shape}, the tokens {tokens.shape}: they must agree")
 
 
 def token_batches(lm: LanguageModel, tokens, token_mask, batch_size: int):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.activations import site_values, token_batches
+from bilinear_jax.activations import check_dataset, site_values, token_batches
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
@@ -117,10 +117,7 @@ def evaluate_sae(lm: LanguageModel, sae: SAE, tokens, token_mask=None, batch_siz
     """
     from tqdm.auto import tqdm
 
-    if tokens.ndim != 2 or not min(tokens.shape):
-        raise ValueError(f"tokens are [rows, seq] with at least one of each, got shape {tokens.shape}")
-    if token_mask is not None and token_mask.shape != tokens.shape:
-        raise ValueError(f"token_mask has shape {token_mask.shape}, the tokens {tokens.shape}: they must agree")
+    check_dataset(tokens, token_mask)
     batch_size = min(batch_size, len(tokens))
     total = None
     with tqdm(total=len(tokens), desc=f"evaluate {sae.name}", disable=None, unit="row") as bar:
