@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import operator
 import os
 import re
 import tempfile
@@ -183,9 +184,13 @@ def _check_names(saes: tuple[SAE, ...]) -> None:
 
 def check_feature(sae: SAE, feature) -> int:
     """The feature as an int; ``ValueError`` where the SAE has no such feature."""
-    if not 0 <= int(feature) < sae.config.n_features:
-        raise ValueError(f"SAE {sae.name} has features 0 ... {sae.config.n_features - 1}, got {int(feature)}")
-    return int(feature)
+    try:
+        number = operator.index(feature)
+    except TypeError:
+        raise ValueError(f"name a feature of SAE {sae.name} by an int, got {feature!r}") from None
+    if not 0 <= number < sae.config.n_features:
+        raise ValueError(f"SAE {sae.name} has features 0 ... {sae.config.n_features - 1}, got {number}")
+    return number
 
 
 # Activations of chosen rows

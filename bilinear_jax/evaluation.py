@@ -118,6 +118,8 @@ def evaluate_sae(lm: LanguageModel, sae: SAE, tokens, token_mask=None, batch_siz
     from tqdm.auto import tqdm
 
     check_dataset(tokens, token_mask)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     batch_size = min(batch_size, len(tokens))
     total = None
     with tqdm(total=len(tokens), desc=f"evaluate {sae.name}", disable=None, unit="row") as bar:

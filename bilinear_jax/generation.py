@@ -271,7 +271,7 @@ def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_toke
 
     if not isinstance(max_length, int) or max_length < 1:
         raise ValueError(f"max_length is the number of new tokens, an int of at least 1; got {max_length!r}")
-    if concrete(temperature) and temperature < 0:
+    if concrete(temperature) and not temperature >= 0:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if top_k is not None and not 1 <= top_k <= config.n_vocab:
         raise ValueError(f"top_k must lie in 1 ... {config.n_vocab} (the vocabulary), or be None; got {top_k}")
@@ -300,7 +300,7 @@ def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_toke
             f"{config.n_ctx}: {mend}"
         )
     if concrete(prompts) and concrete(lengths):
-        prompts = np.asarray(prompts, np.int32)
+        prompts = np.asarray(prompts)
         outside = (prompts < 0) | (prompts >= config.n_vocab)
         outside &= np.arange(prompts.shape[1])[None] < lengths[:, None]
         if outside.any():

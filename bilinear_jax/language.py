@@ -58,16 +58,18 @@ class LanguageModel:
         """Mean cross entropy in nats over the tokens in ``token_mask``.
 
         ``token_mask [batch, seq]`` says which tokens are predicted and counted; by default all but position 0
-        and the padding (the run of ``config.pad_id`` at the end of a row). ``edits`` are compiled anew at every
-        call: for many batches, call this inside your own ``jit``.
+        and the padding (the run of ``config.pad_id`` at the end of a row). The loss of no tokens is nan.
+        ``edits`` are compiled anew at every call: for many batches, call this inside your own ``jit``.
         """
         tokens = self._checked(tokens)
         mask = self.token_mask(tokens) if token_mask is None else jnp.asarray(token_mask).astype(bool)
+        if mask.shape != tokens.shape:
+            raise ValueError(f"token_mask has shape {mask.shape}, the tokens {tokens.shape}: they must agree")
         run = sites_module.loss if edits else _loss
         total, count = run(self.config, self.params, tokens, mask, dict(edits), compute_dtype=self.compute_dtype)
-        return total / jnp.maximum(count, 1)
+        return total / count
 
-    def capture(self, tokens, sites: Iterable[Site], edits: Mapping[Site, Edit] = NO_EDITS) -> Captured:
+    def capture(self, tokens, sites: Iterable[Any], edits: Mapping[Site, Edit] = NO_EDITS) -> Captured:
         """The values of the named sites: see ``nn.sites.capture``.
 
         Example:
@@ -77,6 +79,8 @@ class LanguageModel:
             >>> got["mlp_in"].shape[0], got["resid_mid", 2].shape[-1]
             (4, 256)
         """
+        if isinstance(sites, str) or (isinstance(sites, tuple) and any(isinstance(part, int) for part in sites)):
+            raise ValueError(f"sites are a list, such as ['mlp_in', ('resid_mid', 2)]: put {sites!r} into one")
         tokens = self._checked(tokens)
         run = sites_module.capture if edits else _capture
         return run(self.config, self.params, tokens, tuple(sites), dict(edits), compute_dtype=self.compute_dtype)
@@ -104,7 +108,8 @@ class LanguageModel:
 
     def _checked(self, tokens) -> Array:
         """Tokens as an int32 array [batch, seq]; concrete ones are checked against vocabulary and context."""
-        tokens = jnp.asarray(tokens)
+        traced = isinstance(tokens, Tracer)
+        tokens = tokens if traced else np.asarray(tokens)  # checked before JAX cuts them to 32 bits
         if tokens.ndim == 1:
             raise ValueError(f"tokens are [batch, seq], got shape {tokens.shape}: add a batch axis, tokens[None]")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -114,15 +119,14 @@ class LanguageModel:
                 f"{tokens.shape[1]} tokens do not fit the context of {self.config.n_ctx}: shorten the text, or cut it "
                 "into rows"
             )
-        if not isinstance(tokens, Tracer) and tokens.size:
-            concrete = np.asarray(tokens)
-            low, high = int(concrete.min()), int(concrete.max())
+        if not traced and tokens.size:
+            low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.config.n_vocab:
                 raise ValueError(
                     f"token {low if low < 0 else high} lies outside the vocabulary 0 ... {self.config.n_vocab - 1}: "
                     "tokenize with this model's own tokenizer"
                 )
-        return tokens.astype(jnp.int32)
+        return jnp.asarray(tokens.astype(np.int32))
 
 
 _VIEWS = frozenset({"w_e", "w_u", "w_q", "w_k", "w_v", "w_o", "w_l", "w_r", "w_p", "qk", "ov"})

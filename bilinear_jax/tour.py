@@ -23,10 +23,14 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
         OSError: if ``out`` can't be written (before anything is computed).
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    lm = bj.load(model)
+    tracer = bj.Tracer(lm, layer=layer)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the figures can't be written to {out} ({error}): name another folder with --out") from error
 
     _heading("The model")
-    lm = bj.load(model)
     c = lm.config
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
     print(
@@ -35,7 +39,6 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     print(lm.generate("Once upon a time", max_length=60, temperature=0.7, seed=0))
 
     _heading(f"Two SAEs around the MLP of layer {layer}")
-    tracer = bj.Tracer(lm, layer=layer)
     print(f"input  {tracer.inp.name}: {tracer.inp.config.n_features} features")
     print(f"output {tracer.out.name}: {tracer.out.config.n_features} features")
 

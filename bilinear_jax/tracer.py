@@ -191,7 +191,7 @@ class Tracer:
                 results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
-    def interaction_submatrix(self, feature: int, n: int = 50) -> Submatrix:
+    def interaction_submatrix(self, feature: Index, n: int = 50) -> Submatrix:
         """The smallest part of an output feature's projected matrix that holds its n largest |entries|.
 
         ``D^T Q D`` is symmetric, and both (i, j) and (j, i) are counted. With biases in the model, the number of
@@ -202,6 +202,8 @@ class Tracer:
             IndexError: if there is no such feature.
         """
         q = self.q(feature, project=True)
+        if q.ndim != 2:
+            raise ValueError(f"name one output feature, by an int; got {feature!r}")
         if not 1 <= n <= q.size:
             raise ValueError(f"n must lie in 1 ... {q.size} (the number of entries), got {n}")
         _, entries = jax.lax.top_k(jnp.abs(q).ravel(), n)
@@ -227,12 +229,12 @@ class Tracer:
                 f"shape {features.shape}"
             )
         if not isinstance(idx, JaxTracer):
-            features = features.astype(np.int32)
             outside = features[(features < 0) | (features >= self.n_features)]
             if outside.size:
                 raise IndexError(
                     f"output features of {self.out.name} are 0 ... {self.n_features - 1}, got {outside.flat[0]}"
                 )
+            features = features.astype(np.int32)
         return jnp.atleast_1d(features), features.ndim == 0
 
 

@@ -177,6 +177,8 @@ class Visualizer:
 
     def contexts(self, *features: SupportsIndex, k: int = 5, window: int = 10) -> dict[int, list[Context]]:
         """The ``k`` largest activations of each feature with ``window`` tokens on either side; none of a dead one."""
+        if k < 1:
+            raise ValueError(f"k is the number of contexts to show, at least 1; got {k}")
         numbers = list(dict.fromkeys(check_feature(self.sae, feature) for feature in features))
         tops = {feature: self._largest(feature, k) for feature in numbers}
         rows = sorted({row for top in tops.values() for _, row, _ in top})

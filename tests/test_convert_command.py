@@ -117,3 +117,11 @@ def test_saes_of_another_model_are_refused(tmp_path, capsys):
     assert convert([str(folder), str(tmp_path / "out"), "--scope", str(published.SCOPE)]) == 1
     assert "reads 32 coordinates, the model has 8" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_force_without_scope_does_not_lose_the_saes(copy, capsys):
+    before = sorted(path.name for path in (copy / "scope").iterdir())
+    assert before
+    assert convert([str(published.MODEL), str(copy), "--attn-scale", "1", "--force"]) == 1
+    assert "convert them again with --scope" in capsys.readouterr().err
+    assert sorted(path.name for path in (copy / "scope").iterdir()) == before

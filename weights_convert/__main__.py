@@ -60,6 +60,8 @@ def convert(
     from bilinear_jax.nn.sae import SAE, SAEConfig
     from bilinear_jax.nn.transformer import TransformerConfig
 
+    if force and scope is None and (Path(out) / "scope").is_dir():
+        raise ValueError(f"{out} holds SAEs, which would be lost: convert them again with --scope, or delete it")
     folder = sources.folder_of(source)
     if (folder / "params").is_dir():
         raise ValueError(f"{source} is no published checkpoint but one of this library: load it as it is")

@@ -80,6 +80,8 @@ class TransformerConfig:
         object.__setattr__(self, "normalization", three)
         if self.attn_scale is None:
             object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
+        if not math.isfinite(self.attention_factor):
+            raise ValueError(f"attn_scale must be a finite number, got {self.attn_scale}")
 
     @property
     def d_head(self) -> int:
@@ -256,7 +258,10 @@ class LayerStack(nn.Module):
 
 
 def _edited(site: str, edit: Edit, value: Array) -> Array:
-    edited = jnp.asarray(edit(value))
+    edited = edit(value)
+    if isinstance(edited, tuple):
+        raise ValueError(f"an edit returns the new value of {site} alone; of an SAE: lambda x: sae(x)[0]")
+    edited = jnp.asarray(edited)
     if edited.shape != value.shape:
         raise ValueError(f"an edit must keep the shape: {site} is {value.shape}, the edit returned {edited.shape}")
     return edited.astype(value.dtype)
