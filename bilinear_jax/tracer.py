@@ -22,7 +22,7 @@ from jax.core import Tracer as JaxTracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.sae import SAE, site_name
+from bilinear_jax.nn.sae import SAE, site_name, unit_columns
 from bilinear_jax.tensor import BilinearTensor
 
 INPUT_SITES = ("mlp_in", "resid_mid")
@@ -212,9 +212,7 @@ class Tracer:
 
     def cosines(self, features: Index) -> Float[Array, "n n"]:
         """Cosine similarities between the decoder columns of some output features: near 1 or -1, they say the same."""
-        columns = self.out.w_dec[:, self._features(features)[0]]
-        norms = jnp.maximum(jnp.linalg.norm(columns, axis=0, keepdims=True), jnp.finfo(columns.dtype).tiny)
-        columns = columns / jnp.broadcast_to(norms, columns.shape)
+        columns = unit_columns(self.out.w_dec[:, self._features(features)[0]])
         with jax.default_matmul_precision("highest"):
             return columns.T @ columns
 

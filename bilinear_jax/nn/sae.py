@@ -31,6 +31,12 @@ def site_name(name: str) -> str:
     return site
 
 
+def unit_columns(columns: Float[Array, "d_model features"]) -> Float[Array, "d_model features"]:
+    """Every column scaled to unit length; a zero column stays zero."""
+    norms = jnp.maximum(jnp.linalg.norm(columns, axis=0, keepdims=True), jnp.finfo(columns.dtype).tiny)
+    return columns / jnp.broadcast_to(norms, columns.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class SAEConfig:
     """What an SAE reads and how it encodes; hashable, so it can be a static argument of ``jit``."""
@@ -166,8 +172,7 @@ class SAE:
     def init(config: SAEConfig, key: Array) -> "SAE":
         """A fresh SAE with unit decoder columns and the encoder tied to them."""
         params: Any = TopKSAE(config).init(key, jnp.zeros((1, config.d_model)))["params"]
-        norms = jnp.linalg.norm(params["w_dec"], axis=0, keepdims=True)
-        params["w_dec"] = params["w_dec"] / jnp.broadcast_to(norms, params["w_dec"].shape)
+        params["w_dec"] = unit_columns(params["w_dec"])
         if not config.bilinear_encoder:
             params["w_enc"] = params["w_dec"].T
         return SAE(params, config)

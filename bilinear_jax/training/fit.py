@@ -40,9 +40,8 @@ def fit(
 
     ``batch_at(step)`` gives the batch of a step, so that a resumed run sees the same data. Writes into
     ``directory``: ``config.json`` (refuses to resume a run that another config started), ``metrics.jsonl``
-    (a JSON object a line: step, seconds
-    of training so far, metrics), and Orbax checkpoints, the newest two kept. ``update`` is
-    jitted here and its state argument donated.
+    (a JSON object a line: step, seconds of training so far, metrics), and Orbax checkpoints, the newest
+    two kept. ``update`` is jitted here and its state argument donated.
 
     Raises ``ValueError`` for a changed config and ``FloatingPointError`` for a loss that is not finite;
     the last good checkpoint stays.

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.sae import SAE, SAEConfig, unit_columns
 from bilinear_jax.nn.sites import capture, default_token_mask
 from bilinear_jax.training.data import Windows
 from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit
@@ -34,10 +34,6 @@ class SAERecipe:
     seed: int = 0  # of the parameters and of the order of the data
 
 
-def _column_norms(columns: Float[Array, "d_model features"]) -> Float[Array, "d_model features"]:
-    return jnp.broadcast_to(jnp.linalg.norm(columns, axis=0, keepdims=True), columns.shape)
-
-
 def without_parallel_part(gradient: dict[str, Array], params: dict[str, Array]) -> dict[str, Array]:
     """The gradient with the component of each decoder column along that (unit) column removed."""
     along = jnp.einsum("df,df->f", gradient["w_dec"], params["w_dec"])
@@ -46,7 +42,7 @@ def without_parallel_part(gradient: dict[str, Array], params: dict[str, Array]) 
 
 def with_unit_columns(params: dict[str, Array]) -> dict[str, Array]:
     """The params with every decoder column scaled to unit length."""
-    return params | {"w_dec": params["w_dec"] / _column_norms(params["w_dec"])}
+    return params | {"w_dec": unit_columns(params["w_dec"])}
 
 
 def reconstruction_loss(
