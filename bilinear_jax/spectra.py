@@ -9,6 +9,7 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bilinear_jax.tensor import BilinearTensor
+
+Which = Literal["magnitude", "positive", "negative"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "vectors"], meta_fields=[])
@@ -59,6 +62,46 @@ def eigh(tensor: BilinearTensor, directions: Float[Array, "U out"], *, batch_siz
     with jax.default_matmul_precision("highest"):
         values, vectors = jax.lax.map(decompose, directions, batch_size=min(batch_size, max(len(directions), 1)))
     return Spectrum(values, vectors)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "vectors", "residuals", "bounds", "converged", "steps", "explained"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TopSpectrum:
+    """Some eigenpairs of each interaction matrix, the most extreme ones, and how exact they are."""
+
+    values: Array  # [U, k], signed, the largest |value| first (the most positive or most negative if asked for)
+    vectors: Array  # [U, k, in]: row i belongs to values[:, i]; orthonormal, each up to its sign
+    residuals: Array  # [U, k]: r = |Q v - l v|; an eigenvalue lies within r of l, whatever else is true
+    bounds: Array  # [U, k]: min(r, r^2 / gap), the Kato-Temple bound; gap: the distance of l to the other eigenvalues
+    converged: Array  # [U] bool: every bound of the direction is within the tolerance
+    steps: Array  # [U] int: products with Q_u that were spent; 0 where it was decomposed densely
+    explained: Array  # [U]: sum of values^2 / |Q_u|_F^2, the share of the matrix that these eigenpairs are
+
+
+def top_eigh(
+    tensor: BilinearTensor,
+    directions: Float[Array, "U out"],
+    k: int = 2,
+    *,
+    which: Which = "magnitude",
+    rtol: float = 1e-4,
+) -> TopSpectrum:
+    """The k extreme eigenpairs of the interaction matrix of every output direction (dense for now)."""
+    spectrum = eigh(tensor, directions)
+    order = {"magnitude": -jnp.abs(spectrum.values), "positive": -spectrum.values, "negative": spectrum.values}[which]
+    chosen = jnp.argsort(order, axis=-1)[:, :k]
+    values = jnp.take_along_axis(spectrum.values, chosen, axis=-1)
+    vectors = jnp.swapaxes(jnp.take_along_axis(spectrum.vectors, chosen[:, None], axis=-1), 1, 2)
+    residuals = jnp.zeros_like(values)
+    explained = _ratio(jnp.sum(values**2, axis=-1), jnp.sum(spectrum.values**2, axis=-1))
+    number = len(values)
+    return TopSpectrum(
+        values, vectors, residuals, residuals, jnp.ones(number, bool), jnp.zeros(number, jnp.int32), explained
+    )
 
 
 def truncated_eigenvalues(q: Float[Array, "*batch in in"], k: int = 2) -> Float[Array, "*batch"]:
