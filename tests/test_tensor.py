@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilinear_jax.tensor import BilinearTensor, with_constant
+from bilinear_jax.tensor import BilinearTensor, factor_basis, with_constant
 
 
 def random_tensor(hidden=7, inputs=5, outputs=4, seed=0) -> BilinearTensor:
@@ -122,6 +122,179 @@ def test_inside_jit_vmap_and_grad():
     close(gradient.left, (u @ tensor.down)[0][:, None] * (tensor.right @ x)[:, None] * jnp.broadcast_to(x, (7, 5)))
 
 
+def forms(tensor, u) -> np.ndarray:
+    """The interaction matrices in float64."""
+    left, right, down, u = (np.asarray(a, np.float64) for a in (tensor.left, tensor.right, tensor.down, u))
+    q = np.einsum("um,mi,mj->uij", u @ down, left, right)
+    return (q + q.swapaxes(1, 2)) / 2
+
+
+def rotation(n, seed=3):
+    return jnp.linalg.qr(random(n, n, seed=seed))[0]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
+def test_traces_norms_and_cosines_are_those_of_the_matrices(hidden, inputs, outputs, number, seed):
+    tensor, u = random_tensor(hidden, inputs, outputs, seed), random(number, outputs, seed=seed + 1)
+    q = forms(tensor, u)
+    inner, norms = np.einsum("uij,vij->uv", q, q), np.linalg.norm(q, axis=(1, 2))
+    # Rounding is of the size of the parts that interfere, see the docstring of norms.
+    parts = np.sqrt(np.asarray((u @ tensor.down) ** 2 @ jnp.diagonal(tensor.gram()), np.float64))
+    np.testing.assert_allclose(tensor.gram(), tensor.gram().T, rtol=1e-5, atol=1e-5)
+    traces = np.trace(q, axis1=1, axis2=2)
+    np.testing.assert_allclose(tensor.traces(u), traces, atol=1e-5 * np.sqrt(inputs * hidden) * parts.max())
+    for gram in (None, tensor.gram()):
+        np.testing.assert_array_less(np.abs(tensor.norms(u, gram) ** 2 - norms**2), 3e-6 * parts**2 + 1e-30)
+        cosines = np.asarray(tensor.cosines(u, gram), np.float64)
+        np.testing.assert_array_less(
+            np.abs(cosines * np.outer(norms, norms) - inner), 1e-5 * np.outer(parts, parts) + 1e-30
+        )
+        assert np.array_equal(cosines, cosines.T)
+
+
+@pytest.mark.parametrize(("hidden", "inputs", "number"), [(64, 32, 6), (64, 32, 7), (200, 4, 3), (3, 50, 1)])
+def test_norms_are_the_same_by_matrices_and_by_their_gram(hidden, inputs, number):
+    # On both sides of the point where the way changes: 6 and 7 directions of the first shape.
+    tensor, u = random_tensor(hidden, inputs), random(number, 4)
+    np.testing.assert_allclose(tensor.norms(u), tensor.norms(u, tensor.gram()), rtol=1e-5)
+    np.testing.assert_allclose(tensor.norms(u), np.linalg.norm(forms(tensor, u), axis=(1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 4, 2000])
+def test_norms_take_the_cheaper_way(number):
+    # hidden 256, in 64: a matrix takes 2 * 256 * 64^2 flops, K 6 * 256^2 * 64 and then 2 * 256^2 a direction.
+    tensor, u = random_tensor(256, 64, 4), random(number, 4)
+    shapes = {v.aval.shape for e in jax.make_jaxpr(tensor.norms)(u).eqns for v in e.outvars}
+    assert ((256, 256) in shapes) == (number * 256 * 64**2 > 3 * 256**2 * 64 + number * 256**2)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.01, 100))
+def test_norms_and_cosines_do_not_depend_on_coordinates(seed, scale):
+    tensor, u = random_tensor(seed=seed), random(6, 4, seed=seed)
+    order = np.random.default_rng(seed).permutation(7)
+    rotated = tensor.in_basis(rotation(5, seed=seed))
+    permuted = BilinearTensor(tensor.right[order], tensor.left[order], tensor.down[:, order])
+    scaled = BilinearTensor(tensor.left * scale, tensor.right, tensor.down)
+    for other, factor in (rotated, 1), (permuted, 1), (scaled, scale):
+        np.testing.assert_allclose(other.norms(u), factor * tensor.norms(u), rtol=1e-3)
+        np.testing.assert_allclose(other.cosines(u), tensor.cosines(u), atol=1e-3)
+        close(other.traces(u), factor * tensor.traces(u))
+    close(tensor.out_basis(u).norms(jnp.eye(6), tensor.gram()), tensor.norms(u))
+
+
+def test_norms_in_another_basis():
+    tensor, u, basis = random_tensor(), random(3, 4), random(5, 9)
+    q = np.einsum("ia,uij,jb->uab", basis, forms(tensor, u), basis)
+    close(tensor.in_basis(basis).norms(u), np.linalg.norm(q, axis=(1, 2)))
+    close(tensor.in_basis(basis).norms(u, tensor.in_basis(basis).gram()), np.linalg.norm(q, axis=(1, 2)))
+    close(tensor.in_basis(basis).traces(u), np.trace(q, axis1=1, axis2=2))
+
+
+@pytest.mark.parametrize("by_gram", [False, True])
+def test_an_outlier_does_not_drown_the_norms(by_gram):
+    # Unit 0 is 10,000 times the others: the directions that don't read it keep their own precision.
+    tensor = random_tensor(100, 20, 4)
+    left, right = tensor.left.at[0].multiply(100), tensor.right.at[0].multiply(100)
+    tensor = BilinearTensor(left, right, tensor.down.at[2:, 0].set(0))
+    u = jnp.eye(4)
+    norms = tensor.norms(u, tensor.gram() if by_gram else None)
+    np.testing.assert_allclose(norms, np.linalg.norm(forms(tensor, u), axis=(1, 2)), rtol=1e-5)
+
+
+def zeros_and_a_matrix():
+    """A tensor and directions: a zero matrix, three hidden units that cancel, and a matrix that is not zero."""
+    left, right = random(5, 6), random(5, 6, seed=2)
+    left = left.at[1].set(left[0]).at[2].set(left[0])
+    right = right.at[2].set(right[0] + right[1])
+    return BilinearTensor(left, right, jnp.eye(5)), jnp.array([[0, 0, 0, 0, 0], [1, 1, -1, 0, 0], [0, 0, 0, 1, 1.0]])
+
+
+def test_a_zero_matrix_is_like_nothing():
+    tensor, u = zeros_and_a_matrix()
+    assert tensor.norms(u, tensor.gram())[0] == 0
+    assert tensor.norms(u, tensor.gram())[1] < 1e-3 * tensor.norms(u)[2]
+    np.testing.assert_allclose(tensor.cosines(u), np.diag([0, 0, 1.0]), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(type(tensor).cosines)(tensor, u), np.diag([0, 0, 1.0]), atol=1e-6)
+
+
+def test_gradients_of_norms_and_cosines():
+    tensor, u = zeros_and_a_matrix()
+    for gram in (None, tensor.gram()):
+        of_zero = jax.grad(lambda u, gram=gram: tensor.norms(u, gram).sum())(u[:1])
+        assert np.array_equal(of_zero, np.zeros((1, 5)))
+        # |Q_u|^2 = g K g^T, so the gradient by u is K g / |Q_u|.
+        gradient = jax.grad(lambda u, gram=gram: tensor.norms(u, gram).sum())(u[2:])
+        close(gradient, u[2:] @ tensor.gram() / tensor.norms(u[2:])[:, None])
+    assert np.isfinite(jax.grad(lambda u: (tensor.cosines(u) ** 2).sum())(u)).all()
+
+
+def test_not_a_number_is_not_taken_for_zero():
+    tensor, u = random_tensor(), random(2, 4)
+    tensor = BilinearTensor(tensor.left.at[0, 0].set(jnp.nan), tensor.right, tensor.down)
+    assert np.isnan(tensor.norms(u)).all() and np.isnan(tensor.norms(u, tensor.gram())).all()
+    assert np.isnan(tensor.cosines(u)).all()
+
+
+def test_norms_of_no_directions():
+    tensor = random_tensor()
+    assert tensor.norms(jnp.zeros((0, 4))).shape == tensor.traces(jnp.zeros((0, 4))).shape == (0,)
+    assert tensor.cosines(jnp.zeros((0, 4))).shape == (0, 0)
+
+
+def test_norms_inside_jit_and_vmap():
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), random_tensor(), random_tensor(seed=5))
+    u = random(3, 4)
+    for method in (BilinearTensor.traces, BilinearTensor.norms, BilinearTensor.cosines):
+        close(jax.jit(jax.vmap(lambda t, method=method: method(t, u)))(stacked)[1], method(random_tensor(seed=5), u))
+    cosines = np.asarray(jax.jit(BilinearTensor.cosines)(random_tensor(40), random(30, 4)))
+    assert np.array_equal(cosines, cosines.T) and np.abs(cosines).max() <= 1
+    np.testing.assert_allclose(np.diagonal(cosines), 1, atol=1e-6)
+
+
+def test_products_have_the_highest_precision_whatever_the_default():
+    tensor, u = random_tensor(), random(3, 4)
+    calls = [tensor.gram] + [lambda m=m: m(u) for m in (tensor.traces, tensor.norms, tensor.cosines)]
+    with jax.default_matmul_precision("bfloat16"):
+        programs = [str(jax.make_jaxpr(call)()) for call in (*calls, lambda: tensor.norms(u, tensor.gram()))]
+    for program in programs:
+        assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
+
+
+@pytest.mark.parametrize("new", [1, 3, 5, 12])
+@pytest.mark.parametrize("kind", ["generic", "rank deficient", "ill conditioned", "zero"])
+def test_a_basis_is_brought_down_to_the_rank_it_can_have(new, kind):
+    basis = random(5, new)
+    if kind == "rank deficient":
+        basis = basis.at[3:].set(basis[:2])
+    elif kind == "ill conditioned":
+        basis = jnp.logspace(0, -6, 5)[:, None] * basis
+    elif kind == "zero":
+        basis = jnp.zeros_like(basis)
+    root, isometry = factor_basis(basis)
+    rank = min(5, new)
+    assert root.shape == (5, rank) and isometry.shape == (new, rank)
+    close(root @ isometry.T, basis)
+    np.testing.assert_allclose(isometry.T @ isometry, np.eye(rank), atol=2e-6)
+
+    # All there is of the projected matrix is in the small one.
+    tensor, u = random_tensor(), random(1, 4)
+    small, large = tensor.in_basis(root), np.einsum("ia,ij,jb->ab", basis, forms(tensor, u)[0], basis)
+    close(small.norms(u)[0], np.linalg.norm(large))
+    values, vectors = jnp.linalg.eigh(small.interaction(u)[0])
+    vectors = isometry @ vectors
+    np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=0), 1, atol=1e-5)
+    np.testing.assert_allclose(large @ vectors, vectors * values[None], atol=1e-5 * (1e-30 + np.abs(values).max()))
+    expected = np.concatenate([values, np.zeros(new - rank)])
+    np.testing.assert_allclose(np.sort(expected), np.linalg.eigvalsh(large), atol=1e-5 * np.abs(values).max() + 1e-30)
+
+
+def test_no_matrix_between_all_vectors_of_a_basis():
+    program = jax.make_jaxpr(factor_basis)(random(8, 100))
+    assert max(v.aval.size for e in program.eqns for v in e.outvars) <= 8 * 100
+
+
 def test_is_a_pytree_with_named_factors():
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(random_tensor())[0]]
     assert paths == [".left", ".right", ".down"]
@@ -162,3 +335,11 @@ def test_vectors_that_do_not_fit():
         tensor.in_basis(jnp.zeros((4, 9)))
     with pytest.raises(ValueError, match="v must have 5 coordinates"):
         tensor.matvec(jnp.zeros((1, 4)), jnp.zeros(7))
+    for method in (tensor.traces, tensor.norms, tensor.cosines):
+        with pytest.raises(ValueError, match="directions must have 4 coordinates"):
+            method(jnp.zeros((1, 5)))
+        with pytest.raises(ValueError, match="add an axis"):
+            method(jnp.zeros(4))
+    for method in (tensor.norms, tensor.cosines):
+        with pytest.raises(ValueError, match=r"gram\(\) of this tensor, \(7, 7\), got shape \(4, 4\)"):
+            method(jnp.zeros((1, 4)), jnp.zeros((4, 4)))
