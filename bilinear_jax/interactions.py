@@ -75,8 +75,8 @@ def top_interactions(
         batch_size: directions that each device visits between two exchanges of the threshold. It changes no result.
         tile: width of the square tiles of entries that are computed at once. It changes no result. 256 suits a CPU; a
             GPU needs larger ones to be kept busy.
-        mesh: the directions are dealt out to its devices, all its axes taken together; each has a copy of the tensor
-            and the basis. None: where the arrays are.
+        mesh: its devices, all its axes taken together, share out the directions; each has a copy of the tensor and of
+            the basis. None: where the arrays are.
 
     Raises:
         ValueError: if widths don't agree, an array is not finite, n is not in 1 ... the number of pairs, or
@@ -117,11 +117,10 @@ def top_interactions(
             if upper[order[start]] < threshold:
                 break
             batch = order[start : start + size]
-            # The last batch is filled up with directions that no bound lets through, and dealt out like cards.
+            # The last batch is filled up with directions that no bound lets through.
             bounds = np.pad(upper[batch], (0, size - len(batch)), constant_values=-np.inf)
-            dealt = np.arange(size).reshape(batch_size, devices).T.ravel()
-            visited = np.pad(batch, (0, size - len(batch))).astype(np.int32)[dealt]
-            visits = (*jax.device_put((visited, bounds[dealt]), part), jax.device_put(threshold, whole))
+            visited = np.pad(batch, (0, size - len(batch))).astype(np.int32)
+            visits = (*jax.device_put((visited, bounds), part), jax.device_put(threshold, whole))
             found, counts, largest = jax.device_get(
                 _search(tensor, columns, directions, *visits, n=n, tile=tile, mesh=mesh)
             )

@@ -56,13 +56,12 @@ def check(found: Interactions, case, n):
 @given(
     seed=st.integers(0, 999),
     tail=st.sampled_from([1.0, 3.0, 10.0]),
-    n=st.sampled_from([1, 4, 50, 270]),
-    tile=st.sampled_from([1, 4, 256]),
-    batch_size=st.sampled_from([1, 4, 8]),
+    n=st.sampled_from([1, 50, 270]),
+    tile=st.sampled_from([4, 256]),
 )
-def test_it_equals_brute_force(seed, tail, n, tile, batch_size):
+def test_it_equals_brute_force(seed, tail, n, tile):
     case = random_case(seed=seed, tail=tail)
-    check(top_interactions(*case, n, tile=tile, batch_size=batch_size), case, n)
+    check(top_interactions(*case, n, tile=tile, batch_size=4), case, n)
 
 
 def test_wide_and_narrow_bases():
@@ -120,6 +119,15 @@ def test_of_equal_entries_the_first_is_taken(tile, batch_size):
     assert found.value.tolist() == [(-1.0) ** (a + b) for _, a, b in names]
 
 
+def test_of_equal_entries_in_different_batches_the_first_is_taken():
+    # Direction 2 is visited first, for its 5; the ones of all three tie.
+    tensor = BilinearTensor(jnp.eye(2), jnp.eye(2), jnp.eye(2))
+    directions = jnp.array([[1.0, 0.5], [0.5, 1.0], [1.0, 5.0]])
+    found = top_interactions(tensor, directions, jnp.eye(2), 3, batch_size=1)
+    names = zip(found.out.tolist(), found.i.tolist(), found.j.tolist(), strict=True)
+    assert list(names) == [(2, 1, 1), (0, 0, 0), (1, 1, 1)]
+
+
 @pytest.mark.parametrize(("shape", "axes"), [((8,), ("d",)), ((4, 2), ("a", "b")), ((3,), ("d",))])
 def test_a_mesh_gives_the_same(shape, axes):
     case = random_case(number=37, features=30, tail=3.0)
@@ -147,29 +155,19 @@ def test_a_mesh_shares_the_work(monkeypatch):
     assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all"))
 
 
-def test_a_direction_that_did_not_converge_is_never_ruled_out(monkeypatch):
-    case = planted()
+@pytest.mark.parametrize("given", ["no convergence", "a residual"])
+def test_an_uncertain_eigenvalue_rules_nothing_out(monkeypatch, given):
+    def uncertain(tensor, directions, k):  # of direction 17, which has the largest entries, it says 0
+        spectrum, at = exact(tensor, directions, k), jnp.arange(len(directions)) == 17
+        doubts = {
+            "no convergence": {"converged": ~at},
+            "a residual": {"residuals": jnp.where(at[:, None], spectrum.values, 0)},
+        }
+        return dataclasses.replace(spectrum, values=jnp.where(at[:, None], 0, spectrum.values), **doubts[given])
 
-    def unsure(tensor, directions, k):
-        spectrum = real(tensor, directions, k)
-        return dataclasses.replace(spectrum, values=spectrum.values / 100, converged=jnp.arange(len(directions)) != 17)
-
-    real = interactions.top_eigh
-    monkeypatch.setattr(interactions, "top_eigh", unsure)
-    found = top_interactions(*case, 3, batch_size=2)
-    assert found.out.tolist() == [17] * 3
-
-
-def test_the_residual_belongs_to_the_bound(monkeypatch):
-    case = planted()
-
-    def rough(tensor, directions, k):  # says of each largest eigenvalue l that it lies within 0.99 l of 0.01 l
-        spectrum = real(tensor, directions, k)
-        return dataclasses.replace(spectrum, values=spectrum.values / 100, residuals=0.99 * jnp.abs(spectrum.values))
-
-    real = interactions.top_eigh
-    monkeypatch.setattr(interactions, "top_eigh", rough)
-    assert top_interactions(*case, 3, batch_size=2).out.tolist() == [17] * 3
+    exact = interactions.top_eigh
+    monkeypatch.setattr(interactions, "top_eigh", uncertain)
+    assert top_interactions(*planted(), 3, batch_size=2).out.tolist() == [17] * 3
 
 
 def test_a_batch_is_compiled_once():
