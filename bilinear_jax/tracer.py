@@ -11,6 +11,7 @@ so the entries of ``D^T Q_u D`` say which input features work together to make (
 Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 5.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as JaxTracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from bilinear_jax.interactions import Interactions, top_interactions
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, site_name, unit_columns
 from bilinear_jax.tensor import BilinearTensor
@@ -36,6 +39,7 @@ class Submatrix(NamedTuple):
 
     matrix: Float[Array, "n n"]  # D^T Q D between these features
     features: Int[np.ndarray, " n"]  # the input features of its rows and columns, ascending
+    explained: Float[Array, ""]  # |matrix|_F^2 / |D^T Q D|_F^2: the share of the whole that it holds; 0 if that is 0
 
 
 def mlp_tensor(lm: LanguageModel, layer: int) -> BilinearTensor:
@@ -191,24 +195,54 @@ class Tracer:
                 results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
+    def top_interactions(self, n: int = 50, feature: Index | None = None, *, mesh: Mesh | None = None) -> Interactions:
+        """The n largest |entries| of the projected matrices ``D^T Q D``, of one output feature or of all together.
+
+        Exact, without any of these matrices: see ``interactions.top_interactions``, which says how, and in what memory.
+
+        Args:
+            n: how many pairs of input features; (i, j) and (j, i) are one.
+            feature: an output feature, or a slice or list of them; None: all.
+            mesh: spreads the output features over its devices.
+
+        Raises:
+            ValueError: if n is below 1, or there are fewer pairs than n.
+            IndexError: for a feature that does not exist.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+            >>> found = tracer.top_interactions(n=3, feature=7)
+            >>> q = tracer.q(7, project=True)
+            >>> bool(jnp.allclose(found.value, q[found.i, found.j], atol=1e-6))
+            True
+        """
+        features = np.unique(self._features(slice(None) if feature is None else feature)[0])
+        found = top_interactions(self.tensor, self.directions[features], self.basis, n, mesh=mesh)
+        return dataclasses.replace(found, out=jnp.asarray(features)[found.out])
+
     def interaction_submatrix(self, feature: Index, n: int = 50) -> Submatrix:
         """The smallest part of an output feature's projected matrix that holds its n largest |entries|.
 
-        ``D^T Q D`` is symmetric, and both (i, j) and (j, i) are counted. With biases in the model, the number of
-        features of the input SAE stands for the constant input.
+        ``D^T Q D`` is symmetric, and here both (i, j) and (j, i) are counted. With biases in the model, the number of
+        features of the input SAE stands for the constant input. The whole matrix is not formed.
 
         Raises:
             ValueError: if the matrix has fewer than n entries, or n is below 1.
             IndexError: if there is no such feature.
         """
-        q = self.q(feature, project=True)
-        if q.ndim != 2:
+        features, single = self._features(feature)
+        if not single:
             raise ValueError(f"name one output feature, by an int; got {feature!r}")
-        if not 1 <= n <= q.size:
-            raise ValueError(f"n must lie in 1 ... {q.size} (the number of entries), got {n}")
-        _, entries = jax.lax.top_k(jnp.abs(q).ravel(), n)
-        involved = np.unique(np.concatenate(np.unravel_index(np.asarray(entries), q.shape)))
-        return Submatrix(q[np.ix_(involved, involved)], involved)
+        size = self.basis.shape[1]
+        if not 1 <= n <= size**2:
+            raise ValueError(f"n must lie in 1 ... {size**2} (the number of entries), got {n}")
+        found = self.top_interactions(min(n, size * (size + 1) // 2), feature)
+        i, j = np.asarray(found.i), np.asarray(found.j)
+        entries = np.cumsum(np.where(i == j, 1, 2))  # up to each pair, it included
+        pairs = 1 + np.searchsorted(entries, n)
+        involved = np.unique([i[:pairs], j[:pairs]])
+        return _submatrix(self.tensor, self.directions[features], self.basis, involved)
 
     def cosines(self, features: Index) -> Float[Array, "n n"]:
         """Cosine similarities between the decoder columns of some output features: near 1 or -1, they say the same."""
@@ -240,6 +274,18 @@ class Tracer:
 def _interaction(tensor: BilinearTensor, directions, basis) -> Float[Array, "U in in"]:
     with jax.default_matmul_precision("highest"):
         return tensor.interaction(directions, basis)
+
+
+def _submatrix(tensor: BilinearTensor, direction, basis, features: np.ndarray) -> Submatrix:
+    """The part of ``D^T Q D`` between some columns, from these alone; |D^T Q D|_F^2 = tr(Q M Q M) with M = D D^T."""
+    with jax.default_matmul_precision("highest"):
+        q, columns = _interaction(tensor, direction, None)[0], basis[:, features]
+        matrix = columns.T @ q @ columns
+        product = q @ (basis @ basis.T)
+        whole = jnp.sum(product * product.T)
+    matrix = (matrix + matrix.T) / 2
+    explained = jnp.where(whole > 0, jnp.sum(matrix**2) / jnp.where(whole > 0, whole, 1), 0)
+    return Submatrix(matrix, features, explained)
 
 
 def _resolve_sae(argument: str, given, sites: tuple[str, ...], lm: LanguageModel, layer: int, source) -> SAE:

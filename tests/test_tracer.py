@@ -236,6 +236,61 @@ def test_submatrix_holds_the_largest_entries(tracer):
             tracer.interaction_submatrix(9, n=n)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_submatrix_explains_its_share_of_the_whole(bias):
+    tracer = Tracer(random_model(bias=bias), 1, inp=random_sae("mlp_in"), out=random_sae("mlp_out", seed=1))
+    q = np.asarray(tracer.q(4, project=True))
+    for n in (1, 20, q.size):
+        part = tracer.interaction_submatrix(4, n=n)
+        close(part.matrix, q[np.ix_(part.features, part.features)])
+        close(part.explained, (np.asarray(part.matrix) ** 2).sum() / (q**2).sum())
+    close(part.explained, 1)
+
+
+def test_submatrix_of_nothing():
+    tracer = Tracer(random_model(), 1, inp=random_sae("mlp_in"), out=random_sae("mlp_out", seed=1))
+    tracer.directions = tracer.directions.at[2].set(0)
+    part = tracer.interaction_submatrix(2, n=3)
+    assert part.features.tolist() == [0, 1]  # (0, 0), (0, 1) and (1, 0), the first of equals
+    assert not part.matrix.any() and float(part.explained) == 0
+
+
+def largest(tracer, features, n):
+    """(feature, i, j) of the n largest |entries| with i <= j, from the whole matrices."""
+    q = np.triu(np.asarray(tracer.q(features, project=True)))
+    places = np.argsort(-np.abs(q), axis=None)[:n]
+    out, i, j = np.unravel_index(places, q.shape)
+    return list(zip(np.asarray(features)[out].tolist(), i.tolist(), j.tolist(), strict=True)), q[out, i, j]
+
+
+@pytest.mark.parametrize("feature", [None, 5, [9, 3, 9], slice(2, 100, 7), np.arange(40)])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_top_interactions_are_those_of_the_whole_matrices(tracer, feature, sharded):
+    mesh = jax.make_mesh((4,), ("features",), devices=jax.devices()[:4]) if sharded else None
+    found = tracer.top_interactions(20, feature, mesh=mesh)
+    asked = np.arange(128) if feature is None else np.unique(np.arange(128)[feature])
+    names, values = largest(tracer, asked.tolist(), 20)
+    assert list(zip(found.out.tolist(), found.i.tolist(), found.j.tolist(), strict=True)) == names
+    close(found.value, values)
+
+
+def test_top_interactions_count_a_constant_input_as_the_last_feature():
+    tracer = Tracer(random_model(bias=True), 1, inp=random_sae("mlp_in"), out=random_sae("mlp_out", seed=1))
+    names, _ = largest(tracer, [7], 30)
+    found = tracer.top_interactions(30, 7)
+    assert list(zip(found.out.tolist(), found.i.tolist(), found.j.tolist(), strict=True)) == names
+    assert int(found.j.max()) == 24
+
+
+def test_top_interactions_of_nothing_or_too_much(tracer):
+    with pytest.raises(IndexError, match=r"are 0 \.\.\. 127, got 128"):
+        tracer.top_interactions(5, 128)
+    with pytest.raises(ValueError, match=r"n must lie in 1 \.\.\. 8256, the pairs i <= j of 128 features for 1 dir"):
+        tracer.top_interactions(8257, 0)
+    with pytest.raises(ValueError, match=r"n must lie in 1 \.\.\. 0"):
+        tracer.top_interactions(1, [])
+
+
 def test_cosine_of_an_empty_decoder_column_is_zero():
     out = random_sae("mlp_out", seed=1)
     out = SAE({**out.params, "w_dec": out.w_dec.at[:, 3].set(0)}, out.config)
