@@ -321,6 +321,8 @@ def factor_basis(basis: Float[Array, "in new"]) -> BasisFactors:
 
     By a QR decomposition of ``basis^T``; one of ``basis basis^T`` would square the condition number. The isometry is
     orthonormal to rounding whatever the basis, one of lower rank included. Memory: three times that of the basis.
+    1024 inputs and 8192 features take half a second on two cores; where these have other work, LAPACK's threads wait
+    for each other, and ``threadpoolctl.threadpool_limits(1, "blas")`` around the call made it ten times faster.
 
     Example:
         >>> import jax
