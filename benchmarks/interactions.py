@@ -1,4 +1,4 @@
-"""The 50 largest interactions, against projecting every interaction matrix onto the SAE and taking its largest entries.
+"""The n largest interactions, against projecting every interaction matrix onto the SAE and taking its largest entries.
 
 The baseline is compiled once, projects one output feature at a time (D^T Q D, [features, features]), takes the
 ``top_k`` of its |entries|, and merges: what can be done without bounds and without symmetry. The cases are all output
@@ -9,6 +9,7 @@ Memory is that of the compiled search, its arguments included.
     python benchmarks/interactions.py [output features of the Gaussian case, 8 by default]
 """
 
+import functools
 import sys
 
 import jax
@@ -20,34 +21,33 @@ import bilinear_jax as bj
 from bilinear_jax import interactions
 from bilinear_jax.nn.sae import unit_columns
 
-N = 50
 FEATURES = 8192
 
 
-@jax.jit
-def largest_of_one(tensor, direction, basis):
+@functools.partial(jax.jit, static_argnames="n")
+def largest_of_one(tensor, direction, basis, n):
     with jax.default_matmul_precision("highest"):
         q = tensor.interaction(direction[None], basis)[0]
-    return jax.lax.top_k(jnp.abs(jnp.triu(q)).ravel(), N)
+    return jax.lax.top_k(jnp.abs(jnp.triu(q)).ravel(), n)
 
 
-def brute_force(tensor, directions, basis):
-    found = [largest_of_one(tensor, direction, basis)[0] for direction in directions]
-    return jax.lax.top_k(jnp.concatenate(found), N)[0]
+def brute_force(tensor, directions, basis, n):
+    found = [largest_of_one(tensor, direction, basis, n)[0] for direction in directions]
+    return jax.lax.top_k(jnp.concatenate(found), n)[0]
 
 
-def peak_bytes(tensor, directions, basis) -> int:
+def peak_bytes(tensor, directions, basis, n) -> int:
     visited, bounds = np.zeros(8, np.int32), np.zeros(8, np.float32)
     search = interactions._search.lower(
-        tensor, basis.T, directions, visited, bounds, np.float32(0), n=N, tile=min(256, basis.shape[1]), mesh=None
+        tensor, basis.T, directions, visited, bounds, np.float32(0), n=n, tile=min(256, basis.shape[1]), mesh=None
     )
     memory = search.compile().memory_analysis()
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
-def compare(name: str, tensor, directions, basis, repeats: int) -> dict:
-    found = interactions.top_interactions(tensor, directions, basis, N)
-    expected = brute_force(tensor, directions, basis)
+def compare(name: str, tensor, directions, basis, n: int, repeats: int) -> dict:
+    found = interactions.top_interactions(tensor, directions, basis, n)
+    expected = brute_force(tensor, directions, basis, n)
     error = float(jnp.max(jnp.abs(jnp.abs(found.value) - expected)) / expected[0])
     print(
         f"{name}: pruned {found.pruned:.1%} of the pairs, {found.pruned_rows:.1%} of the rows, "
@@ -56,11 +56,11 @@ def compare(name: str, tensor, directions, basis, repeats: int) -> dict:
     seconds = best_of(
         repeats,
         {
-            "ours": lambda: interactions.top_interactions(tensor, directions, basis, N),
-            "brute force": lambda: brute_force(tensor, directions, basis),
+            "ours": lambda: interactions.top_interactions(tensor, directions, basis, n),
+            "brute force": lambda: brute_force(tensor, directions, basis, n),
         },
     )
-    peak = peak_bytes(tensor, directions, basis)
+    peak = peak_bytes(tensor, directions, basis, n)
     return case(name, "project and top_k", seconds["brute force"], seconds["ours"], error, peak)
 
 
@@ -68,8 +68,11 @@ def main(number: int = 8):
     tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
     shipped = tracer.tensor, tracer.directions, tracer.basis
     cases = [
-        compare(f"ts-nano, all {tracer.n_features} output features", *shipped, repeats=2),
-        compare("ts-nano, one output feature", tracer.tensor, tracer.directions[:1], tracer.basis, repeats=20),
+        compare(f"ts-nano, all {tracer.n_features} output features, n = 50", *shipped, n=50, repeats=2),
+        compare(f"ts-nano, all {tracer.n_features} output features, n = 1", *shipped, n=1, repeats=2),
+        compare(
+            "ts-nano, one output feature, n = 50", tracer.tensor, tracer.directions[:1], tracer.basis, n=50, repeats=20
+        ),
     ]
 
     d_model, d_hidden = FW_MEDIUM.d_model, FW_MEDIUM.d_hidden
@@ -78,8 +81,8 @@ def main(number: int = 8):
     *factors, directions, basis = (0.03 * jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
     tensor, basis = bj.BilinearTensor(*factors), unit_columns(basis)
     for count, repeats in ((1, 3), (number, 1)):
-        name = f"Gaussian, d_model {d_model}, {FEATURES} input features, {count} output feature{'s' * (count > 1)}"
-        cases.append(compare(name, tensor, directions[:count], basis, repeats))
+        name = f"Gaussian, d_model {d_model}, {FEATURES} input features, {count} of the output, n = 50"
+        cases.append(compare(name, tensor, directions[:count], basis, 50, repeats))
     report("interactions", cases)
 
 
