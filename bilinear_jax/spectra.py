@@ -9,14 +9,18 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer as JaxTracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from bilinear_jax.tensor import BilinearTensor
+from bilinear_jax.eigenpairs import top_eigenpairs
+from bilinear_jax.meshes import spread
+from bilinear_jax.tensor import BilinearTensor, factor_basis
 
 Which = Literal["magnitude", "positive", "negative"]
 
@@ -30,7 +34,14 @@ class Spectrum:
     vectors: Array  # [U, in, in]: column i belongs to values[:, i]; orthonormal, each up to its sign
 
 
-def eigh(tensor: BilinearTensor, directions: Float[Array, "U out"], *, batch_size: int = 32) -> Spectrum:
+def eigh(
+    tensor: BilinearTensor,
+    directions: Float[Array, "U out"],
+    *,
+    basis: Float[Array, "in new"] | None = None,
+    batch_size: int = 32,
+    mesh: Mesh | None = None,
+) -> Spectrum:
     """All eigenpairs of the interaction matrices of all output directions: exact, by dense ``eigh``.
 
         Q_u = 1/2 (left^T diag(g) right + right^T diag(g) left) = V diag(l) V^T        g = down^T u
@@ -41,7 +52,10 @@ def eigh(tensor: BilinearTensor, directions: Float[Array, "U out"], *, batch_siz
 
     Args:
         directions: the output directions, a row each, for instance the encoder rows of an SAE.
+        basis: gives eigenpairs of ``basis^T Q_u basis``, ``rank = min(in, new)`` of them: all others are zero. No
+            ``[new, new]`` matrix is formed (``tensor.factor_basis``); vectors are ``[U, new, rank]``.
         batch_size: matrices that are built and decomposed together; it changes no result.
+        mesh: spreads the directions over its devices, for instance ``jax.make_mesh((8,), ("features",))``.
 
     Example:
         The layer y = x_0 x_1 = 1/4 (x_0 + x_1)^2 - 1/4 (x_0 - x_1)^2:
@@ -56,12 +70,19 @@ def eigh(tensor: BilinearTensor, directions: Float[Array, "U out"], *, batch_siz
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
-    def decompose(direction):
-        return jnp.linalg.eigh(tensor.interaction(direction[None])[0])
+    def decompose(tensor, directions):
+        def one(direction):
+            return jnp.linalg.eigh(tensor.interaction(direction[None])[0])
+
+        return jax.lax.map(one, directions, batch_size=min(batch_size, max(len(directions), 1)))
 
     with jax.default_matmul_precision("highest"):
-        values, vectors = jax.lax.map(decompose, directions, batch_size=min(batch_size, max(len(directions), 1)))
-    return Spectrum(values, vectors)
+        isometry = None
+        if basis is not None:
+            root, isometry = factor_basis(basis)
+            tensor = tensor.in_basis(root)
+        values, vectors = spread(decompose, mesh, tensor, directions)
+        return Spectrum(values, vectors if isometry is None else jnp.einsum("ni,uij->unj", isometry, vectors))
 
 
 @functools.partial(
@@ -76,9 +97,9 @@ class TopSpectrum:
     values: Array  # [U, k], signed, the largest |value| first (the most positive or most negative if asked for)
     vectors: Array  # [U, k, in]: row i belongs to values[:, i]; orthonormal, each up to its sign
     residuals: Array  # [U, k]: r = |Q v - l v|; an eigenvalue lies within r of l, whatever else is true
-    bounds: Array  # [U, k]: min(r, r^2 / gap), the Kato-Temple bound; gap: the distance of l to the other eigenvalues
-    converged: Array  # [U] bool: every bound of the direction is within the tolerance
-    steps: Array  # [U] int: products with Q_u that were spent; 0 where it was decomposed densely
+    bounds: Array  # [U, k]: how far l is from that eigenvalue at most: min(r, r^2 / gap), see top_eigh
+    converged: Array  # [U] bool: the bounds are within the tolerance
+    steps: Array  # [U] int: products of Q_u with a vector that were spent; 0 where it was decomposed densely
     explained: Array  # [U]: sum of values^2 / |Q_u|_F^2, the share of the matrix that these eigenpairs are
 
 
@@ -89,19 +110,111 @@ def top_eigh(
     *,
     which: Which = "magnitude",
     rtol: float = 1e-4,
+    max_steps: int | None = None,
+    key: Array | None = None,
+    basis: Float[Array, "in new"] | None = None,
+    block_size: int = 1,
+    mesh: Mesh | None = None,
 ) -> TopSpectrum:
-    """The k extreme eigenpairs of the interaction matrix of every output direction (dense for now)."""
-    spectrum = eigh(tensor, directions)
-    order = {"magnitude": -jnp.abs(spectrum.values), "positive": -spectrum.values, "negative": spectrum.values}[which]
-    chosen = jnp.argsort(order, axis=-1)[:, :k]
-    values = jnp.take_along_axis(spectrum.values, chosen, axis=-1)
-    vectors = jnp.swapaxes(jnp.take_along_axis(spectrum.vectors, chosen[:, None], axis=-1), 1, 2)
-    residuals = jnp.zeros_like(values)
-    explained = _ratio(jnp.sum(values**2, axis=-1), jnp.sum(spectrum.values**2, axis=-1))
-    number = len(values)
-    return TopSpectrum(
-        values, vectors, residuals, residuals, jnp.ones(number, bool), jnp.zeros(number, jnp.int32), explained
-    )
+    """The k extreme eigenpairs of the interaction matrix of every output direction, from the factors alone.
+
+    No matrix is built: all directions are multiplied by ``left`` and ``right`` together, ``8 hidden in`` flops for
+    each and step, and a Lanczos process of each finds its eigenpairs (``lanczos.py`` says how). Directions that don't
+    converge, and all where that is faster (few inputs, or many pairs), are decomposed densely.
+
+    **What is certain.** ``residuals`` hold whatever happened: an eigenvalue of Q_u lies within r of the value l.
+    ``bounds`` are sharper, ``r^2 / gap``, where gap is at least the distance of l to the nearest other eigenvalue
+    (Kato and Temple; sharpened by Lehmann's bound). That distance is known only as far as all eigenvalues near l have
+    shown. Both include what rounding adds. A direction has ``converged`` if ``sum(bounds) <= rtol * sum(|values|)``, so
+    that the sum of the k |values| is exact to rtol, and no other eigenvalue that has begun to show can displace the
+    last of them by more.
+
+    **What is not.** An eigenvector that the random start is nearly orthogonal to shows late. So the search goes on
+    until the bounds are 30 times as small as asked for. Where eigenvalues stand out of the others, a miss then has no
+    probability that could be measured; docs/benchmarks.md has what it is in pure noise. An eigenvalue that is there
+    several times is found as often where it stands out of the rest by a fifth or the matrix has few different ones,
+    and everywhere with ``block_size = k``.
+
+    Args:
+        directions: the output directions, a row each.
+        k: eigenpairs of each direction.
+        which: "magnitude": the largest |eigenvalues|; "positive": the largest, "negative": the smallest eigenvalues.
+        rtol: tolerance of the sum of the k |values|, relative to it.
+        max_steps: products of a Q_u with a vector before it is decomposed densely. By default ``in / 8``, at least 128
+            and at least 12 k.
+        key: of the random start; by default a fixed one, so that the same input gives the same numbers.
+        basis: eigenpairs of ``basis^T Q_u basis`` instead, as in ``eigh``.
+        block_size: start vectors of each direction, multiplied together. More take longer, and miss less.
+        mesh: spreads the directions over its devices.
+
+    Memory: beyond factors and result, ``U * hidden`` numbers, ``512 * (hidden + (24 + 3 k) in)``, and for the norms
+    4 matrices ``[hidden, hidden]`` if there are more than a few directions.
+
+    Inside ``grad``, values and explained have gradients (``dl = v^T dQ v``), vectors and residuals have none.
+
+    Raises:
+        ValueError: for k, rtol, block_size or which out of range, directions of another width, no directions, factors
+            of another type than float32 or float64, and (outside ``jit``) values that are not finite.
+
+    Example:
+        >>> left, right = jax.random.normal(jax.random.key(0), (2, 300, 200))
+        >>> tensor = BilinearTensor(left, right, jax.random.normal(jax.random.key(1), (5, 300)))
+        >>> top, exact = top_eigh(tensor, jnp.eye(5)), eigh(tensor, jnp.eye(5))
+        >>> bool(jnp.allclose(jnp.abs(top.values[:, 0]), jnp.abs(exact.values).max(axis=1), rtol=1e-4))
+        True
+        >>> top.converged.tolist(), bool((top.residuals < 1).all())
+        ([True, True, True, True, True], True)
+    """
+    _check_request(tensor, directions, k, which, rtol, block_size)
+    steps = max(128, tensor.n_in // 8, 12 * k) if max_steps is None else max_steps
+    key = jax.random.key(0) if key is None else key
+    return _top_eigh(tensor, directions, basis, key, k, which, float(rtol), steps, block_size, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which", "rtol", "max_steps", "block_size", "mesh"))
+def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_size, mesh) -> TopSpectrum:
+    with jax.default_matmul_precision("highest"):
+        isometry = None
+        if basis is not None:
+            root, isometry = factor_basis(basis)
+            tensor = tensor.in_basis(root)
+        norms = tensor.norms(directions)
+
+        def solve(shared, rows):
+            return top_eigenpairs(*shared, *rows, k=k, which=which, rtol=rtol, max_steps=max_steps, block=block_size)
+
+        gates = tensor.out_basis(directions).down
+        top = spread(solve, mesh, (tensor.left, tensor.right, key), (gates,))
+        vectors = top.vectors if isometry is None else jnp.einsum("ni,uki->ukn", isometry, top.vectors)
+        explained = _ratio(jnp.sum(top.values**2, axis=-1), norms**2)
+    return TopSpectrum(top.values, vectors, top.residuals, top.bounds, top.converged, top.steps, explained)
+
+
+def _check_request(tensor: BilinearTensor, directions, k: int, which: str, rtol: float, block_size: int) -> None:
+    inputs, dtype = tensor.n_in, tensor.left.dtype
+    if directions.ndim != 2 or directions.shape[1] != tensor.n_out:
+        raise ValueError(f"directions are rows [U, {tensor.n_out}] for this tensor, got shape {directions.shape}")
+    if not len(directions):
+        raise ValueError("there are no directions: give at least one row")
+    if not 1 <= k <= inputs:
+        raise ValueError(f"k must lie in 1 ... {inputs} (the number of inputs), got {k}")
+    if which not in get_args(Which):
+        raise ValueError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}")
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"eigenvalues need factors of float32 or float64, got {dtype}: convert them with astype")
+    smallest = 32 * float(jnp.finfo(dtype).eps)
+    if not smallest <= rtol < 1:
+        raise ValueError(f"rtol must lie in {smallest:.1e} (what {dtype} can hold) ... 1, got {rtol}")
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    for name, array in (
+        ("left", tensor.left),
+        ("right", tensor.right),
+        ("down", tensor.down),
+        ("directions", directions),
+    ):
+        if not isinstance(array, JaxTracer) and not bool(jnp.isfinite(array).all()):
+            raise ValueError(f"{name} holds values that are not finite")
 
 
 def truncated_eigenvalues(q: Float[Array, "*batch in in"], k: int = 2) -> Float[Array, "*batch"]:
