@@ -102,9 +102,9 @@ def low_rank_correlation(
             out of range, tokens or mask don't fit, an activation is not finite, or no feature is active often enough.
 
     Memory on the host, in numbers of 4 bytes: ``tokens (in + 12 k_sae)`` for what the model gave at the tokens that
-    count, k_sae being the active features of a token, ``128 max(ks) in`` for eigenvectors, and for one feature at a time
-    ``active (in + 8 max(ks))``. On the device: one batch of the model, or what ``spectra.top_eigh`` needs for 128
-    features.
+    count, k_sae being the active features of a token, ``128 max(ks) in`` for eigenvectors, and for one feature at a
+    time ``active (in + 8 max(ks))``. On the device: one batch of the model, or what ``spectra.top_eigh`` needs for
+    128 features.
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig

@@ -1,4 +1,4 @@
-"""Figures of matrices and spectra. Each takes arrays and returns a matplotlib ``Figure``: ``figure.savefig(path)``.
+"""Figures of matrices, spectra and correlations. Each takes arrays and returns a matplotlib ``Figure``, to be saved.
 
 They touch no global state of matplotlib, and open no window.
 """
@@ -123,6 +123,70 @@ def eigenvalue_spectrum(values: Any, title: str | None = None) -> "Figure":
     axes.legend(frameon=False, loc="upper right")
     if title:
         axes.set_title(title, loc="left")
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def correlation_curve(ks: Any, correlations: Any, threshold: float = 0.75, title: str | None = None) -> "Figure":
+    """How well k eigenpairs predict, over k: the mean correlation of many features, and the share above a threshold.
+
+    On the left the mean over features as a line, and as a band the middle half of them, between the quartiles. On the
+    right the share of features whose correlation exceeds the threshold. The axes of k are logarithmic. The title of the
+    left panel says how many features have a correlation.
+
+    Args:
+        ks: ``[n_ks]``, ascending and at least 1.
+        correlations: ``[n_ks, features]``, in -1 ... 1; nan where a feature has none. For instance ``r`` of
+            ``correlation.low_rank_correlation``.
+        threshold: what a correlation must exceed to count on the right.
+        title: stands above the figure.
+
+    Raises:
+        ValueError: if there isn't one row of correlations a k, no feature has any at some k, one lies outside -1 ... 1,
+            or ks don't ascend from 1 or more.
+
+    Example:
+        >>> figure = correlation_curve([1, 2], [[0.25, 0.5, float("nan")], [0.75, 1.0, float("nan")]])
+        >>> [panel.lines[0].get_ydata().tolist() for panel in figure.axes]
+        [[0.375, 0.875], [0.0, 50.0]]
+    """
+    ks, r = _finite("ks", ks), np.asarray(correlations, np.float64)
+    if ks.ndim != 1 or r.ndim != 2 or len(r) != len(ks) or not r.size:
+        raise ValueError(f"a curve needs ks [n_ks] and correlations [n_ks, features], got {ks.shape} and {r.shape}")
+    if ks[0] < 1 or (np.diff(ks) <= 0).any():
+        raise ValueError(f"ks must ascend from 1 or more, got {ks.tolist()}")
+    known = ~np.isnan(r)
+    if (np.abs(r[known]) > 1 + 1e-6).any():
+        raise ValueError(f"correlations lie in -1 ... 1, got {r[known][np.argmax(np.abs(r[known]))]:g}")
+    features = known.sum(axis=1)
+    if not features.all():
+        raise ValueError(f"no feature has a correlation at k = {ks[features == 0][0]:g}: all are nan")
+    mean, shares = np.nanmean(r, axis=1), 100 * (r > threshold).sum(axis=1) / features
+    low, high = np.nanquantile(r, [0.25, 0.75], axis=1)
+
+    figure = _new_figure(8.0, 3.6)
+    left, right = figure.subplots(1, 2)
+    style = {"color": POSITIVE, "marker": "o", "markersize": 4}
+    left.plot(ks, mean, label="mean", **style)
+    left.fill_between(ks, low, high, color=POSITIVE, alpha=0.2, linewidth=0, label="middle half of the features")
+    right.plot(ks, shares, **style)
+    several = "" if features.min() == features.max() else f"{features.min()} to "
+    left.set_title(f"{several}{features.max()} features", loc="left", fontsize=10)
+    left.set_ylabel("Pearson's r with the activation")
+    left.set_ylim(min(0.0, 1.1 * float(low.min()), 1.1 * float(mean.min())), 1.02)
+    left.legend(frameon=False, loc="best")
+    right.set_ylabel(f"features with r > {threshold:g} (%)")
+    right.set_ylim(0, 102)
+    for panel in (left, right):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(2.0 ** np.arange(np.floor(np.log2(ks[0])), np.ceil(np.log2(ks[-1])) + 1))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set_xlabel("k, number of eigenpairs")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="0.9", linewidth=0.8)
+        panel.set_axisbelow(True)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     figure.set_layout_engine("constrained")
     return figure
 

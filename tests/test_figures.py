@@ -98,6 +98,51 @@ def test_spectrum_refuses():
         figures.eigenvalue_spectrum([1.0, np.inf])
 
 
+R = np.array([[0.0, 0.25, 0.5, 1.0, np.nan], [-1.0, 0.75, 0.76, 1.0, 1.0]])
+
+
+def test_correlation_curve():
+    figure = figures.correlation_curve([2, 16], R, title="Some SAE")
+    figure.canvas.draw()
+    left, right = figure.axes
+    np.testing.assert_allclose(left.lines[0].get_xydata(), [[2, 1.75 / 4], [16, 2.51 / 5]])
+    np.testing.assert_allclose(right.lines[0].get_xydata(), [[2, 25], [16, 60]])  # .75 is not above .75
+    corners = {tuple(corner) for corner in left.collections[0].get_paths()[0].vertices.round(6).tolist()}
+    assert corners == {(2, 0.1875), (2, 0.625), (16, 0.75), (16, 1.0)}  # the quartiles
+    assert left.get_title(loc="left") == "4 to 5 features"
+    assert right.get_ylabel() == "features with r > 0.75 (%)"
+    for axes in figure.axes:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "4", "8", "16"]
+    texts = [*(label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label)), figure._suptitle]
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+def test_a_correlation_curve_below_0_is_seen(tmp_path):
+    figure = figures.correlation_curve(range(1, 65), np.full((64, 3), -0.5), threshold=-0.6)
+    figure.savefig(tmp_path / "curve.png")
+    left, right = figure.axes
+    assert left.get_ylim()[0] < -0.5
+    assert set(right.lines[0].get_ydata()) == {100} and right.get_ylim()[1] > 100
+    assert left.get_title(loc="left") == "3 features"
+
+
+@pytest.mark.parametrize(
+    ("ks", "r", "message"),
+    [
+        ([1], R, r"got \(1,\) and \(2, 5\)"),
+        ([1, 2], R[:, :0], r"correlations \[n_ks, features\], got \(2,\) and \(2, 0\)"),
+        ([2, 2], R, r"ascend from 1 or more, got \[2.0, 2.0\]"),
+        ([0, 2], R, "ascend from 1 or more"),
+        ([1, 2], 2 * R, r"lie in -1 \.\.\. 1, got -?2"),
+        ([1, 2], R * [[1], [np.nan]], "no feature has a correlation at k = 2"),
+    ],
+)
+def test_correlation_curve_refuses(ks, r, message):
+    with pytest.raises(ValueError, match=message):
+        figures.correlation_curve(ks, r)
+
+
 def test_no_global_state():
     from matplotlib import _pylab_helpers
 
