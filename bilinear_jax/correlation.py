@@ -86,7 +86,7 @@ def low_rank_correlation(
     residual stream before the norm. Then each feature's active tokens are taken together, one product ``[active, in] x
     [in, k]`` a feature, on the host. Products have the highest matmul precision; predictions are summed up and
     correlated in float64, about their means. The result doesn't depend on ``batch_size``. Progress bars show on a
-    terminal.
+    terminal. ``figures.correlation_curve(found.ks, found.r)`` draws what was found.
 
     Args:
         tracer: of this model, and with ``use_encoder=True``; only its output SAE matters.
@@ -138,10 +138,15 @@ def low_rank_correlation(
             f"the most active one is at {count.max()}: give more tokens, a mask with more True, or a smaller min_count"
         )
 
+    import scipy.linalg  # noqa: F401  loads the LAPACK whose threads are limited below
+    from threadpoolctl import threadpool_limits
     from tqdm.auto import tqdm
 
     r = np.full((len(ks), tracer.n_features), np.nan, np.float32)
-    with tqdm(total=len(included), desc=f"features of {tracer.out.name}", disable=None) as bar:
+    bar = tqdm(total=len(included), desc=f"features of {tracer.out.name}", disable=None)
+    # As in Tracer.compute: matrices and products are too small to share out between threads, which would wait for each
+    # other; beside other work that made both of them ten times slower.
+    with bar, threadpool_limits(1, user_api="blas"):
         for start in range(0, len(included), FEATURES_AT_ONCE):
             features = included[start : start + FEATURES_AT_ONCE]
             for feature, values, vectors in zip(features, *_eigenpairs(tracer, features, ks[-1]), strict=True):
@@ -214,14 +219,10 @@ def _stream(
 
 def _eigenpairs(tracer: Tracer, features: Int[np.ndarray, " U"], k: int):
     """The k eigenpairs of largest |value| of these features, ``[U, k]`` and ``[U, k, in]``, on the host."""
-    import scipy.linalg  # noqa: F401  loads the LAPACK whose threads are limited below
-    from threadpoolctl import threadpool_limits
-
     # The last group is filled up with its last feature, so that there is one shape to compile for.
     padded = np.pad(features, (0, FEATURES_AT_ONCE - len(features)), mode="edge")
-    with threadpool_limits(1, user_api="blas"):  # as in Tracer.compute: 25 times as fast beside other work
-        top = top_eigh(tracer.tensor, tracer.directions[padded], k)
-        values, vectors = jax.device_get((top.values, top.vectors))
+    top = top_eigh(tracer.tensor, tracer.directions[padded], k)
+    values, vectors = jax.device_get((top.values, top.vectors))
     return values[: len(features)], vectors[: len(features)]
 
 

@@ -175,6 +175,13 @@ def test_constant_predictions_and_activations_have_no_r():
     assert found.share_above().tolist() == [1, 1]
 
 
+def test_what_only_rounding_varies_is_constant():
+    y = normal(50, seed=1).astype(np.float64)
+    noise = 3.3 * (1 + np.finfo(np.float32).eps * normal(50).astype(np.float64))
+    assert np.isnan(_pearson(np.stack([noise, y], axis=1), y)).tolist() == [True, False]
+    assert np.isnan(_pearson(y[:, None], noise)).all()
+
+
 def test_an_offset_does_not_cancel():
     # y = (v.x)^2 + 10,000: in float32, sums of squares would leave nothing of the deviations
     x, v = normal(4000, D), np.array([0.5, 1, 0, -1])
