@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bilinear_jax.activations import check_dataset, token_batches
+from bilinear_jax.devices import one_blas_thread
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
@@ -138,15 +139,11 @@ def low_rank_correlation(
             f"the most active one is at {count.max()}: give more tokens, a mask with more True, or a smaller min_count"
         )
 
-    import scipy.linalg  # noqa: F401  loads the LAPACK whose threads are limited below
-    from threadpoolctl import threadpool_limits
     from tqdm.auto import tqdm
 
     r = np.full((len(ks), tracer.n_features), np.nan, np.float32)
     bar = tqdm(total=len(included), desc=f"features of {tracer.out.name}", disable=None)
-    # As in Tracer.compute: matrices and products are too small to share out between threads, which would wait for each
-    # other; beside other work that made both of them ten times slower.
-    with bar, threadpool_limits(1, user_api="blas"):
+    with bar, one_blas_thread():
         for start in range(0, len(included), FEATURES_AT_ONCE):
             features = included[start : start + FEATURES_AT_ONCE]
             for feature, values, vectors in zip(features, *_eigenpairs(tracer, features, ks[-1]), strict=True):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.lanczos import COLUMNS, Found, multiply, search, strength
 
-STRICTER = 30  # how much smaller than asked for the bounds are when a search ends
+STRICTER = {1: 30, 2: 4}  # how many times smaller than asked for the bounds are when a search ends, by block
 ROUNDING = 8  # eps times so much, times sqrt(sum_m (g_m |left_m| |right_m|)^2), is what rounding does to a value
 BYTES = 2**26  # of a batch of matrices that are decomposed densely
 
@@ -28,17 +28,21 @@ class Pairs(NamedTuple):
     steps: Int[Array, "U"]
 
 
-def top_eigenpairs(left, right, key, gates, *, k: int, which: str, rtol: float, max_steps: int, block: int) -> Pairs:
+def top_eigenpairs(
+    left, right, key, gates, *, k: int, which: str, rtol: float, max_steps: int, block: int, exact: bool
+) -> Pairs:
     """What ``spectra.top_eigh`` returns, for directions given by their gates ``[U, hidden]``."""
     # Q is linear in the gates: scaled, so that no square of anything can leave the range of the floats.
     unit = jnp.max(jnp.abs(gates), axis=-1) * jnp.max(jnp.abs(left)) * jnp.max(jnp.abs(right))
     unit = jax.lax.stop_gradient(jnp.where(unit > 0, unit, 1) * (-1 if which == "negative" else 1))
     gates, signed = gates / unit[:, None], which != "magnitude"
     fixed = jax.lax.stop_gradient((left, right, gates))
-    if dense_is_faster(*left.shape, k):
+    if exact or dense_is_faster(left.shape[1], k):
         found = _dense(*fixed, k, signed)
     else:
-        found = search(*fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER, max_steps=max_steps, key=key)
+        found = search(
+            *fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER[min(block, 2)], max_steps=max_steps, key=key
+        )
         missed = ~_assess(*fixed, found, signed, rtol).converged
         found = _replace(found, missed, lambda some: _dense(left, right, some, k, signed), fixed[2])
     pairs = _assess(left, right, gates, found, signed, rtol)
@@ -48,7 +52,7 @@ def top_eigenpairs(left, right, key, gates, *, k: int, which: str, rtol: float, 
     )
 
 
-def dense_is_faster(hidden: int, inputs: int, k: int) -> bool:
+def dense_is_faster(inputs: int, k: int) -> bool:
     """Whether building each matrix and decomposing it costs less than a search: measured on a CPU."""
     return inputs < 96 or 8 * k > inputs
 
@@ -69,7 +73,7 @@ def _assess(left, right, gates, found: Found, signed: bool, rtol: float) -> Pair
     rounding = ROUNDING * jnp.finfo(values.dtype).eps * jnp.sqrt(gates**2 @ sizes)[:, None]
     residuals, rounding = jax.lax.stop_gradient((residuals, rounding))
     bounds = jnp.minimum(residuals, residuals**2 / found.gaps) + rounding
-    slack = rtol * jnp.sum(jnp.abs(values), axis=-1)
+    slack = rtol * jnp.sum(jnp.abs(values), axis=-1) + 2 * jnp.sum(rounding, axis=-1) * values.shape[1]
     converged = jnp.sum(bounds, axis=-1) <= slack
     converged &= found.contenders <= strength(values[:, -1], signed) + slack
     return Pairs(values, vectors, residuals + rounding, bounds, converged, found.steps)

@@ -102,7 +102,9 @@ def top_interactions(
     size = devices * batch_size
     tile = min(tile, features)
     columns = basis.T
-    upper = _spectral_bounds(tensor, directions, basis) if number > size else np.full(number, np.inf, basis.dtype)
+    upper = np.full(number, np.inf, basis.dtype)
+    if number > size:
+        upper = _spectral_bounds(tensor, directions, basis, mesh)
     whole, part = (None, None) if mesh is None else (NamedSharding(mesh, spec) for spec in _specs(mesh))
     tensor, columns, directions = jax.device_put((tensor, columns, directions), whole)
 
@@ -160,9 +162,9 @@ class _Top(NamedTuple):
         return jnp.where(self.out >= 0, jnp.abs(self.value), -1)
 
 
-def _spectral_bounds(tensor: BilinearTensor, directions, basis) -> np.ndarray:
+def _spectral_bounds(tensor: BilinearTensor, directions, basis, mesh: Mesh | None) -> np.ndarray:
     """``|Q_u|_2 max_i |d_i|^2`` of each direction, above every |entry| of its ``D^T Q_u D``."""
-    spectrum = top_eigh(tensor, directions, k=1)
+    spectrum = top_eigh(tensor, directions, k=1, mesh=mesh)
     norms = jnp.where(spectrum.converged, jnp.abs(spectrum.values[:, 0]) + spectrum.residuals[:, 0], jnp.inf)
     return np.asarray(norms * jnp.max(jnp.sum(basis**2, axis=0)) * _slack(len(basis), basis.dtype))
 

@@ -11,9 +11,9 @@ extreme eigenpairs of Q_u, and
 says how well. A slot whose wanted pairs are good enough gives its place to the next direction, so directions that
 converge late don't make the others wait; all others shrink their basis to the best Ritz vectors and go on.
 
-What can go wrong is an eigenvalue that the subspace doesn't contain. From a random start, a subspace meets each
-eigenspace in min(b, multiplicity) directions with probability 1. So if b is below k and an eigenvalue stands out, a
-*probe* follows: a cycle from a fresh random block, orthogonal to all that was found, which shows further copies.
+What can go wrong is an eigenvector that the start is nearly orthogonal to, and a second copy of an eigenvalue, which a
+single start can't see at all. Both show in a *probe*, a cycle from a fresh random block, orthogonal to all that was
+found; so one follows wherever the wanted eigenvalues stand out enough for one cycle to show another like them.
 
 Source: Golub and Underwood 1977 (block Lanczos); Wu and Simon 2000 (thick restart); Lehmann 1949 and Parlett, "The
 symmetric eigenvalue problem", chapter 10 (bounds).
@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 COLUMNS = 512  # vectors that are multiplied at once: enough for matrix products to run at full speed
 STARTS = 64  # different random blocks; direction u starts from number u modulo this
-STANDS_OUT = 1.2  # how much larger than the rest an eigenvalue must be for a probe of one cycle to show a copy of it
+STANDS_OUT = 0.1  # by how much the k-th value must exceed the eighth after it, relative to |Q|, for a probe to show one
 
 
 class Found(NamedTuple):
@@ -67,7 +67,7 @@ def search(left, right, gates, *, k: int, block: int, signed: bool, rtol: float,
     """
     directions, inputs, dtype = gates.shape[0], left.shape[1], left.dtype
     cycle_steps = max(2, max(8, k) // block)
-    keep = max(16, 2 * k + 4)
+    keep = max(16, 2 * k + 8)
     size = keep + cycle_steps * block
     width = max(1, min(COLUMNS // block, directions))
     starts = _orthonormal(jax.random.normal(key, (STARTS, block, inputs), dtype), jnp.zeros(STARTS, dtype))
@@ -119,27 +119,29 @@ def search(left, right, gates, *, k: int, block: int, signed: bool, rtol: float,
         total = jnp.sum(jnp.abs(ritz.values[:, :k]), axis=-1)
         slack = rtol * total
         bounds = jnp.minimum(ritz.residuals, ritz.residuals**2 / ritz.gaps)[:, :k]
-        good = (jnp.sum(bounds, axis=-1) <= slack) & (ritz.contenders <= strengths[:, k - 1] + slack)
-        good &= jnp.sum(slots.live, axis=1) >= k
+        calm = ritz.contenders <= strengths[:, k - 1] + slack
+        good = calm & (jnp.sum(bounds, axis=-1) <= slack) & (jnp.sum(slots.live, axis=1) >= k)
         over = slots.steps >= max_steps
         probing = jnp.isfinite(slots.reached)
         reached = jnp.sum(strengths[:, :k], axis=-1)
         news = reached > slots.reached + slack
-        doubtful = (strengths[:, 0] > strengths[:, k - 1] + slack) & (strengths[:, 0] > STANDS_OUT * strengths[:, k])
-        probe = ~probing & good & doubtful & (block < k)
-        done = over | jnp.where(probing, ~news, good & ~probe)
+        stuck = ~jnp.any(slots.block != 0, axis=(1, 2))
+        far = jnp.where(ritz.live[:, k + 7], strengths[:, k + 7], -jnp.inf)
+        stands_out = strengths[:, k - 1] - far > STANDS_OUT * jnp.max(jnp.abs(ritz.values), axis=1)
+        probe = ~probing & good & (stuck | stands_out) & (block < max(k, 2))
+        done = over | jnp.where(probing, calm & ~news, good & ~probe)
 
         basis = slots.basis.at[:, :keep].set(jnp.einsum("snj,snd->sjd", ritz.coefficients, slots.basis))
+        finished = jnp.where(done, slots.direction, directions)
         report = jnp.where((good | over) & ~(probing & ~news), slots.direction, directions)
         found = Found(
             found.values.at[report].set(ritz.values[:, :k], mode="drop"),
             found.vectors.at[report].set(basis[:, :k], mode="drop"),
             found.gaps.at[report].set(ritz.gaps[:, :k], mode="drop"),
-            found.contenders.at[report].set(ritz.contenders, mode="drop"),
-            found.steps.at[jnp.where(done, slots.direction, directions)].set(slots.steps, mode="drop"),
+            found.contenders.at[finished].set(ritz.contenders, mode="drop"),
+            found.steps.at[finished].set(slots.steps, mode="drop"),
         )
         live = jnp.zeros_like(slots.live).at[:, :keep].set(ritz.live)
-        stuck = ~jnp.any(slots.block != 0, axis=(1, 2))
         renew = probe | stuck
         random = _orthogonal(basis, live, starts[(slots.direction + slots.fresh) % STARTS])
         diagonal = jnp.arange(keep)
@@ -182,8 +184,10 @@ def search(left, right, gates, *, k: int, block: int, signed: bool, rtol: float,
         jnp.zeros(directions, jnp.int32),
     )
     # The last few directions go on in fewer slots, so that idle ones aren't multiplied.
-    few = max(1, width // 4)
+    few = width // 4 if width > 64 else 0
     found, slots, following = jax.lax.while_loop(lambda carry: busy(carry) > few, cycle, (found, slots, following))
+    if not few:
+        return found
     last = jnp.argsort(slots.direction)[:few]
     slots = jax.tree.map(lambda leaf: leaf[last], slots)
     return jax.lax.while_loop(lambda carry: busy(carry) > 0, cycle, (found, slots, following))[0]
@@ -259,8 +263,12 @@ def _ritz_pairs(slots: _Slots, rest: Float[Array, "S b in"], k: int, keep: int, 
     def pick(array):
         return jnp.take_along_axis(array, order, axis=1)
 
-    # Wherever an eigenvalue that isn't among the k begins to show, there is a Ritz value with a large residual.
+    # Where an eigenvalue that isn't among the k begins to show, there is a Ritz value with a large residual: from a
+    # block, at the ends of what is left; from a single start it may come up anywhere.
     others = exists.at[jnp.arange(len(order))[:, None], order[:, :k]].set(False)
+    if block > 1:
+        highest = jnp.flip(jnp.cumsum(jnp.flip(others, 1), axis=1), 1) == 1
+        others &= highest if signed else highest | (jnp.cumsum(others, axis=1) == 1)
     contenders = jnp.max(jnp.where(others, strength(values, signed) + reach, -jnp.inf), axis=1)
 
     live = pick(exists)

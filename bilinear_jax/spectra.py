@@ -9,7 +9,6 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 
 import dataclasses
 import functools
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,11 @@ from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from bilinear_jax.devices import spread
 from bilinear_jax.eigenpairs import top_eigenpairs
-from bilinear_jax.meshes import spread
 from bilinear_jax.tensor import BilinearTensor, factor_basis
 
-Which = Literal["magnitude", "positive", "negative"]
+ENDS = ("magnitude", "positive", "negative")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "vectors"], meta_fields=[])
@@ -105,15 +104,16 @@ class TopSpectrum:
 
 def top_eigh(
     tensor: BilinearTensor,
-    directions: Float[Array, "U out"],
+    directions: Array,
     k: int = 2,
     *,
-    which: Which = "magnitude",
+    which: str = "magnitude",
     rtol: float = 1e-4,
     max_steps: int | None = None,
     key: Array | None = None,
-    basis: Float[Array, "in new"] | None = None,
-    block_size: int = 1,
+    basis: Array | None = None,
+    block_size: int = 2,
+    exact: bool = False,
     mesh: Mesh | None = None,
 ) -> TopSpectrum:
     """The k extreme eigenpairs of the interaction matrix of every output direction, from the factors alone.
@@ -126,17 +126,18 @@ def top_eigh(
     ``bounds`` are sharper, ``r^2 / gap``, where gap is at least the distance of l to the nearest other eigenvalue
     (Kato and Temple; sharpened by Lehmann's bound). That distance is known only as far as all eigenvalues near l have
     shown. Both include what rounding adds. A direction has ``converged`` if ``sum(bounds) <= rtol * sum(|values|)``, so
-    that the sum of the k |values| is exact to rtol, and no other eigenvalue that has begun to show can displace the
-    last of them by more.
+    that the sum of the k |values| is exact to rtol (or to rounding), and no other eigenvalue that has begun to show can
+    displace the last of them by more.
 
-    **What is not.** An eigenvector that the random start is nearly orthogonal to shows late. So the search goes on
-    until the bounds are 30 times as small as asked for. Where eigenvalues stand out of the others, a miss then has no
-    probability that could be measured; docs/benchmarks.md has what it is in pure noise. An eigenvalue that is there
-    several times is found as often where it stands out of the rest by a fifth or the matrix has few different ones,
-    and everywhere with ``block_size = k``.
+    **What is not.** An eigenvector that all of the random start is nearly orthogonal to shows late. So the search goes
+    on until the bounds are 4 times as small as asked for (30 times with ``block_size = 1``); what this leaves is in
+    docs/benchmarks.md: no miss where eigenvalues stand out or repel each other, as those of noise do, and one in
+    some thousand directions where they are strewn independently. An eigenvalue of higher multiplicity than
+    ``block_size`` is found as often where it stands out, for then a second random start follows; at the edge of a
+    continuum, only ``block_size`` times.
 
     Args:
-        directions: the output directions, a row each.
+        directions: the output directions ``[U, out]``, a row each.
         k: eigenpairs of each direction.
         which: "magnitude": the largest |eigenvalues|; "positive": the largest, "negative": the smallest eigenvalues.
         rtol: tolerance of the sum of the k |values|, relative to it.
@@ -144,7 +145,9 @@ def top_eigh(
             and at least 12 k.
         key: of the random start; by default a fixed one, so that the same input gives the same numbers.
         basis: eigenpairs of ``basis^T Q_u basis`` instead, as in ``eigh``.
-        block_size: start vectors of each direction, multiplied together. More take longer, and miss less.
+        block_size: start vectors of each direction, multiplied together. 1 is a quarter faster in pure noise, and
+            misses an eigenvalue of one in some thousand directions; more than 2 miss fewer still, and take longer.
+        exact: decompose every matrix densely: slower, and nothing can be missed.
         mesh: spreads the directions over its devices.
 
     Memory: beyond factors and result, ``U * hidden`` numbers, ``512 * (hidden + (24 + 3 k) in)``, and for the norms
@@ -165,14 +168,14 @@ def top_eigh(
         >>> top.converged.tolist(), bool((top.residuals < 1).all())
         ([True, True, True, True, True], True)
     """
-    _check_request(tensor, directions, k, which, rtol, block_size)
+    _check_request(tensor, directions, basis, k, which, rtol, max_steps, block_size)
     steps = max(128, tensor.n_in // 8, 12 * k) if max_steps is None else max_steps
     key = jax.random.key(0) if key is None else key
-    return _top_eigh(tensor, directions, basis, key, k, which, float(rtol), steps, block_size, mesh)
+    return _top_eigh(tensor, directions, basis, key, k, which, float(rtol), steps, block_size, exact, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "which", "rtol", "max_steps", "block_size", "mesh"))
-def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_size, mesh) -> TopSpectrum:
+@functools.partial(jax.jit, static_argnames=("k", "which", "rtol", "max_steps", "block_size", "exact", "mesh"))
+def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_size, exact, mesh) -> TopSpectrum:
     with jax.default_matmul_precision("highest"):
         isometry = None
         if basis is not None:
@@ -181,7 +184,9 @@ def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_s
         norms = tensor.norms(directions)
 
         def solve(shared, rows):
-            return top_eigenpairs(*shared, *rows, k=k, which=which, rtol=rtol, max_steps=max_steps, block=block_size)
+            return top_eigenpairs(
+                *shared, *rows, k=k, which=which, rtol=rtol, max_steps=max_steps, block=block_size, exact=exact
+            )
 
         gates = tensor.out_basis(directions).down
         top = spread(solve, mesh, (tensor.left, tensor.right, key), (gates,))
@@ -190,30 +195,34 @@ def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_s
     return TopSpectrum(top.values, vectors, top.residuals, top.bounds, top.converged, top.steps, explained)
 
 
-def _check_request(tensor: BilinearTensor, directions, k: int, which: str, rtol: float, block_size: int) -> None:
+def _check_request(tensor: BilinearTensor, directions, basis, k, which, rtol, max_steps, block_size) -> None:
     inputs, dtype = tensor.n_in, tensor.left.dtype
+    if basis is not None and (basis.ndim != 2 or basis.shape[0] != inputs):
+        raise ValueError(f"basis must have {inputs} rows (in), a column for each new coordinate, got {basis.shape}")
+    pairs = inputs if basis is None else min(basis.shape)
     if directions.ndim != 2 or directions.shape[1] != tensor.n_out:
         raise ValueError(f"directions are rows [U, {tensor.n_out}] for this tensor, got shape {directions.shape}")
     if not len(directions):
         raise ValueError("there are no directions: give at least one row")
-    if not 1 <= k <= inputs:
-        raise ValueError(f"k must lie in 1 ... {inputs} (the number of inputs), got {k}")
-    if which not in get_args(Which):
-        raise ValueError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}")
+    if not 1 <= k <= pairs:
+        raise ValueError(f"k must lie in 1 ... {pairs} (the number of inputs), got {k}")
+    if which not in ENDS:
+        raise ValueError(f"which must be one of {', '.join(ENDS)}, got {which!r}")
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"eigenvalues need factors of float32 or float64, got {dtype}: convert them with astype")
     smallest = 32 * float(jnp.finfo(dtype).eps)
     if not smallest <= rtol < 1:
         raise ValueError(f"rtol must lie in {smallest:.1e} (what {dtype} can hold) ... 1, got {rtol}")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    for name, array in (
-        ("left", tensor.left),
-        ("right", tensor.right),
-        ("down", tensor.down),
-        ("directions", directions),
-    ):
-        if not isinstance(array, JaxTracer) and not bool(jnp.isfinite(array).all()):
+    for name, number in (("block_size", block_size), ("max_steps", max_steps)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    given = {"left": tensor.left, "right": tensor.right, "down": tensor.down, "directions": directions, "basis": basis}
+    for name, array in given.items():
+        if array is None or isinstance(array, JaxTracer):
+            continue
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.isfinite(array).all())
+        if not finite:
             raise ValueError(f"{name} holds values that are not finite")
 
 

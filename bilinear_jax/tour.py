@@ -43,10 +43,12 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     print(f"output {tracer.out.name}: {tracer.out.config.n_features} features")
 
     _heading("All output features, ranked by the sum of their two largest |eigenvalues|")
-    scores = tracer.compute(bj.spectra.truncated_eigenvalues, k=2)
-    values, best = jax.lax.top_k(scores, 10)
-    for feature, value in zip(best.tolist(), values.tolist(), strict=True):
-        print(f"  feature {feature:5d}  {value:.3f}")
+    top = tracer.top_eigh(k=2)
+    _, best = jax.lax.top_k(jnp.abs(top.values).sum(axis=1), 10)
+    print("               sum  +- at most  they explain")
+    for number in best.tolist():
+        print(f"  feature {number:5d}  {_sum_and_share(top, number)}")
+    print(f"{int(top.converged.sum())} of {tracer.n_features} features converged; none of their matrices was built.")
     title = "Cosines between the decoder columns of the ten best"
     _save(bj.figures.heat_map(tracer.cosines(best), best, title=title), out, "cosines")
 
@@ -55,11 +57,9 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     bj.Visualizer(lm, tracer.out)(feature, int(best[1]), k=5)
 
     _heading(f"How feature {feature} is made")
-    spectrum = np.asarray(bj.spectra.eigh(tracer.tensor, tracer.directions[feature][None]).values[0])
+    spectrum = bj.spectra.eigh(tracer.tensor, tracer.directions[feature][None]).values[0]
     _save(bj.figures.eigenvalue_spectrum(spectrum, title=f"Eigenvalues of output feature {feature}"), out, "spectrum")
-    squares = np.sort(spectrum**2)[::-1]
-    q = tracer.q(feature, project=True)
-    matrix, inputs = tracer.interaction_submatrix(feature, n=50)
+    matrix, inputs, explained = tracer.interaction_submatrix(feature, n=50)
     title = f"What makes output feature {feature}: its 50 largest interactions"
     _save(bj.figures.heat_map(matrix, inputs, title=title), out, "interactions")
     visualizer = bj.Visualizer(lm, tracer.inp)
@@ -67,11 +67,19 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
         print(f"  {entry:+.3f}  {_describe(visualizer, row)}  x  {_describe(visualizer, column)}")
 
     _heading("What was found")
-    print(f"Output feature {feature} of {tracer.out.name} has the largest top-two eigenvalues, {float(values[0]):.3f}.")
-    print(f"Those two explain {squares[:2].sum() / squares.sum():.1%} of its interaction matrix (share of squares).")
-    print(f"Its 50 largest of {q.size:,} interactions lie between {len(inputs)} input features; the sub-matrix of")
-    print(f"these holds {float(jnp.sum(matrix**2) / jnp.sum(q**2)):.1%} of the squares of the whole.")
+    value, bound = float(jnp.abs(top.values[feature]).sum()), float(top.bounds[feature].sum())
+    share = float(top.explained[feature])
+    print(f"Output feature {feature} of {tracer.out.name} has the largest top-two eigenvalues, {value:.3f}")
+    print(f"(at most {bound:.0e} off). Those two explain {share:.1%} of its interaction matrix (share of squares).")
+    size = tracer.basis.shape[1]
+    print(f"Its 50 largest of {size**2:,} interactions lie between {len(inputs)} input features; the sub-matrix of")
+    print(f"these holds {float(explained):.1%} of the squares of the whole.")
     print(f"Figures: {', '.join(str(out / name) for name in ('cosines.png', 'spectrum.png', 'interactions.png'))}")
+
+
+def _sum_and_share(top: "bj.spectra.TopSpectrum", feature: int) -> str:
+    value, bound = jnp.abs(top.values[feature]).sum(), top.bounds[feature].sum()
+    return f"{float(value):.3f}   {float(bound):.0e}      {float(top.explained[feature]):6.1%}"
 
 
 def _heading(text: str) -> None:

@@ -23,9 +23,11 @@ from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from bilinear_jax.devices import one_blas_thread, spread
 from bilinear_jax.interactions import Interactions, top_interactions
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, site_name, unit_columns
+from bilinear_jax.spectra import TopSpectrum, top_eigh
 from bilinear_jax.tensor import BilinearTensor
 
 INPUT_SITES = ("mlp_in", "resid_mid")
@@ -142,7 +144,52 @@ class Tracer:
         q = _interaction(self.tensor, self.directions[features], self.basis if project else None)
         return q[0] if single else q
 
-    def compute(self, fn: Callable[..., PyTree], batch_size: int = 32, project: bool = False, **kwargs) -> PyTree:
+    def top_eigh(
+        self,
+        k: int = 2,
+        features: Index | None = None,
+        *,
+        project: bool = False,
+        exact: bool = False,
+        mesh: Mesh | None = None,
+        **options,
+    ) -> TopSpectrum:
+        """The k extreme eigenpairs of the interaction matrices of output features, with what is known of their errors.
+
+        ``spectra.top_eigh`` of ``tensor`` and ``directions``: from the factors alone, a thousand features in a second.
+
+        Args:
+            features: which output features (as for ``q``); all of them by default. The first axis of the result is
+                theirs, also if one is named by an int.
+            project: of ``D^T Q D`` instead, vectors in features of the input SAE; no such matrix is formed.
+            exact: decompose every matrix densely instead: slower, and nothing can be missed.
+            mesh: spreads the output features over its devices.
+            options: ``which``, ``rtol`` and the others of ``spectra.top_eigh``.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+            >>> top = tracer.top_eigh(k=2, features=[3, 797])
+            >>> top.values.shape, top.converged.tolist(), bool((top.explained < 1).all())
+            ((2, 2), [True, True], True)
+        """
+        features = slice(None) if features is None else features
+        basis = self.basis if project else None
+        directions = self.directions[self._features(features)[0]]
+        with one_blas_thread():
+            return jax.block_until_ready(
+                top_eigh(self.tensor, directions, k, basis=basis, exact=exact, mesh=mesh, **options)
+            )
+
+    def compute(
+        self,
+        fn: Callable[..., PyTree],
+        batch_size: int = 32,
+        project: bool = False,
+        *,
+        mesh: Mesh | None = None,
+        **kwargs,
+    ) -> PyTree:
         """``fn(q, **kwargs)`` of the interaction matrices of all output features, with a progress bar.
 
         Args:
@@ -151,6 +198,7 @@ class Tracer:
                 not depend on the others in the batch.
             batch_size: matrices that are built and given to fn together; it changes no result.
             project: give fn the matrices in the basis of the input SAE, ``[batch, features, features]``.
+            mesh: spreads each batch over its devices, for instance ``jax.make_mesh((8,), ("features",))``.
             kwargs: passed on to fn; they are constants of the compilation.
 
         Returns:
@@ -166,8 +214,6 @@ class Tracer:
             >>> strength.shape == (tracer.n_features,)
             True
         """
-        import scipy.linalg  # noqa: F401  loads the LAPACK whose threads are limited below
-        from threadpoolctl import threadpool_limits
         from tqdm import tqdm
 
         if batch_size < 1:
@@ -176,12 +222,14 @@ class Tracer:
 
         @jax.jit
         def step(tensor, directions, basis, features):
-            return fn(_interaction(tensor, directions[features], basis), **kwargs)
+            def of_some(shared, features):
+                tensor, directions, basis = shared
+                return fn(_interaction(tensor, directions[features], basis), **kwargs)
+
+            return spread(of_some, mesh, (tensor, directions, basis), features)
 
         results = []
-        # LAPACK on a CPU takes one matrix at a time, too small to share out: its threads would wait for each other,
-        # busily, and on a machine with other work to do that made it ten times slower.
-        with threadpool_limits(1, user_api="blas"):
+        with one_blas_thread():
             for start in tqdm(range(0, total, size), desc=f"features of {self.out.name}", disable=None):
                 # The last batch is filled up with the last feature, so that there is one shape to compile for.
                 features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))

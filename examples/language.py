@@ -7,7 +7,6 @@
 
 # %%
 import jax
-import jax.numpy as jnp
 
 import bilinear_jax as bj
 
@@ -30,11 +29,17 @@ show_output = bj.Visualizer(lm, tracer.out)
 # %% [markdown]
 # ## Finding interesting output features
 # Every output feature has an interaction matrix. A matrix with a few large eigenvalues has structure: rank all
-# features by the sum of their two largest |eigenvalues|. (It is a heuristic.)
+# features by the sum of their two largest |eigenvalues|. (It is a heuristic.) They are found from the weights without
+# building any matrix, each with a bound of its error and the share of the matrix that it explains; `exact=True`
+# decomposes every matrix instead.
 
 # %%
-scores = tracer.compute(bj.spectra.truncated_eigenvalues, k=2)
+top = tracer.top_eigh(k=2)
+scores = abs(top.values).sum(axis=1)
 values, best = jax.lax.top_k(scores, 10)
+for feature in best.tolist():
+    error, share = float(top.bounds[feature].sum()), float(top.explained[feature])
+    print(f"feature {feature}: {float(scores[feature]):.3f}, at most {error:.0e} off; it explains {share:.1%}")
 
 # %% [markdown]
 # Are any of them related? The cosines between their decoder columns tell.
@@ -53,9 +58,8 @@ show_output(int(best[0]), int(best[1]), k=5)
 
 # %%
 feature = int(best[0])
-q = tracer.q(feature, project=True)
-matrix, inputs = tracer.interaction_submatrix(feature, n=50)
-print(f"{len(inputs)} input features hold {float(jnp.sum(matrix**2) / jnp.sum(q**2)):.1%} of the squared interactions")
+matrix, inputs, explained = tracer.interaction_submatrix(feature, n=50)
+print(f"{len(inputs)} input features hold {float(explained):.1%} of the squared interactions")
 interactions = bj.figures.heat_map(matrix, inputs, title=f"What makes output feature {feature}")
 interactions.savefig("interactions.png")
 
@@ -63,5 +67,6 @@ interactions.savefig("interactions.png")
 # What are the two input features that interact most?
 
 # %%
-row, column = jnp.unravel_index(jnp.argmax(jnp.abs(q)), q.shape)
-show_input(int(row), int(column), k=5)
+pair = tracer.top_interactions(n=1, feature=feature)
+row, column = int(pair.i[0]), int(pair.j[0])
+show_input(row, column, k=5)

@@ -1,4 +1,4 @@
-"""Spreading work over the devices of a mesh, row by row: what every function with a ``mesh`` argument uses."""
+"""Spreading work over the devices of a mesh, row by row, and keeping the threads of a CPU out of each other's way."""
 
 from collections.abc import Callable
 
@@ -27,8 +27,21 @@ def spread(function: Callable[[PyTree, PyTree], PyTree], mesh: Mesh | None, shar
         return function(shared, rows)
     number = len(jax.tree.leaves(rows)[0])
     index = jnp.minimum(jnp.arange(-(-number // mesh.size) * mesh.size), number - 1)
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # without explicit axes, which results could not be cut along
     whole, part = PartitionSpec(), PartitionSpec(mesh.axis_names)
     shared = jax.device_put(shared, NamedSharding(mesh, whole))
     rows = jax.device_put(jax.tree.map(lambda leaf: leaf[index], rows), NamedSharding(mesh, part))
     result = jax.shard_map(function, mesh=mesh, in_specs=(whole, part), out_specs=part, check_vma=False)(shared, rows)
     return jax.tree.map(lambda leaf: leaf[:number], result)
+
+
+def one_blas_thread():
+    """A context in which LAPACK works in one thread.
+
+    On a CPU it takes one matrix at a time, too small to share out: its threads would wait for each other, busily, and
+    on a machine with other work to do that made it ten times slower.
+    """
+    import scipy.linalg  # noqa: F401  loads the LAPACK whose threads are limited
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
