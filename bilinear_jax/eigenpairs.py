@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.lanczos import COLUMNS, Found, multiply, search, strength
 
-STRICTER = {1: 30, 2: 4}  # how many times smaller than asked for the bounds are when a search ends, by block
+STRICTER = 30  # how many times smaller than asked for the bounds are when a search ends
 ROUNDING = 8  # eps times so much, times sqrt(sum_m (g_m |left_m| |right_m|)^2), is what rounding does to a value
 BYTES = 2**26  # of a batch of matrices that are decomposed densely
 
@@ -41,7 +41,7 @@ def top_eigenpairs(
         found = _dense(*fixed, k, signed)
     else:
         found = search(
-            *fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER[min(block, 2)], max_steps=max_steps, key=key
+            *fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER, max_steps=max_steps, key=key
         )
         missed = ~_assess(*fixed, found, signed, rtol).converged
         found = _replace(found, missed, lambda some: _dense(left, right, some, k, signed), fixed[2])

@@ -130,7 +130,7 @@ def top_eigh(
     displace the last of them by more.
 
     **What is not.** An eigenvector that all of the random start is nearly orthogonal to shows late. So the search goes
-    on until the bounds are 4 times as small as asked for (30 times with ``block_size = 1``); what this leaves is in
+    on until the bounds are 30 times as small as asked for; what this leaves is in
     docs/benchmarks.md: no miss where eigenvalues stand out or repel each other, as those of noise do, and one in
     some thousand directions where they are strewn independently. An eigenvalue of higher multiplicity than
     ``block_size`` is found as often where it stands out, for then a second random start follows; at the edge of a
