@@ -25,7 +25,7 @@ from measure import best_of, case, report
 from bilinear_jax import spectra
 from bilinear_jax.tensor import BilinearTensor
 
-INPUTS, HIDDEN, DIRECTIONS, SAMPLE, TURNS = 1024, 4096, 8192, 64, 2
+INPUTS, HIDDEN, DIRECTIONS, SAMPLE, TURNS = 1024, 4096, 4096, 64, 1
 
 
 def gaussian_factors(inputs=INPUTS, hidden=HIDDEN, out=DIRECTIONS, seed=0) -> BilinearTensor:

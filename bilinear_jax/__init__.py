@@ -16,11 +16,13 @@ Axis names, in every signature:
     features, k      features of an SAE, and how many are active at a token
     out, hidden, in  the axes of a BilinearTensor's factors
     U                output directions asked about at once
+    rank             min(in, new) of a basis: as many eigenvalues of basis^T Q basis can differ from zero
 """
 
-from bilinear_jax import checkpoint, evaluation, figures, generation, spectra
+from bilinear_jax import checkpoint, decompose, evaluation, figures, generation, interactions, spectra
 from bilinear_jax.activations import top_activations
 from bilinear_jax.checkpoint import load_sae
+from bilinear_jax.correlation import low_rank_correlation
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
 from bilinear_jax.nn.transformer import TransformerConfig
@@ -38,12 +40,15 @@ __all__ = [
     "TransformerConfig",
     "Visualizer",
     "checkpoint",
+    "decompose",
     "evaluation",
     "figures",
     "generation",
+    "interactions",
     "load",
     "load_sae",
     "logit_effects",
+    "low_rank_correlation",
     "spectra",
     "top_activations",
 ]

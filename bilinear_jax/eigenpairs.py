@@ -40,9 +40,7 @@ def top_eigenpairs(
     if exact or dense_is_faster(left.shape[1], k):
         found = _dense(*fixed, k, signed)
     else:
-        found = search(
-            *fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER, max_steps=max_steps, key=key
-        )
+        found = search(*fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER, max_steps=max_steps, key=key)
         missed = ~_assess(*fixed, found, signed, rtol).converged
         found = _replace(found, missed, lambda some: _dense(left, right, some, k, signed), fixed[2])
     pairs = _assess(left, right, gates, found, signed, rtol)

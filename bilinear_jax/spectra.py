@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from bilinear_jax.devices import spread
 from bilinear_jax.eigenpairs import top_eigenpairs
+from bilinear_jax.eigenvalues import eigvalsh
 from bilinear_jax.tensor import BilinearTensor, factor_basis
 
 ENDS = ("magnitude", "positive", "negative")
@@ -238,7 +239,7 @@ def truncated_eigenvalues(q: Float[Array, "*batch in in"], k: int = 2) -> Float[
     """
     if not 1 <= k <= q.shape[-1]:
         raise ValueError(f"k must lie in 1 ... {q.shape[-1]} (the number of eigenvalues), got {k}")
-    return jnp.sum(jax.lax.top_k(jnp.abs(jnp.linalg.eigvalsh(q)), k)[0], axis=-1)
+    return jnp.sum(jax.lax.top_k(jnp.abs(eigvalsh(q)), k)[0], axis=-1)
 
 
 def effective_rank(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch"]:
@@ -248,7 +249,7 @@ def effective_rank(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch"]:
         >>> round(float(effective_rank(jnp.diag(jnp.array([2.0, -2.0, 0.0])))), 4)
         2.0
     """
-    magnitudes = jnp.abs(jnp.linalg.eigvalsh(q))
+    magnitudes = jnp.abs(eigvalsh(q))
     return _ratio(jnp.sum(magnitudes, axis=-1) ** 2, jnp.sum(magnitudes**2, axis=-1))
 
 

@@ -138,7 +138,7 @@ class Tracer:
         Raises:
             IndexError: for a feature that does not exist.
 
-        Memory: ``U * hidden * in`` numbers and twice the result, which is ``U * features^2`` with ``project``.
+        Memory: the result, ``U * features^2`` numbers with ``project``, twice, and ``hidden * in`` numbers.
         """
         features, single = self._features(idx)
         q = _interaction(self.tensor, self.directions[features], self.basis if project else None)
@@ -204,7 +204,7 @@ class Tracer:
         Returns:
             The pytree of fn, with all output features along the first axis.
 
-        Memory: twice the result, what fn needs, and ``batch_size * (hidden * in + 2 in^2)`` numbers; with ``project``
+        Memory: twice the result, what fn needs, and ``hidden * in + 2 batch_size * in^2`` numbers; with ``project``
         another ``2 batch_size * features^2``: choose a small batch_size there.
 
         Example:
