@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 
 @jax.custom_jvp
+@jax.jit
 def eigvalsh(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch in"]:
     """Eigenvalues of the symmetric part ``(q + q^T) / 2`` of matrices, ascending; NaN for those not finite.
 
