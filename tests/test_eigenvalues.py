@@ -1,4 +1,4 @@
-"""Eigenvalues without eigenvectors: against NumPy in double precision, in every transformation, and where it is hard."""
+"""Eigenvalues without eigenvectors: against NumPy in double precision, in every transformation, where it is hard."""
 
 import jax
 import jax.numpy as jnp
