@@ -4,9 +4,10 @@ On a CPU ``jnp.linalg.eigvalsh`` computes the eigenvectors as well and throws th
 tridiagonal form T, which keeps its eigenvalues, and those are found by bisection, all of a batch at once: for any x, as
 many eigenvalues lie below x as there are negative pivots in the elimination of ``T - x``.
 
-Both steps are public functions of JAX. LAPACK's routine for values alone is not: jaxlib knows it by an internal name,
-and gives it too little memory to work in blocks, so that it is slower; its float32 values are also 50 times less exact,
-as bisection adds up no rounding errors. A callback to NumPy would not use more than one core, and may hang.
+Both steps are public functions of JAX. LAPACK's routine for values alone is not: jaxlib has an internal name for it,
+and gives it too little memory to work in blocks, so that it is slower; its float32 values are also 20 times less exact
+or worse, as bisection adds up no rounding errors. A callback to NumPy would keep to one core, and callbacks have hung
+on machines with few.
 
 Source of the bisection: Barth, Martin and Wilkinson 1967, "Calculation of the eigenvalues of a symmetric tridiagonal
 matrix by the method of bisection".
@@ -57,7 +58,7 @@ def _by_bisection(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch in"]:
     scale = jnp.max(jnp.abs(q), axis=(-2, -1), keepdims=True)
     q = q / jnp.where(scale == 0, 1, scale)  # so that no square of anything can leave the range of the floats
     _, diagonal, beside, _ = jax.lax.linalg.tridiagonal((q + q.swapaxes(-2, -1)) / 2)
-    # Zeros beside the diagonal could make the bisection divide 0 by 0; so much makes no difference.
+    # Zeros beside the diagonal can make the bisection divide 0 by 0; so little makes no difference.
     beside = jnp.maximum(jnp.abs(beside), jnp.finfo(q.dtype).eps ** 1.5)
     bisect = functools.partial(jax.scipy.linalg.eigh_tridiagonal, eigvals_only=True)
     return jnp.vectorize(bisect, signature="(n),(m)->(n)")(diagonal, beside) * scale[..., 0]
