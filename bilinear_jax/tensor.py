@@ -341,11 +341,8 @@ def factor_basis(basis: Float[Array, "in new"]) -> BasisFactors:
 def _quadratic_forms(gates, left, right, symmetric: bool) -> Float[Array, "U in in"]:
     # One direction after the other: all at once would be one matrix product too, but slower on a CPU (its factor, left
     # scaled by every gate, leaves the caches), and a planner of contractions would form a tensor [hidden, in, in].
-    def one(gates):
-        q = (left.T * gates[None]) @ right
-        return _symmetrised(q) if symmetric else q
-
-    return jax.lax.map(one, gates)
+    q = jax.lax.map(lambda gates: (left.T * gates[None]) @ right, gates)
+    return _symmetrised(q) if symmetric else q  # of what the loop left: within it, rounding could differ
 
 
 def _symmetrised(q: Float[Array, "*U in in"]) -> Float[Array, "*U in in"]:
