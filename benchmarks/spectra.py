@@ -25,34 +25,44 @@ from measure import best_of, case, report
 from bilinear_jax import spectra
 from bilinear_jax.tensor import BilinearTensor
 
-INPUTS, HIDDEN, DIRECTIONS, SAMPLE, TURNS = 1024, 4096, 4096, 64, 1
+INPUTS, HIDDEN, DIRECTIONS, SAMPLE, TURNS = 1024, 4096, 8192, 64, 2
 
 
-def gaussian_factors(inputs=INPUTS, hidden=HIDDEN, out=DIRECTIONS, seed=0) -> BilinearTensor:
-    """Noise: eigenvalues follow a semicircle, the largest of them 1 % apart."""
-    keys = jax.random.split(jax.random.key(seed), 3)
+def gaussian_factors(number=DIRECTIONS, inputs=INPUTS, hidden=HIDDEN, seed=0) -> tuple[BilinearTensor, jax.Array]:
+    """A layer of noise, and output directions: eigenvalues follow a semicircle, the largest of them 1 % apart."""
+    keys = jax.random.split(jax.random.key(seed), 4)
     left, right = (jax.random.normal(k, (hidden, inputs)) / inputs**0.5 for k in keys[:2])
-    return BilinearTensor(left, right, jax.random.normal(keys[2], (out, hidden)))
+    down = jax.random.normal(keys[2], (inputs, hidden)) / inputs**0.5
+    return BilinearTensor(left, right, down), jax.random.normal(keys[3], (number, inputs))
 
 
-def factors_with_outliers(out=DIRECTIONS, seed=1) -> BilinearTensor:
-    """Noise, and for each output some of 512 shared patterns, so that the two largest values hold a tenth or more.
+def factors_with_outliers(number=DIRECTIONS, seed=1) -> tuple[BilinearTensor, jax.Array]:
+    """Noise, and for each direction some of 512 shared patterns, so that the two largest values hold a tenth or more.
 
     In the model that ships (layer 2, 1,024 features) two values hold between 3 % and 40 % of the squared norm, half of
     the features 7 % or more, which at its 256 inputs is a largest value of 1.3 to 4 times the edge of the noise. Here
-    it is about 1.5 to 4 times.
+    it is about 1.5 to 4 times. Half of the outputs read the patterns, the others the noise.
     """
-    noise = gaussian_factors(out=out, seed=seed)
+    noise, directions = gaussian_factors(number, seed=seed)
     keys = jax.random.split(jax.random.key(seed + 100), 4)
-    patterns = jax.random.normal(keys[0], (512, INPUTS))
+    half = INPUTS // 2
+    patterns = jax.random.normal(keys[0], (half, INPUTS))
     patterns /= jnp.linalg.norm(patterns, axis=1, keepdims=True)
-    edge = HIDDEN**0.5 * INPUTS**-0.5 * 2**0.5  # of the noise: sqrt(2 hidden / in)
-    size = edge * jax.random.uniform(keys[1], (out, 4), minval=1.5, maxval=4.0)
-    sign = jax.random.rademacher(keys[2], (out, 4), jnp.float32)
-    which = jax.random.randint(keys[3], (out, 4), 0, 512)
-    down = noise.down.at[:, :512].set(0).at[jnp.arange(out)[:, None], which].set(size * sign)
-    left, right = noise.left.at[:512].set(patterns), noise.right.at[:512].set(patterns)
-    return BilinearTensor(left, right, down)
+    edge = (2 * HIDDEN / INPUTS) ** 0.5  # of the noise, where gates are normal
+    size = edge * jax.random.uniform(keys[1], (number, 4), minval=1.5, maxval=4.0)
+    sign = jax.random.rademacher(keys[2], (number, 4), jnp.float32)
+    which = jax.random.randint(keys[3], (number, 4), 0, half)
+    directions = directions.at[:, :half].set(0).at[jnp.arange(number)[:, None], which].set(size * sign)
+    down = jnp.zeros_like(noise.down).at[:half, :half].set(jnp.eye(half)).at[half:, half:].set(noise.down[half:, half:])
+    down = down.at[half:, half:].multiply(2**0.5)
+    left, right = noise.left.at[:half].set(patterns), noise.right.at[:half].set(patterns)
+    return BilinearTensor(left, right, down), directions
+
+
+def factors(tensor: BilinearTensor, directions: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """left, right, and the gates of each direction, computed in float64."""
+    gates = np.asarray(directions, np.float64) @ np.asarray(tensor.down, np.float64)
+    return np.asarray(tensor.left), np.asarray(tensor.right), gates.astype(np.float32)
 
 
 def build(left, right, gates):
@@ -77,10 +87,9 @@ def torch_baseline(left, right):
     return one
 
 
-def compare(name: str, tensor: BilinearTensor, block_size: int) -> list[dict]:
-    left, right, gates = (np.asarray(a) for a in (tensor.left, tensor.right, tensor.down))
-    units = jnp.eye(len(gates))
-    ours = functools.partial(spectra.top_eigh, tensor, units, block_size=block_size)
+def compare(name: str, tensor: BilinearTensor, directions: jax.Array, block_size: int) -> list[dict]:
+    left, right, gates = factors(tensor, directions)
+    ours = functools.partial(spectra.top_eigh, tensor, directions, block_size=block_size)
     baselines = {"numpy": functools.partial(numpy_sum, left, right)}
     try:
         baselines["torch"] = torch_baseline(left, right)
@@ -114,16 +123,15 @@ def compare(name: str, tensor: BilinearTensor, block_size: int) -> list[dict]:
 def exact() -> list[dict]:
     from threadpoolctl import threadpool_limits
 
-    tensor = gaussian_factors(out=16)
-    left, right, gates = (np.asarray(a) for a in (tensor.left, tensor.right, tensor.down))
-    units = jnp.eye(len(gates))
-    path = jax.jit(lambda tensor, units: spectra.truncated_eigenvalues(tensor.interaction(units)))
+    tensor, directions = gaussian_factors(16)
+    left, right, gates = factors(tensor, directions)
+    path = jax.jit(lambda tensor, directions: spectra.truncated_eigenvalues(tensor.interaction(directions)))
     with jax.default_matmul_precision("highest"):
-        jax.block_until_ready(path(tensor, units))
+        jax.block_until_ready(path(tensor, directions))
 
         def ours():
             with threadpool_limits(1, user_api="blas"):  # as Tracer.compute does
-                return jax.block_until_ready(path(tensor, units))
+                return jax.block_until_ready(path(tensor, directions))
 
         seconds = best_of(TURNS, {"ours": ours, "numpy": lambda: [numpy_sum(left, right, row) for row in gates]})
         truth = np.array([numpy_sum(left.astype(np.float64), right.astype(np.float64), row) for row in gates])
@@ -140,8 +148,7 @@ def growth() -> None:
     cases += [(512, inputs, 4 * inputs, 2) for inputs in (128, 256, 512, 2048)]
     cases += [(512, 512, 2048, k) for k in (1, 4, 8, 16, 32)]
     for number, inputs, hidden, k in cases:
-        tensor = gaussian_factors(inputs, hidden, number)
-        run = functools.partial(spectra.top_eigh, tensor, jnp.eye(number), k)
+        run = functools.partial(spectra.top_eigh, *gaussian_factors(number, inputs, hidden), k)
         seconds = best_of(1, {"ours": run})["ours"]
         steps = np.asarray(run().steps)
         print(
@@ -152,10 +159,10 @@ def growth() -> None:
 
 
 def memory() -> None:
-    tensor = gaussian_factors(out=8192)
-    weights = sum(a.nbytes for a in (tensor.left, tensor.right, tensor.down)) + 8192**2 * 4
+    tensor, directions = gaussian_factors(8192)
+    weights = sum(a.nbytes for a in (tensor.left, tensor.right, tensor.down, directions))
     start = time.perf_counter()
-    top = jax.block_until_ready(spectra.top_eigh(tensor, jnp.eye(8192)))
+    top = jax.block_until_ready(spectra.top_eigh(tensor, directions))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - start
     print(f"8192 features in {seconds:.1f} s, compilation included; {int(top.converged.sum())} converged")
@@ -190,10 +197,10 @@ def misses() -> None:
 
 
 def main() -> None:
-    cases = compare("Gaussian, block_size 2", gaussian_factors(), 2)
-    cases += compare("Gaussian, block_size 1", gaussian_factors(), 1)
-    cases += compare("outliers, block_size 2", factors_with_outliers(), 2)
-    cases += compare("outliers, block_size 1", factors_with_outliers(), 1)
+    cases = []
+    for name, generate in {"Gaussian": gaussian_factors, "outliers": factors_with_outliers}.items():
+        for block_size in (1, 2):
+            cases += compare(f"{name}, block_size {block_size}", *generate(), block_size)
     report("spectra", cases + exact())
 
 

@@ -37,17 +37,19 @@ def top_eigenpairs(
     unit = jax.lax.stop_gradient(jnp.where(unit > 0, unit, 1) * (-1 if which == "negative" else 1))
     gates, signed = gates / unit[:, None], which != "magnitude"
     fixed = jax.lax.stop_gradient((left, right, gates))
+
+    def decompose(gates):
+        return _assess(*fixed[:2], gates, _dense(*fixed[:2], gates, k, signed), signed, rtol)
+
     if exact or dense_is_faster(left.shape[1], k):
-        found = _dense(*fixed, k, signed)
+        pairs = decompose(fixed[2])
     else:
         found = search(*fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER, max_steps=max_steps, key=key)
-        missed = ~_assess(*fixed, found, signed, rtol).converged
-        found = _replace(found, missed, lambda some: _dense(left, right, some, k, signed), fixed[2])
-    pairs = _assess(left, right, gates, found, signed, rtol)
+        pairs = _assess(*fixed, found, signed, rtol)
+        pairs = _replace(pairs, ~pairs.converged, decompose, fixed[2])
+    values = _rayleigh_quotients(left, right, gates, pairs.vectors, pairs.values)
     scale = jnp.abs(unit)[:, None]
-    return pairs._replace(
-        values=pairs.values * unit[:, None], residuals=pairs.residuals * scale, bounds=pairs.bounds * scale
-    )
+    return pairs._replace(values=values * unit[:, None], residuals=pairs.residuals * scale, bounds=pairs.bounds * scale)
 
 
 def dense_is_faster(inputs: int, k: int) -> bool:
@@ -55,9 +57,29 @@ def dense_is_faster(inputs: int, k: int) -> bool:
     return inputs < 96 or 8 * k > inputs
 
 
+@jax.custom_jvp
+def _rayleigh_quotients(left, right, gates, vectors, values):
+    """``values = v^T Q_u v``, which are known, with the derivatives of eigenvalues: ``dl = v^T dQ_u v``."""
+    return values
+
+
+@_rayleigh_quotients.defjvp
+def _rayleigh_quotients_jvp(primals, tangents):
+    *factors, vectors, values = primals
+
+    def quotients(left, right, gates):
+        def one(row):
+            gates, v = row
+            return ((v @ left.T) * (v @ right.T)) @ gates
+
+        return jax.lax.map(one, (gates, vectors), batch_size=_batch(vectors))
+
+    return values, jax.jvp(quotients, tuple(factors), tangents[:3])[1]
+
+
 def _assess(left, right, gates, found: Found, signed: bool, rtol: float) -> Pairs:
     """The Rayleigh quotients of what was found, their true residuals, and what follows from them."""
-    vectors = jax.lax.stop_gradient(found.vectors)
+    vectors = found.vectors
 
     def look(row):
         gates, vectors = row
@@ -65,11 +87,9 @@ def _assess(left, right, gates, found: Found, signed: bool, rtol: float) -> Pair
         values = jnp.sum(vectors * product, axis=-1)
         return values, jnp.sqrt(jnp.sum((product - values[:, None] * vectors) ** 2, axis=-1))
 
-    batch = max(1, COLUMNS // vectors.shape[1])
-    values, residuals = jax.lax.map(look, (gates, vectors), batch_size=min(batch, len(gates)))
+    values, residuals = jax.lax.map(look, (gates, vectors), batch_size=_batch(vectors))
     sizes = jnp.sum(left**2, axis=-1) * jnp.sum(right**2, axis=-1)
     rounding = ROUNDING * jnp.finfo(values.dtype).eps * jnp.sqrt(gates**2 @ sizes)[:, None]
-    residuals, rounding = jax.lax.stop_gradient((residuals, rounding))
     bounds = jnp.minimum(residuals, residuals**2 / found.gaps) + rounding
     slack = rtol * jnp.sum(jnp.abs(values), axis=-1) + 2 * jnp.sum(rounding, axis=-1) * values.shape[1]
     converged = jnp.sum(bounds, axis=-1) <= slack
@@ -77,22 +97,27 @@ def _assess(left, right, gates, found: Found, signed: bool, rtol: float) -> Pair
     return Pairs(values, vectors, residuals + rounding, bounds, converged, found.steps)
 
 
-def _replace(found: Found, chosen: Bool[Array, "U"], solve, gates) -> Found:
-    """``found`` with what ``solve`` says of the chosen directions, a few of them at a time."""
-    number, inputs = len(chosen), found.vectors.shape[-1]
+def _batch(vectors: Float[Array, "U k in"]) -> int:
+    """Directions whose vectors are multiplied at once."""
+    return min(max(1, COLUMNS // vectors.shape[1]), len(vectors))
+
+
+def _replace(pairs: Pairs, chosen: Bool[Array, "U"], solve, gates) -> Pairs:
+    """``pairs`` with what ``solve`` says of the chosen directions, a few of them at a time."""
+    number, inputs = len(chosen), pairs.vectors.shape[-1]
     batch = max(1, min(number, BYTES // (4 * inputs * max(inputs, gates.shape[1]))))
     order = jnp.argsort(~chosen)  # the chosen ones first
     total = jnp.sum(chosen)
 
     def some(carry):
-        at, found = carry
+        at, pairs = carry
         place = jnp.arange(batch) + at
         index = order[jnp.minimum(place, number - 1)]
         target = jnp.where(place < total, index, number)
         better = solve(gates[index])
-        return at + batch, jax.tree.map(lambda all, new: all.at[target].set(new, mode="drop"), found, better)
+        return at + batch, jax.tree.map(lambda all, new: all.at[target].set(new, mode="drop"), pairs, better)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < total, some, (jnp.zeros_like(total), found))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < total, some, (jnp.zeros_like(total), pairs))[1]
 
 
 def _dense(left, right, gates, k: int, signed: bool) -> Found:

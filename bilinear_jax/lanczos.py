@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 COLUMNS = 512  # vectors that are multiplied at once: enough for matrix products to run at full speed
 STARTS = 64  # different random blocks; direction u starts from number u modulo this
 STANDS_OUT = 0.1  # by how much the k-th value must exceed the eighth after it, relative to |Q|, for a probe to show one
+SETTLED = 1000  # how many times smaller than asked for the bounds are when no contender is waited for any longer
 
 
 class Found(NamedTuple):
@@ -119,8 +120,10 @@ def search(left, right, gates, *, k: int, block: int, signed: bool, rtol: float,
         total = jnp.sum(jnp.abs(ritz.values[:, :k]), axis=-1)
         slack = rtol * total
         bounds = jnp.minimum(ritz.residuals, ritz.residuals**2 / ritz.gaps)[:, :k]
-        calm = ritz.contenders <= strengths[:, k - 1] + slack
-        good = calm & (jnp.sum(bounds, axis=-1) <= slack) & (jnp.sum(slots.live, axis=1) >= k)
+        bound = jnp.sum(bounds, axis=-1)
+        contenders = jnp.where(bound <= slack / SETTLED, strengths[:, k - 1], ritz.contenders)
+        calm = contenders <= strengths[:, k - 1] + slack
+        good = calm & (bound <= slack) & (jnp.sum(slots.live, axis=1) >= k)
         over = slots.steps >= max_steps
         probing = jnp.isfinite(slots.reached)
         reached = jnp.sum(strengths[:, :k], axis=-1)
@@ -138,7 +141,7 @@ def search(left, right, gates, *, k: int, block: int, signed: bool, rtol: float,
             found.values.at[report].set(ritz.values[:, :k], mode="drop"),
             found.vectors.at[report].set(basis[:, :k], mode="drop"),
             found.gaps.at[report].set(ritz.gaps[:, :k], mode="drop"),
-            found.contenders.at[finished].set(ritz.contenders, mode="drop"),
+            found.contenders.at[finished].set(contenders, mode="drop"),
             found.steps.at[finished].set(slots.steps, mode="drop"),
         )
         live = jnp.zeros_like(slots.live).at[:, :keep].set(ritz.live)
@@ -263,12 +266,11 @@ def _ritz_pairs(slots: _Slots, rest: Float[Array, "S b in"], k: int, keep: int, 
     def pick(array):
         return jnp.take_along_axis(array, order, axis=1)
 
-    # Where an eigenvalue that isn't among the k begins to show, there is a Ritz value with a large residual: from a
-    # block, at the ends of what is left; from a single start it may come up anywhere.
+    # Where an eigenvalue that isn't among the k begins to show, a Ritz value at an end of what is left has a large
+    # residual.
     others = exists.at[jnp.arange(len(order))[:, None], order[:, :k]].set(False)
-    if block > 1:
-        highest = jnp.flip(jnp.cumsum(jnp.flip(others, 1), axis=1), 1) == 1
-        others &= highest if signed else highest | (jnp.cumsum(others, axis=1) == 1)
+    highest = jnp.flip(jnp.cumsum(jnp.flip(others, 1), axis=1), 1) == 1
+    others &= highest if signed else highest | (jnp.cumsum(others, axis=1) == 1)
     contenders = jnp.max(jnp.where(others, strength(values, signed) + reach, -jnp.inf), axis=1)
 
     live = pick(exists)

@@ -146,7 +146,7 @@ def top_eigh(
             and at least 12 k.
         key: of the random start; by default a fixed one, so that the same input gives the same numbers.
         basis: eigenpairs of ``basis^T Q_u basis`` instead, as in ``eigh``.
-        block_size: start vectors of each direction, multiplied together. 1 is a quarter faster in pure noise, and
+        block_size: start vectors of each direction, multiplied together. 1 is a third faster in pure noise, and
             misses an eigenvalue of one in some thousand directions; more than 2 miss fewer still, and take longer.
         exact: decompose every matrix densely: slower, and nothing can be missed.
         mesh: spreads the directions over its devices.
