@@ -257,9 +257,12 @@ class BilinearTensor:
                 batch = min(max(number, 1), max(2**24 // (inputs * max(hidden, inputs)), 1))
                 squares = jax.lax.map(square_of_built, gates, batch_size=batch)
             else:
-                gram = self._checked(gram)
+                rows, form = gates, self._checked(gram)
+                if number > self.n_out:  # cheaper as forms of the directions themselves
+                    rows, form = directions, self.down @ form @ self.down.T
                 # In batches: as one product of 4096 x 4096 matrices, this took XLA 20 times as long on a CPU.
-                squares = jax.lax.map(lambda g: jnp.sum((g @ gram) * g), gates, batch_size=min(max(number, 1), 1024))
+                batch = min(max(number, 1), 1024)
+                squares = jax.lax.map(lambda row: jnp.sum((row @ form) * row), rows, batch_size=batch)
         zero = squares <= 0
         return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
