@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,10 +22,49 @@ class TrainState(NamedTuple):
     extra: PyTree = ()  # counters of the recipe
 
 
+@runtime_checkable
+class BatchIterator(Protocol):
+    """A source of batches that can go on from where it was: the protocol of Grain's ``DatasetIterator``.
+
+    What it gives is a function of its state alone: after ``set_state(s)`` it gives exactly what it gave after
+    ``get_state()`` returned ``s``.
+    """
+
+    def __next__(self) -> Any:
+        """The next batch, a pytree of arrays."""
+        ...
+
+    def get_state(self) -> dict:
+        """Where it is, as JSON."""
+        ...
+
+    def set_state(self, state: dict) -> None:
+        """Go to where it was."""
+        ...
+
+
+class ByStep:
+    """A ``BatchIterator`` of a function of the step: ``batch_at(0)``, ``batch_at(1)``, ..."""
+
+    def __init__(self, batch_at: Callable[[int], Any]):
+        self._batch_at, self._step = batch_at, 0
+
+    def __next__(self) -> Any:
+        batch = self._batch_at(self._step)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict:
+        return {"step": self._step}
+
+    def set_state(self, state: dict) -> None:
+        self._step = state["step"]
+
+
 def fit(
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
-    batch_at: Callable[[int], Any],
+    data: BatchIterator,
     *,
     steps: int,
     directory: str | Path,
@@ -38,7 +77,7 @@ def fit(
 ) -> TrainState:
     """Run ``update`` until ``state.step == steps``, going on from the newest checkpoint in ``directory``.
 
-    ``batch_at(step)`` gives the batch of a step, so that a resumed run sees the same data. Writes into
+    Every step takes the next batch of ``data``, whose state is saved in the checkpoint. Writes into
     ``directory``: ``config.json`` (refuses to resume a run that another config started), ``metrics.jsonl``
     (a JSON object a line: step, seconds of training so far, metrics), and Orbax checkpoints, the newest
     two kept. ``update`` is jitted here and its state argument donated.
@@ -58,14 +97,17 @@ def fit(
         str(directory / "checkpoints"), preservation_policy=policy, cleanup_tmp_directories=True
     ) as checkpointer:
         if checkpointer.latest is not None:
-            state = checkpointer.load(checkpointer.latest.step, jax.tree.map(jax.numpy.asarray, state))
+            abstract = {"state": jax.tree.map(jax.numpy.asarray, state), "data": None}
+            loaded = checkpointer.load_checkpointables(checkpointer.latest.step, abstract)
+            state = loaded["state"]
+            data.set_state(loaded["data"])
         start = int(state.step)
         metrics_path = directory / "metrics.jsonl"
         trained_before = _forget_after(metrics_path, start)
         began = time.monotonic()
         with tqdm(total=steps, initial=start, desc=name, disable=None, unit="step") as bar:
             for step in range(start, steps):
-                state, metrics = update(state, batch_at(step))
+                state, metrics = update(state, next(data))
                 done = step + 1
                 last = done == steps
                 save_due = last or done % save_every == 0
@@ -84,7 +126,7 @@ def fit(
                     _append(metrics_path, {"step": done, "seconds": seconds} | report)
                     bar.set_postfix({key: f"{value:.4g}" for key, value in report.items()}, refresh=False)
                 if save_due:
-                    checkpointer.save(done, state, force=True)
+                    checkpointer.save_checkpointables(done, {"state": state, "data": data.get_state()}, force=True)
                 bar.update()
     return state
 

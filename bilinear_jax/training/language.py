@@ -11,7 +11,7 @@ import optax
 from bilinear_jax.nn.sites import forward
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig, token_losses
 from bilinear_jax.training.data import Windows
-from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit, sum_over_rows
+from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, cosine_with_warmup, fit, sum_over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def train_language(
     return fit(
         update,
         state,
-        windows.batch_at,
+        ByStep(windows.batch_at),
         steps=recipe.steps,
         directory=directory,
         config=identity,

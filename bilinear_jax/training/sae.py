@@ -19,7 +19,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig, unit_columns
 from bilinear_jax.nn.sites import capture, default_token_mask
 from bilinear_jax.training.data import Windows
-from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit
+from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, cosine_with_warmup, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def train_saes(
     state = fit(
         update,
         state,
-        lambda step: (lm.params, windows.batch_at(step)),
+        ByStep(lambda step: (lm.params, windows.batch_at(step))),
         steps=recipe.steps,
         directory=directory,
         config=identity,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilinear_jax.training.fit import TrainState, cosine_with_warmup, fit, sum_over_rows
+from bilinear_jax.training.fit import ByStep, TrainState, cosine_with_warmup, fit, sum_over_rows
 
 
 class Interrupted(Exception):
@@ -33,7 +33,7 @@ def batch_at(step: int):
 
 def run(directory, steps=7, batches=batch_at, step_function=update, **options):
     options = dict(config={"lr": 0.1}, save_every=2, log_every=1) | options
-    return fit(step_function, start(), batches, steps=steps, directory=directory, **options)
+    return fit(step_function, start(), ByStep(batches), steps=steps, directory=directory, **options)
 
 
 def lines(directory, *, timed=False):
