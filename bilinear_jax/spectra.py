@@ -146,8 +146,8 @@ def top_eigh(
             and at least 12 k.
         key: of the random start; by default a fixed one, so that the same input gives the same numbers.
         basis: eigenpairs of ``basis^T Q_u basis`` instead, as in ``eigh``.
-        block_size: start vectors of each direction, multiplied together. 1 is a third faster in pure noise, and
-            misses an eigenvalue of one in some thousand directions; more than 2 miss fewer still, and take longer.
+        block_size: start vectors of each direction, multiplied together. In pure noise 1 is a third faster, and misses
+            an eigenvalue of three directions in a thousand; 2 of one in ten thousand; more than 2 take longer.
         exact: decompose every matrix densely: slower, and nothing can be missed.
         mesh: spreads the directions over its devices.
 
