@@ -131,11 +131,10 @@ def top_eigh(
     displace the last of them by more.
 
     **What is not.** An eigenvector that all of the random start is nearly orthogonal to shows late. So the search goes
-    on until the bounds are 30 times as small as asked for; what this leaves is in
-    docs/benchmarks.md: no miss where eigenvalues stand out or repel each other, as those of noise do, and one in
-    some thousand directions where they are strewn independently. An eigenvalue of higher multiplicity than
-    ``block_size`` is found as often where it stands out, for then a second random start follows; at the edge of a
-    continuum, only ``block_size`` times.
+    on until the bounds are 30 times as small as asked for. What this leaves is in docs/benchmarks.md: no miss where
+    eigenvalues stand out, and in pure noise, or where they are strewn independently, one in some thousand directions;
+    ``exact=True`` leaves none. An eigenvalue of higher multiplicity than ``block_size`` is found as often where it stands
+    out, for then a second random start follows; at the edge of a continuum, only ``block_size`` times.
 
     Args:
         directions: the output directions ``[U, out]``, a row each.
@@ -147,7 +146,7 @@ def top_eigh(
         key: of the random start; by default a fixed one, so that the same input gives the same numbers.
         basis: eigenpairs of ``basis^T Q_u basis`` instead, as in ``eigh``.
         block_size: start vectors of each direction, multiplied together. In pure noise 1 is a third faster, and misses
-            an eigenvalue of three directions in a thousand; 2 of one in ten thousand; more than 2 take longer.
+            an eigenvalue of three directions in a thousand, 2 of one in some thousand; more than 2 take longer.
         exact: decompose every matrix densely: slower, and nothing can be missed.
         mesh: spreads the directions over its devices.
 
