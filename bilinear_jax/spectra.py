@@ -133,8 +133,8 @@ def top_eigh(
     **What is not.** An eigenvector that all of the random start is nearly orthogonal to shows late. So the search goes
     on until the bounds are 30 times as small as asked for. What this leaves is in docs/benchmarks.md: no miss where
     eigenvalues stand out, and in pure noise, or where they are strewn independently, one in some thousand directions;
-    ``exact=True`` leaves none. An eigenvalue of higher multiplicity than ``block_size`` is found as often where it stands
-    out, for then a second random start follows; at the edge of a continuum, only ``block_size`` times.
+    ``exact=True`` leaves none. An eigenvalue of higher multiplicity than ``block_size`` is found as often where it
+    stands out, for then a second random start follows; at the edge of a continuum, only ``block_size`` times.
 
     Args:
         directions: the output directions ``[U, out]``, a row each.
