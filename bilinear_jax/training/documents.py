@@ -1,0 +1,231 @@
+"""Documents from text, JSONL and Parquet files and from the hub, one after another; and a tokenizer trained on them."""
+
+import gzip
+import importlib
+import io
+import json
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+END_OF_TEXT = "<|endoftext|>"
+HUB = "hub:"
+
+_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+_EXPECTED = f"name a {', '.join(_SUFFIXES)} file, or {HUB}OWNER/NAME for a hub dataset"
+_CHARACTERS = 1 << 20  # read at once of a text file
+
+
+def as_sources(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """One source or several as a list; raises ``FileNotFoundError`` or ``ValueError`` for one that can't be read."""
+    found = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not found:
+        raise ValueError("no text: name at least one file or hub dataset")
+    for source in found:
+        if not is_hub(source):
+            _kind(Path(source))
+            if not Path(source).is_file():
+                raise FileNotFoundError(f"there is no file {source}: {_EXPECTED}")
+    return found
+
+
+def is_hub(source: str | Path) -> bool:
+    """Whether a source names a hub dataset."""
+    return str(source).startswith(HUB)
+
+
+def read_documents(sources: str | Path | Sequence[str | Path], field: str = "text") -> Iterator[str]:
+    """The documents of the sources, in order, read as they are asked for.
+
+    Args:
+        sources: one or several of
+
+            - a text file (``.txt``, ``.txt.gz``), UTF-8, with ``<|endoftext|>`` between documents, whose white space
+              at both ends is dropped;
+            - a JSONL file (``.jsonl``, ``.jsonl.gz``): a JSON object a line;
+            - a Parquet file (``.parquet``; needs pyarrow);
+            - ``hub:OWNER/NAME``, ``hub:OWNER/NAME:CONFIG`` or ``hub:OWNER/NAME:CONFIG:SPLIT``: a dataset of the hub,
+              streamed (needs the package datasets). The split is "train" unless another is named.
+        field: where JSONL, Parquet and hub datasets have the text.
+
+    Documents of nothing but white space are left out; every other one is given as it is. Memory: the largest
+    document, or one row group's batch of 1,024 documents of a Parquet file.
+
+    Raises:
+        FileNotFoundError: for a file that isn't there, before any is read.
+        ValueError: for a file of another kind, one that is damaged, one without documents, or a record without the
+            field; it names the file and the line.
+        ImportError: for a Parquet file or a hub dataset without the package that reads it.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "two.jsonl"
+        >>> _ = file.write_text('{"text": "A cat."}\\n{"text": "A dog."}\\n')
+        >>> list(read_documents(file))
+        ['A cat.', 'A dog.']
+    """
+    return _read(as_sources(sources), field)
+
+
+def _read(sources: list[str | Path], field: str) -> Iterator[str]:
+    for source in sources:
+        empty = True
+        for document in _documents(source, field):
+            if document and not document.isspace():
+                empty = False
+                yield document
+        if empty:
+            separated = "" if is_hub(source) or _kind(Path(source)) != ".txt" else f", with {END_OF_TEXT} between them"
+            raise ValueError(f"{source} holds no documents: expected text{separated}")
+
+
+def _documents(source: str | Path, field: str) -> Iterator[str]:
+    if is_hub(source):
+        yield from _from_hub(str(source), field)
+        return
+    path = Path(source)
+    try:
+        if _kind(path) == ".txt":
+            with _open(path) as file:
+                yield from (document.strip() for document in _separated(iter(lambda: file.read(_CHARACTERS), "")))
+        elif _kind(path) == ".jsonl":
+            with _open(path) as file:
+                yield from _from_lines(path, file, field)
+        else:
+            yield from _from_parquet(path, field)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, or check what it is") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}): download it again") from error
+
+
+def _kind(path: Path) -> str:
+    """``.txt``, ``.jsonl`` or ``.parquet``, by the name."""
+    for suffix in _SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return suffix.removesuffix(".gz")
+    raise ValueError(f"{path} is of no kind that is read: {_EXPECTED}")
+
+
+def _open(path: Path) -> io.TextIOWrapper:
+    """A UTF-8 file, gzipped or not, with its line ends as they are."""
+    if path.suffix.lower() == ".gz":
+        return io.TextIOWrapper(gzip.GzipFile(path), encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def _separated(chunks: Iterable[str]) -> Iterator[str]:
+    """The texts between ``<|endoftext|>``, which may lie across the border of two chunks."""
+    parts, tail, overlap = [], "", len(END_OF_TEXT) - 1
+    for chunk in chunks:
+        *whole, rest = (tail + chunk).split(END_OF_TEXT)
+        for document in whole:
+            yield "".join([*parts, document])
+            parts = []
+        parts.append(rest[:-overlap])
+        tail = rest[-overlap:]
+    yield "".join([*parts, tail])
+
+
+def _from_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not JSON ({error}): mend or remove it") from error
+        yield _text(record, field, f"line {number} of {path}")
+
+
+def _from_parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs the package pyarrow: pip install 'bilinear-jax[data]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise ValueError(_no_field(field, names, str(path)))
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for document in batch.column(0).to_pylist():
+                    row += 1
+                    yield _text({field: document}, field, f"row {row} of {path}")
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} can't be read ({error}): download it again, or check what it is") from error
+
+
+def _from_hub(source: str, field: str) -> Iterator[str]:
+    name, *rest = source.removeprefix(HUB).split(":")
+    if not name or len(rest) > 2:
+        raise ValueError(f"{source}: a hub dataset is {HUB}OWNER/NAME, or {HUB}OWNER/NAME:CONFIG:SPLIT")
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ImportError(f"{source} needs the package datasets: pip install 'bilinear-jax[data]'") from error
+    config, split = (*rest, "", "")[:2]
+    rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    for number, record in enumerate(rows, 1):
+        yield _text(record, field, f"record {number} of {source}")
+
+
+def _text(record: Any, field: str, where: str) -> str:
+    """The text of a record; raises ``ValueError`` if there is none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not an object with a field {field!r}, but {type(record).__name__}")
+    if field not in record:
+        raise ValueError(_no_field(field, record, where))
+    if not isinstance(record[field], str):
+        raise ValueError(f"the field {field!r} of {where} is not text, but {type(record[field]).__name__}: remove it")
+    return record[field]
+
+
+def _no_field(field: str, there: Iterable[str], where: str) -> str:
+    return f"{where} has no field {field!r}; it has: {', '.join(sorted(map(str, there))) or 'none'}. Name the field"
+
+
+def without_last(documents: Iterable[str], count: int) -> Iterator[str]:
+    """All documents but the last ``count``, which are held in memory."""
+    held: deque[str] = deque()
+    for document in documents:
+        held.append(document)
+        if len(held) > count:
+            yield held.popleft()
+
+
+def train_tokenizer(documents: Iterable[str], n_vocab: int):
+    """A lossless byte-level BPE tokenizer; ``<|endoftext|>`` is id 0 and is put first in every text.
+
+    Returns a ``tokenizers.Tokenizer``. Decoding gives back the text, byte for byte.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() != n_vocab:
+        raise ValueError(f"the text supports only {tokenizer.get_vocab_size()} pieces; ask for at most that many")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """Write ``tokenizer.json``, and ``tokenizer_config.json``, which names the token that begins, ends and pads."""
+    folder = Path(folder)
+    special = {name: END_OF_TEXT for name in ("bos_token", "eos_token", "pad_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
