@@ -1,16 +1,32 @@
-"""The one training loop: a jitted update on one state pytree, checkpoints, metrics, exact resume."""
+"""The one training loop: a jitted update on one state pytree, checkpoints, metrics, exact resume.
 
+What is in a run's folder, and who may write there, is in ``folder.py``; checkpoints are in ``checkpoints.py``.
+"""
+
+import collections
+import contextlib
 import json
-import math
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from bilinear_jax.training import folder
+from bilinear_jax.training.checkpoints import Checkpoints
+from bilinear_jax.training.mesh import largest, on_first_process
+
+STEPS_AHEAD = 2
+"""Updates that may be queued on the device: enough to keep it busy, few enough that batches don't pile up."""
 
 
 class TrainState(NamedTuple):
@@ -70,65 +86,204 @@ def fit(
     directory: str | Path,
     config: dict,
     save_every: int = 200,
+    keep: int = 2,
+    keep_every: int | None = None,
     log_every: int = 20,
+    log: Callable[[int, dict[str, Any]], None] | None = None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
     name: str = "training",
 ) -> TrainState:
     """Run ``update`` until ``state.step == steps``, going on from the newest checkpoint in ``directory``.
 
-    Every step takes the next batch of ``data``, whose state is saved in the checkpoint. Writes into
-    ``directory``: ``config.json`` (refuses to resume a run that another config started), ``metrics.jsonl``
-    (a JSON object a line: step, seconds of training so far, metrics), and Orbax checkpoints, the newest
-    two kept. ``update`` is jitted here and its state argument donated.
+    However a run ended (an error, a signal, ``kill -9``), the same call goes on, and on one machine it ends
+    with the same bits as a run that was never stopped: parameters, optimiser, counters, keys and the place in the data
+    are saved together. SIGTERM and the first Ctrl-C save at the end of the step and stop: SIGTERM by
+    ``SystemExit(143)`` (128 + 15, as a shell reports a process that the signal ended: the run isn't done, so the
+    status isn't 0), Ctrl-C by ``KeyboardInterrupt``. A second Ctrl-C interrupts the step. In a thread that isn't the
+    main one, signals are left alone. With several processes, a signal to one of them stops all, at the next step that
+    is logged.
 
-    Raises ``ValueError`` for a changed config and ``FloatingPointError`` for a loss that is not finite;
-    the last good checkpoint stays.
+    ``directory`` holds ``config.json``, ``metrics.jsonl`` (a JSON object a line: step, seconds of training so far,
+    metrics; null for what isn't finite), and Orbax checkpoints in ``checkpoints/<step>``.
+
+    The device never waits for the host: metrics are fetched when they are logged, checkpoints are written in the
+    background. At most ``STEPS_AHEAD`` batches are queued.
+
+    Args:
+        update: a pure function ``(state, batch) -> (state, metrics)``, jitted here; metrics are numbers.
+        state: the state to start with. It is donated: don't use its arrays afterwards. If they are laid out over a
+            mesh, so are those of every later state, and of a restored one.
+        data: the batches; every step takes the next. Its state is saved with each checkpoint.
+        steps: updates in all.
+        directory: the run's folder; one process at a time may use it, or the processes of one run.
+        config: what the run is, as JSON; a folder that another config started is refused.
+        save_every: steps between checkpoints; there is one at the end as well.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: also keep the checkpoint of every step that is a multiple of this.
+        log_every: steps between lines of metrics; there is one at the end as well.
+        log: called with the step and the metrics that were written, for Weights & Biases for instance:
+            ``lambda step, metrics: wandb.log(metrics, step=step)``. A run that goes on from a checkpoint calls it
+            again for the steps after that.
+        evaluate: further metrics, of the state, every ``evaluate_every`` steps and at the end.
+        name: what the progress bar is called.
+
+    Raises:
+        ValueError: for another config, a checkpoint of another run, if no checkpoint can be read, or if the data ends.
+        FloatingPointError: if a metric or a parameter is not finite; the last good checkpoint stays.
+        OSError: if the disk is full; the last good checkpoint stays.
+        RuntimeError: if another process trains in the folder.
+
+    Example:
+        >>> import tempfile
+        >>> def update(state, batch):
+        ...     return TrainState(state.step + 1, state.params + batch, ()), {"sum": state.params}
+        >>> start = TrainState(jnp.zeros((), jnp.int32), jnp.zeros(()), ())
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     fit(update, start, ByStep(np.float32), steps=4, directory=directory, config={}).params.item()
+        6.0
     """
-    from orbax.checkpoint import v1 as ocp
     from tqdm.auto import tqdm
 
     directory = Path(directory).resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    _claim(directory, config)
-    policy: Any = ocp.training.preservation_policies.LatestN(2)
-    update = jax.jit(update, donate_argnums=0)
-    with ocp.training.Checkpointer(
-        str(directory / "checkpoints"), preservation_policy=policy, cleanup_tmp_directories=True
-    ) as checkpointer:
-        if checkpointer.latest is not None:
-            abstract = {"state": jax.tree.map(jax.numpy.asarray, state), "data": None}
-            loaded = checkpointer.load_checkpointables(checkpointer.latest.step, abstract)
-            state = loaded["state"]
-            data.set_state(loaded["data"])
-        start = int(state.step)
-        metrics_path = directory / "metrics.jsonl"
-        trained_before = _forget_after(metrics_path, start)
+    metrics_path = directory / "metrics.jsonl"
+    first = jax.process_index() == 0
+    _data_state(data)
+    with contextlib.ExitStack() as stack:
+        on_first_process(lambda: _prepare(directory, config, stack))
+        checkpoints = stack.enter_context(Checkpoints(directory, keep, keep_every))
+        state = jax.tree.map(jnp.asarray, state)
+        trained_before = 0.0
+        if (restored := checkpoints.restore(state)) is not None:
+            jax.tree.map(lambda leaf: leaf.delete(), state)  # as if donated: its memory is needed
+            state, record = restored
+            data.set_state(record["data"])
+            trained_before = record["seconds"]
+        start = saved = int(state.step)
+        on_first_process(lambda: folder.forget_after(metrics_path, start))
+        advance, trouble = _watched(update, state)
         began = time.monotonic()
-        with tqdm(total=steps, initial=start, desc=name, disable=None, unit="step") as bar:
-            for step in range(start, steps):
-                state, metrics = update(state, next(data))
-                done = step + 1
-                last = done == steps
-                save_due = last or done % save_every == 0
-                evaluate_due = evaluate is not None and (last or (evaluate_every and done % evaluate_every == 0))
-                if save_due or evaluate_due or done % log_every == 0:
-                    report = {key: float(value) for key, value in metrics.items()}
-                    bad = {key: value for key, value in report.items() if not math.isfinite(value)}
-                    if bad:
-                        raise FloatingPointError(
-                            f"{bad} at step {done}; the last good checkpoint is in {directory / 'checkpoints'}. "
-                            "Lower the learning rate, or lengthen the warm-up"
-                        )
-                    if evaluate is not None and evaluate_due:
-                        report |= evaluate(state)
-                    seconds = round(trained_before + time.monotonic() - began, 1)
-                    _append(metrics_path, {"step": done, "seconds": seconds} | report)
-                    bar.set_postfix({key: f"{value:.4g}" for key, value in report.items()}, refresh=False)
-                if save_due:
-                    checkpointer.save_checkpointables(done, {"state": state, "data": data.get_state()}, force=True)
-                bar.update()
+        queued: collections.deque = collections.deque()
+        received = stack.enter_context(_signals())
+        bar = stack.enter_context(
+            tqdm(total=steps, initial=start, desc=name, disable=None if first else True, unit="step")
+        )
+        for done in range(start + 1, steps + 1):
+            (state, trouble), metrics = advance((state, trouble), _next(data, done, steps))
+            queued.append(metrics)
+            if len(queued) > STEPS_AHEAD:
+                jax.block_until_ready(queued.popleft())
+            evaluate_due = evaluate is not None and (done == steps or (evaluate_every and done % evaluate_every == 0))
+            log_due = evaluate_due or done == steps or done % log_every == 0
+            stop = largest(max(received, default=0)) if log_due or jax.process_count() == 1 else 0
+            save_due = stop or done == steps or done % save_every == 0
+            report = _report(metrics, trouble, done, directory) if log_due or save_due else {}
+            if log_due:
+                if evaluate is not None and evaluate_due:
+                    report |= {key: float(value) for key, value in evaluate(state).items()}
+                seconds = round(trained_before + time.monotonic() - began, 1)
+                if first:
+                    folder.append(metrics_path, {"step": done, "seconds": seconds} | report)
+                    if log is not None:
+                        log(done, report)
+                bar.set_postfix({key: f"{value:.4g}" for key, value in report.items()}, refresh=False)
+            if save_due:
+                seconds = trained_before + time.monotonic() - began
+                checkpoints.save(done, state, {"data": _data_state(data), "seconds": seconds})
+                saved = done
+            bar.update()
+            if stop:
+                break
+        checkpoints.wait()
+        stop = largest(max(received, default=0))
+    _leave(stop, f"{name}: stopped at step {saved} of {steps}, which is saved in {directory}")
     return state
+
+
+def _prepare(directory: Path, config: dict, stack: contextlib.ExitStack) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(folder.locked(directory))
+    folder.claim(directory, config)
+
+
+def _data_state(data: BatchIterator) -> dict:
+    """Where the data source is, as a copy that stays when the source goes on."""
+    state = data.get_state()
+    try:
+        return json.loads(json.dumps(state))
+    except TypeError as error:
+        name = type(data).__name__
+        raise TypeError(f"get_state() of {name} must give JSON, so that it can be saved: {error}") from error
+
+
+def _watched(update: Callable, state: TrainState):
+    """``update``, jitted, and a number that it carries along: the first step with a metric that isn't finite, or 0."""
+    meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(state) if isinstance(leaf.sharding, NamedSharding)}
+    trouble = jnp.zeros((), jnp.int32)
+    out_shardings = None
+    if meshes:
+        whole = NamedSharding(meshes.pop(), PartitionSpec())
+        trouble = jax.device_put(np.zeros((), np.int32), whole)
+        out_shardings = ((jax.tree.map(lambda leaf: leaf.sharding, state), whole), whole)
+
+    def watched(carried, batch):
+        before, trouble = carried
+        after, metrics = update(before, batch)
+        finite = [jnp.all(jnp.isfinite(value)) for value in jax.tree.leaves(metrics)]
+        new = (trouble == 0) & ~jnp.all(jnp.asarray(finite))
+        return (after, jnp.where(new, after.step.astype(jnp.int32), trouble)), metrics
+
+    return jax.jit(watched, donate_argnums=0, out_shardings=out_shardings), trouble
+
+
+def _next(data: BatchIterator, step: int, steps: int) -> Any:
+    try:
+        return next(data)
+    except StopIteration:
+        raise ValueError(f"the data ended before step {step} of {steps}: give more of it, or fewer steps") from None
+
+
+def _report(metrics: dict[str, jax.Array], trouble: jax.Array, step: int, directory: Path) -> dict[str, float]:
+    """The metrics as numbers; raises ``FloatingPointError`` if one of them is not finite, or was not."""
+    report = {key: float(value) for key, value in jax.device_get(metrics).items()}
+    if int(trouble):
+        bad = {key: value for key, value in report.items() if not np.isfinite(value)}
+        raise FloatingPointError(
+            f"a metric was not finite at step {int(trouble)} (those of step {step}: {bad or 'all finite'}); the last "
+            f"good checkpoint is in {directory / 'checkpoints'}. Lower the learning rate, or lengthen the warm-up"
+        )
+    return report
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C are noted in the list; a second Ctrl-C interrupts. Before and after, they do as they did."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number, frame):
+        if received and number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        received.append(number)
+        os.write(2, b"\nsaving at the end of this step, then stopping; Ctrl-C stops at once\n")  # print can't be nested
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _leave(number: int, message: str) -> None:
+    """What the signal of this number, if there was one, asks for."""
+    if number == signal.SIGTERM:
+        print(message, file=sys.stderr)
+        raise SystemExit(128 + number)
+    if number:
+        raise KeyboardInterrupt(message)
 
 
 def apply_optimizer(optimizer, gradient: PyTree, state: TrainState) -> tuple[PyTree, PyTree]:
@@ -138,45 +293,6 @@ def apply_optimizer(optimizer, gradient: PyTree, state: TrainState) -> tuple[PyT
     with jax.numpy_dtype_promotion("standard"):  # Optax corrects its bias with integer step counts
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state
-
-
-def _claim(directory: Path, config: dict) -> None:
-    path = directory / "config.json"
-    text = json.dumps(config, indent=2, sort_keys=True, default=str)
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
-        return
-    before, now = json.loads(path.read_text()), json.loads(text)
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise ValueError(f"{directory} holds a run with another config ({listing}): restore it, or name another folder")
-
-
-def _forget_after(path: Path, step: int) -> float:
-    """Drop the metric lines that the resumed run will write again; the seconds that the kept ones took."""
-    if not path.exists():
-        return 0.0
-    kept, seconds = [], 0.0
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line that a crash cut short
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-            seconds = entry["seconds"]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-    return seconds
-
-
-def _append(path: Path, entry: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def cosine_with_warmup(peak: float, steps: int, warmup: int, final: float = 0.0):

@@ -1,0 +1,259 @@
+"""Checkpoints of a run: whole or not there at all, checked when they are read, the newest few kept.
+
+A checkpoint holds the training state and a record (JSON: where the data source is, seconds trained) in one Orbax
+folder, ``checkpoints/<step>``, which gets that name when it is complete. It also holds a checksum of every array,
+
+    sum over i of (2 i + 1) bits_i   mod 2^32        bits_i: the i-th number's bits as an unsigned integer
+
+which is computed where the array lives, shard by shard, and again when it is loaded: files that were cut short make
+Orbax fail, files whose contents changed may not.
+"""
+
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree, UInt32
+
+from bilinear_jax.training.mesh import on_first_process
+
+
+class Checkpoints:
+    """The checkpoints of one run, as a context; leaving it waits for the last save.
+
+    Args:
+        directory: the run's folder; checkpoints are in ``checkpoints/<step>`` under it.
+        keep: how many of the newest to keep.
+        keep_every: also keep every checkpoint whose step is a multiple of this; None: no other.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+        ...     checkpoints.save(3, {"params": jnp.arange(4.0)}, {"position": 12})
+        ...     state, record = checkpoints.restore({"params": jnp.zeros(4)})
+        >>> state["params"].tolist(), record
+        ([0.0, 1.0, 2.0, 3.0], {'position': 12})
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
+        if keep < 1:
+            raise ValueError(f"keep the newest checkpoint at least: keep must be 1 or more, got {keep}")
+        self.directory = Path(directory).resolve()
+        self.keep, self.keep_every = keep, keep_every
+        self._pending: tuple[int, Any] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        from orbax.checkpoint import v1 as ocp
+
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(self.keep)]
+        if self.keep_every is not None:
+            kept.append(policies.EveryNSteps(self.keep_every))
+        policy: Any = policies.AnyPreservationPolicy(kept)
+        self._orbax = ocp.training.Checkpointer(
+            str(self.directory / "checkpoints"), preservation_policy=policy, cleanup_tmp_directories=True
+        )
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.wait()
+        except OSError as failure:
+            if error is None:
+                raise
+            error.add_note(f"Besides, {failure}")
+        finally:
+            self._orbax.close()
+
+    def save(self, step: int, state: PyTree, record: dict) -> None:
+        """Save the state of a step. Writing goes on in the background: ``state`` may be changed or donated at once.
+
+        Raises:
+            FloatingPointError: if the state's ``params`` are not finite, or if anything in it is NaN; nothing is saved.
+            OSError: if this save, or the one before, failed; those before that are still there.
+        """
+        self.wait()
+        leaves = named_leaves(state)
+        checksums, not_finite = jax.device_get(_fingerprint(leaves))
+        bad = sorted(name for name, found in not_finite.items() if found)
+        if bad:
+            raise FloatingPointError(f"at step {step} these are not finite: {', '.join(bad)}")
+        arrays = {name: _description(leaf) | {"checksum": int(checksums[name])} for name, leaf in leaves.items()}
+        metadata: Any = {"record": record, "arrays": arrays}
+        try:
+            response = self._orbax.save_async(step, leaves, force=True, custom_metadata=metadata)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._pending = (step, response)
+
+    def wait(self) -> None:
+        """Wait until the last save is complete; raises ``OSError`` if it failed."""
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        try:
+            response.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def restore(self, state: PyTree) -> tuple[PyTree, dict] | None:
+        """The newest checkpoint that can be read, as ``(state, record)``; None if there is none.
+
+        A newer one that can't be read is moved to ``damaged/<step>``, with a warning that names both.
+
+        Args:
+            state: arrays with the structure, shapes, dtypes and shardings of what to load.
+
+        Raises:
+            ValueError: if a checkpoint holds other arrays than ``state``, or if none can be read.
+        """
+        self.wait()
+        leaves = named_leaves(state)
+        problems: dict[int, str] = {}
+        steps = sorted((checkpoint.step for checkpoint in self._orbax.checkpoints), reverse=True)
+        for step in steps:
+            try:
+                loaded, record = self._load(step, leaves)
+            except _Damaged as problem:
+                problems[step] = str(problem)
+                continue
+            self._set_aside(problems, step)
+            return jax.tree.unflatten(jax.tree.structure(state), list(loaded.values())), record
+        if not steps:
+            return None
+        listing = "; ".join(f"{step} ({problem})" for step, problem in problems.items())
+        raise ValueError(
+            f"none of the checkpoints in {self.directory / 'checkpoints'} can be read: {listing}. "
+            "Restore one from a copy, or name another folder to train from the beginning"
+        )
+
+    def _load(self, step: int, leaves: dict[str, Array]) -> tuple[dict[str, Array], dict]:
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()
+        }
+        level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)  # Orbax logs a trace for every array; the caller tells it in a sentence
+        try:
+            metadata: Any = self._orbax.checkpointables_metadata(step).custom_metadata
+            if not metadata or metadata.keys() != {"record", "arrays"}:
+                raise _Damaged("its metadata is gone")
+            self._compare(step, metadata["arrays"], leaves)
+            loaded: Any = self._orbax.load(step, abstract)
+        except (_Damaged, _Mismatch, MemoryError):
+            raise
+        except Exception as error:
+            raise _Damaged(_reason(error)) from error
+        finally:
+            logging.disable(level)
+        loaded = {name: loaded[name] for name in leaves}
+        checksums, _ = jax.device_get(_fingerprint(loaded))
+        changed = [name for name in leaves if int(checksums[name]) != metadata["arrays"][name]["checksum"]]
+        if changed:
+            raise _Damaged(f"not what was saved: {', '.join(changed)}")
+        return loaded, metadata["record"]
+
+    def _compare(self, step: int, saved: dict, leaves: dict[str, Array]) -> None:
+        """Raises ``_Mismatch``, listing both sides, unless names, shapes and dtypes are the same."""
+        have = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in saved.items()}
+        want = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()}
+        if have == want:
+            return
+        both = sorted(have.keys() & want)
+        other = [f"{name} {have[name]}, expected {want[name]}" for name in both if have[name] != want[name]]
+        raise _Mismatch(
+            f"checkpoint {step} in {self.directory / 'checkpoints'} is of another run. "
+            f"In the checkpoint but not in this run: {', '.join(sorted(have.keys() - want)) or 'nothing'}; "
+            f"in this run but not in the checkpoint: {', '.join(sorted(want.keys() - have)) or 'nothing'}; "
+            f"shapes and dtypes: {'; '.join(other) or 'as expected'}. Name another folder"
+        )
+
+    def _set_aside(self, problems: dict[int, str], loaded: int) -> None:
+        """Moves checkpoints that can't be read away, so that the run can save these steps again."""
+        if not problems:
+            return
+
+        def move() -> None:
+            (self.directory / "damaged").mkdir(exist_ok=True)
+            for step in problems:
+                goal = self.directory / "damaged" / str(step)
+                shutil.rmtree(goal, ignore_errors=True)
+                (self.directory / "checkpoints" / str(step)).rename(goal)
+
+        on_first_process(move)
+        self._orbax.reload()
+        for step, problem in problems.items():
+            warnings.warn(
+                f"checkpoint {step} of {self.directory} can't be read ({problem}): going on from checkpoint {loaded}. "
+                f"The damaged one is kept in {self.directory / 'damaged' / str(step)}",
+                stacklevel=4,
+            )
+
+    def _failed(self, step: int, error: Exception) -> OSError:
+        for partial in (self.directory / "checkpoints").glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        earlier = [checkpoint.step for checkpoint in self._orbax.checkpoints if checkpoint.step != step]
+        return OSError(
+            f"the checkpoint of step {step} could not be written to {self.directory / 'checkpoints'} "
+            f"({_reason(error)}); the last good one is {f'of step {max(earlier)}' if earlier else 'none'}. "
+            "Make room on the disk, then give the same command again"
+        )
+
+
+class _Damaged(Exception):
+    """A checkpoint that can't be read, and why."""
+
+
+class _Mismatch(ValueError):
+    """A checkpoint that can be read, of something else."""
+
+
+def named_leaves(state: PyTree) -> dict[str, Array]:
+    """The arrays of a pytree by their path: ``{"params.layers.mlp.w_l": ..., ...}``, in the pytree's order."""
+    pairs = jax.tree_util.tree_leaves_with_path(state)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
+    if len(leaves) < len(pairs):
+        raise ValueError("two arrays of the state have one path: keys of its dicts must not contain a '.'")
+    return leaves
+
+
+@jax.jit
+def _fingerprint(leaves: dict[str, Array]) -> tuple[dict[str, UInt32[Array, ""]], dict[str, Bool[Array, ""]]]:
+    """The checksum of every array, and whether it must not be saved."""
+    checksums = {name: _checksum(leaf) for name, leaf in leaves.items()}
+    return checksums, {name: _not_finite(name, leaf) for name, leaf in leaves.items()}
+
+
+def _checksum(leaf: Array) -> UInt32[Array, ""]:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    if leaf.dtype == bool:
+        leaf = leaf.astype(jnp.uint8)
+    width = min(leaf.dtype.itemsize, 4)  # numbers of 8 bytes become two of 4
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):  # no reshape, which would gather an array that is cut into shards
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _not_finite(name: str, leaf: Array) -> Bool[Array, ""]:
+    """Infinity is an error in params only: an optimiser may hold it, for a minimum that it has yet to see."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros((), bool)
+    return jnp.any(~jnp.isfinite(leaf)) if name.startswith("params") else jnp.any(jnp.isnan(leaf))
+
+
+def _description(leaf: Array) -> dict:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the paths and settings that follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

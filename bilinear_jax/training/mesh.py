@@ -1,0 +1,228 @@
+"""One program over many devices and machines: a mesh with axes "data" and "model", and what is cut along which.
+
+Rows of a batch are shared out over "data". Over "model" each weight matrix is cut along one axis (see ``CUTS``): a
+transformer's along its heads, hidden units and vocabulary, an SAE's along its features; an optimiser's moments are cut
+as the weights that they belong to. XLA puts in the communication, and the results are those of one device up to the
+order in which floating-point sums are taken.
+
+Several processes (machines, or one a GPU) run the same command; ``join_processes`` connects them, every one builds
+the same batches, and feeds its own devices with their part.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+CUTS: dict[str, tuple[str | None, ...]] = {
+    # A transformer's, by head, hidden unit and piece of the vocabulary; a first axis of layers stays whole.
+    "w_q": ("model", None),
+    "w_k": ("model", None),
+    "w_v": ("model", None),
+    "w_o": (None, "model"),
+    "b_q": ("model",),
+    "b_k": ("model",),
+    "b_v": ("model",),
+    "w_l": ("model", None),
+    "w_r": ("model", None),
+    "w_p": (None, "model"),
+    "b_l": ("model",),
+    "b_r": ("model",),
+    "w_e": ("model", None),
+    "w_u": ("model", None),
+    # An SAE's, by feature; a first axis of SAEs that are trained together stays whole.
+    "w_enc": ("model", None),
+    "w_dec": (None, "model"),
+    "b_enc": ("model",),
+}
+"""The last axes of an array by the last part of its path; all other arrays are whole on every device."""
+
+
+def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
+    """All devices, of all processes, as ``[data, model]``.
+
+    Args:
+        data: into how many parts a batch is cut; None: as many as there are devices left.
+        model: into how many parts the weights are cut.
+
+    Raises:
+        ValueError: unless ``data * model`` is the number of devices.
+
+    Example:
+        >>> make_mesh(model=1).axis_names
+        ('data', 'model')
+    """
+    number = jax.device_count()
+    data = number // model if data is None and model > 0 else data
+    if data is None or data * model != number:
+        raise ValueError(f"{data} parts of a batch times {model} of the weights aren't the {number} devices there are")
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def sharding_of(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> NamedSharding:
+    """How the array at a path of a pytree is laid out; one that can't be cut evenly stays whole."""
+    name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
+    cut = CUTS.get(name, ())
+    if len(cut) > len(shape):
+        cut = ()
+    cut = (None,) * (len(shape) - len(cut)) + cut
+    even = all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(cut, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*cut) if even else PartitionSpec())
+
+
+def place(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Params, or a whole training state, laid out over a mesh by the names in ``CUTS``; None leaves them as they are.
+
+    Every process must hold the same arrays.
+
+    Example:
+        >>> params = place({"layers": {"mlp": {"w_l": jax.numpy.ones((3, 8, 4))}}}, make_mesh(model=jax.device_count()))
+        >>> params["layers"]["mlp"]["w_l"].sharding.spec == PartitionSpec(None, "model", None)
+        True
+    """
+    if mesh is None:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _spread(leaf, sharding_of(mesh, path, np.shape(leaf))), tree
+    )
+
+
+def place_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
+    """A batch with its rows (first axes) shared out over "data"; None leaves it as it is.
+
+    Every process must hold the whole batch; each sends its own devices their rows. Rows that can't be shared out
+    evenly go to every device, whole.
+    """
+    if mesh is None:
+        return batch
+
+    def one(rows):
+        even = np.ndim(rows) > 0 and len(rows) % mesh.shape["data"] == 0
+        return _spread(rows, NamedSharding(mesh, PartitionSpec("data") if even else PartitionSpec()))
+
+    return jax.tree.map(one, batch)
+
+
+class OnMesh:
+    """A batch source whose batches are laid out over a mesh; None leaves them as they are.
+
+    Args:
+        data: a ``BatchIterator``; in every process the same, with the same seed.
+    """
+
+    def __init__(self, data: Any, mesh: Mesh | None):
+        self._data, self._mesh = data, mesh
+
+    def __next__(self) -> PyTree:
+        batch = next(self._data)
+        parts = 1 if self._mesh is None else self._mesh.shape["data"]
+        uneven = sorted({len(rows) for rows in jax.tree.leaves(batch) if len(rows) % parts})
+        if uneven:
+            raise ValueError(
+                f"a batch of {uneven[0]} rows can't be shared out over {parts} devices: "
+                f"make batch_size a multiple of {parts}"
+            )
+        return place_rows(batch, self._mesh)
+
+    def get_state(self) -> dict:
+        return self._data.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self._data.set_state(state)
+
+
+def _spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds, as one array over all their devices."""
+    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _spread(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def join_processes(
+    coordinator: str | None = None, processes: int | None = None, index: int | None = None, *, timeout: int = 300
+) -> None:
+    """Connect this process with the others of the run, before anything else is done with JAX.
+
+    With nothing given, here or in the environment, this is the only process, and nothing is done.
+
+    Args:
+        coordinator: "address:port" of process 0, which all can reach; None: ``$JAX_COORDINATOR_ADDRESS``. "auto": all
+            three are asked of the cluster (a TPU pod, Slurm, Open MPI).
+        processes: how many there are; None: ``$JAX_NUM_PROCESSES``.
+        index: which of them this is, from 0; None: ``$JAX_PROCESS_ID``.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        ValueError: if some of the three are given and others are not, or if they don't make sense.
+        RuntimeError: if JAX has been used before, or if the others can't be reached.
+
+    Source: jax.distributed.initialize, which this calls.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+    if coordinator == "auto":
+        jax.distributed.initialize(initialization_timeout=timeout)
+        return
+    processes = _number(processes, "JAX_NUM_PROCESSES")
+    index = _number(index, "JAX_PROCESS_ID")
+    given = {
+        "coordinator ($JAX_COORDINATOR_ADDRESS)": coordinator,
+        "processes ($JAX_NUM_PROCESSES)": processes,
+        "index ($JAX_PROCESS_ID)": index,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if coordinator is None or processes is None or index is None:
+        raise ValueError(f"to join several processes, also give {' and '.join(missing)}")
+    if processes < 1 or not 0 <= index < processes:
+        raise ValueError(f"processes count from 0 to {processes - 1}, got index {index}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f'coordinator must be "address:port", for instance "10.0.0.1:1234", got {coordinator!r}')
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, index, cluster_detection_method="deactivate", initialization_timeout=timeout
+        )
+    except RuntimeError as error:
+        raise RuntimeError(f"process {index} of {processes} could not join those at {coordinator}: {error}") from error
+
+
+def _number(given: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if given is not None or not text:
+        return given
+    if not text.isdigit():
+        raise ValueError(f"${variable} must be a number, got {text!r}")
+    return int(text)
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Do something with files in process 0, and have the others wait for it; an error there is one in all."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as error:
+            problem = error
+    failed = largest(int(problem is not None))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise RuntimeError("process 0 stopped with an error: see what it printed")
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes give; all must ask."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
