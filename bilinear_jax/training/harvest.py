@@ -1,0 +1,207 @@
+"""Activations of a language model as training data: a shuffled buffer that one forward pass fills for every site."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn import sites as nn_sites
+from bilinear_jax.nn.sae import site_name
+from bilinear_jax.training.fit import BatchIterator
+from bilinear_jax.training.mesh import place_rows
+
+LayerSite = tuple[str, int]
+
+
+class Harvest:
+    """A ``BatchIterator`` of the activations of single tokens, shuffled: ``{(site, layer): [batch_size, d_model]}``.
+
+    The tokens that count, in the order in which ``rows`` gives them, are cut into chunks of
+
+        size = batch_size * floor(buffer_tokens / batch_size)
+
+    The model is run on batch after batch of rows until a chunk is full; each run gives all sites, and no layer after
+    the last of them is run. The chunk is shuffled by a permutation that is a function of ``seed`` and the chunk's
+    number, the same for all sites (so row i of every site's batch is of the same token), and served in
+    ``size / batch_size`` batches. Every token that counts is served exactly once: where a chunk ends within a batch of
+    rows, the next chunk begins there, and runs that batch again.
+
+    The state holds no activations but where the chunk's rows began: after ``set_state``, the chunk is harvested again,
+    and what follows is bit-identical to what followed ``get_state`` (on the same kind of device).
+
+    Memory on the device: ``4 * size * d_model * (number of sites)`` bytes (``nbytes``), and one run of the model while
+    a chunk is filled. With a mesh, the buffer is shared out over its "data" axis.
+
+    Args:
+        lm: the model; its activations are of ``lm.compute_dtype``, batches are float32.
+        sites: pairs of a site and a layer, ("mlp_in", 2); one that is named twice is harvested once.
+        rows: source of tokens, ``[rows, seq]``.
+        batch_size: tokens a batch.
+        buffer_tokens: how many tokens the buffer may hold. The more, the better they are mixed.
+        seed: of the permutations.
+        mask: ``mask(tokens) -> [rows, seq]`` bool, which tokens count; a pure function that JAX can trace. By default
+            all but position 0 and the padding at the end of a row.
+        mesh: from ``training.mesh.make_mesh``. The rows and the batches are shared out over "data".
+
+    Raises:
+        ValueError: if the buffer can't hold one batch, for no site or one that the model doesn't have, or if the mesh
+            can't share out a batch evenly; from ``next``, for tokens that the model doesn't have, a mask of another
+            shape, or one that leaves no token of a whole chunk's rows.
+        StopIteration: from ``next``, where ``rows`` ends; the tokens of a chunk that isn't full are not served.
+
+    Example:
+        >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+        >>> from bilinear_jax.training.data import batches
+        >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
+        >>> params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
+        >>> rows = batches(np.arange(600) % 10, n_ctx=6, batch_size=4)
+        >>> sites = [("mlp_in", 0), ("mlp_out", 1)]
+        >>> harvest = Harvest(LanguageModel(params, config), sites, rows, batch_size=16, buffer_tokens=50)
+        >>> batch = next(harvest)
+        >>> batch["mlp_out", 1].shape, harvest.size, harvest.nbytes
+        ((16, 8), 48, 3072)
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        sites: Iterable[Any],
+        rows: BatchIterator,
+        batch_size: int,
+        buffer_tokens: int,
+        seed: int = 0,
+        *,
+        mask: Callable[[Array], Array] | None = None,
+        mesh: Mesh | None = None,
+    ):
+        self._sites = _checked_sites(lm, sites)
+        token_bytes = 4 * lm.config.d_model * len(self._sites)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if buffer_tokens < batch_size:
+            raise ValueError(
+                f"a buffer of {buffer_tokens} tokens can't hold one batch of {batch_size}: raise buffer_tokens "
+                f"(a token takes {token_bytes} bytes), or lower batch_size"
+            )
+        if mesh is not None and batch_size % mesh.shape["data"]:
+            raise ValueError(
+                f"a batch of {batch_size} tokens can't be shared out over {mesh.shape['data']} devices: "
+                f"make batch_size a multiple of {mesh.shape['data']}"
+            )
+        self.size = buffer_tokens // batch_size * batch_size  # tokens a chunk
+        self.nbytes = token_bytes * self.size  # of the buffer
+        self._lm, self._rows, self._batch_size, self._seed = lm, rows, batch_size, seed
+        self._mask, self._mesh = mask, mesh
+        self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+        # The chunk that is served: where its rows begin, how many of the first rows' tokens the chunk before has, its
+        # number, and how many of its batches are served.
+        self._at: dict[str, Any] = {"rows": rows.get_state(), "skip": 0, "chunk": 0, "served": 0}
+        self._next: dict[str, Any] | None = None  # where the chunk after it begins; None: it is not in the buffer
+        self._buffers: dict[LayerSite, Array] = {}
+        self._order: Any = None  # [size] int32, the permutation
+
+    def __next__(self) -> dict[LayerSite, Float[Array, "batch_size d_model"]]:
+        if self._next is None:
+            self._next = self._fill()
+        batch = _serve(
+            self._buffers, self._order, self._at["served"] * self._batch_size, self._batch_size, self._sharding
+        )
+        self._at = self._at | {"served": self._at["served"] + 1}
+        if self._at["served"] == self.size // self._batch_size:
+            self._at, self._next = self._next, None
+        return batch
+
+    def get_state(self) -> dict:
+        return dict(self._at)
+
+    def set_state(self, state: dict) -> None:
+        self._at, self._next = dict(state), None
+
+    def _fill(self) -> dict[str, Any]:
+        """Harvest the chunk that ``self._at`` names; returns where the next one begins."""
+        if not self._buffers:
+            self._buffers = _empty(self._sites, (self.size, self._lm.config.d_model), self._sharding)
+        self._rows.set_state(self._at["rows"])
+        start, before = self._at["rows"], 0
+        filled, most = jnp.int32(-self._at["skip"]), -self._at["skip"]  # most: what filled can be, without waiting
+        while most < self.size:
+            start, before = self._rows.get_state(), filled
+            tokens = self._lm._checked(next(self._rows))
+            self._buffers, filled = _write(
+                self._lm, self._buffers, before, place_rows(tokens, self._mesh), self._mask, self._sharding
+            )
+            most += tokens.size
+            if most >= self.size:
+                most = int(filled)
+                if most == -self._at["skip"]:
+                    raise ValueError(
+                        f"the mask leaves none of {self.size} tokens or more: pass a mask that lets some through, or "
+                        "rows that are not all padding"
+                    )
+        order = np.random.default_rng([self._seed, self._at["chunk"]]).permutation(self.size)
+        self._order = jnp.asarray(order.astype(np.int32))
+        chunk = {"chunk": self._at["chunk"] + 1, "served": 0}
+        if most == self.size:
+            return {"rows": self._rows.get_state(), "skip": 0} | chunk
+        return {"rows": start, "skip": self.size - int(before)} | chunk
+
+
+def _checked_sites(lm: LanguageModel, sites: Iterable[Any]) -> tuple[LayerSite, ...]:
+    """The sites, each once, spelled as the library does; all have ``d_model`` coordinates."""
+    sites = tuple(sites)
+    if any(isinstance(site, str) or len(site) != 2 for site in sites):
+        raise ValueError(f"sites are pairs of a name and a layer, such as ('mlp_in', 2); got {sites}")
+    wanted = tuple(dict.fromkeys((site_name(name), int(layer)) for name, layer in sites))
+    one = jnp.zeros((1, 1), jnp.int32)
+    jax.eval_shape(lambda params: dict(nn_sites.capture(lm.config, params, one, wanted)), lm.params)  # raises, or not
+    return wanted
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(sites: tuple[LayerSite, ...], shape: tuple[int, int], sharding) -> dict[LayerSite, Array]:
+    return {site: _laid_out(jnp.zeros(shape), sharding) for site in sites}
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
+def _write(
+    lm: LanguageModel,
+    buffers: dict[LayerSite, Array],
+    filled: Int[Array, ""],
+    tokens: Int[Array, "rows seq"],
+    mask: Callable[[Array], Array] | None,
+    sharding,
+) -> tuple[dict[LayerSite, Array], Int[Array, ""]]:
+    """The buffers with the activations of the tokens that count put in from place ``filled`` on, and the new fill.
+
+    What lies before 0 or beyond the buffers' end is left out.
+    """
+    counted = lm.token_mask(tokens) if mask is None else mask(tokens)
+    if counted.shape != tokens.shape:
+        raise ValueError(f"the mask has shape {counted.shape}, the tokens {tokens.shape}: they must agree")
+    counted = counted.reshape(-1).astype(bool)
+    place = filled + jnp.cumsum(counted.astype(jnp.int32)) - 1
+    values = nn_sites.capture(lm.config, lm.params, tokens, tuple(buffers), compute_dtype=lm.compute_dtype)
+
+    def put(buffer: Array, value: Array) -> Array:
+        nowhere = buffer.shape[0] + jnp.arange(len(place))
+        found = value.reshape(-1, value.shape[-1]).astype(buffer.dtype)
+        at = jnp.where(counted & (place >= 0) & (place < buffer.shape[0]), place, nowhere)
+        return _laid_out(buffer.at[at].set(found, mode="drop", unique_indices=True), sharding)
+
+    return {site: put(buffer, values[site]) for site, buffer in buffers.items()}, filled + jnp.sum(counted)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _serve(buffers: dict[LayerSite, Array], order: Int[Array, " size"], start: Any, batch_size: int, sharding):
+    chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
+    return {site: _laid_out(buffer[chosen], sharding) for site, buffer in buffers.items()}
+
+
+def _laid_out(array: Array, sharding) -> Array:
+    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
