@@ -88,7 +88,7 @@ def top_activations(
     from tqdm.auto import tqdm
 
     saes = (saes,) if isinstance(saes, SAE) else tuple(saes)
-    _check_names(saes)
+    check_names(saes)
     check_dataset(tokens, token_mask)
     if min(k, batch_size) < 1:
         raise ValueError(f"k and batch_size must be at least 1, got {k} and {batch_size}")
@@ -173,7 +173,8 @@ def _finished(top: TopActivations) -> TopActivations:
     return TopActivations(values, rows, positions)
 
 
-def _check_names(saes: tuple[SAE, ...]) -> None:
+def check_names(saes: tuple[SAE, ...]) -> None:
+    """Raises ``ValueError`` for no SAE, or for two of the same name."""
     names = [sae.name for sae in saes]
     if not names:
         raise ValueError("name at least one SAE")
