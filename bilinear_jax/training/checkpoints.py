@@ -9,6 +9,7 @@ which is computed where the array lives, shard by shard, and again when it is lo
 Orbax fail, files whose contents changed may not.
 """
 
+import contextlib
 import logging
 import shutil
 import warnings
@@ -21,6 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt32
 
 from bilinear_jax.training.mesh import on_first_process
+
+_ORBAX_LOG = logging.getLogger("absl")
 
 
 class Checkpoints:
@@ -50,6 +53,8 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         from orbax.checkpoint import v1 as ocp
 
+        self._log_level = _ORBAX_LOG.level
+        _ORBAX_LOG.setLevel(logging.CRITICAL)  # it logs a trace a thread for what is raised here in a sentence
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(self.keep)]
         if self.keep_every is not None:
@@ -69,6 +74,7 @@ class Checkpoints:
             error.add_note(f"Besides, {failure}")
         finally:
             self._orbax.close()
+            _ORBAX_LOG.setLevel(self._log_level)
 
     def save(self, step: int, state: PyTree, record: dict) -> None:
         """Save the state of a step. Writing goes on in the background: ``state`` may be changed or donated at once.
@@ -137,7 +143,7 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()
         }
         level = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)  # Orbax logs a trace for every array; the caller tells it in a sentence
+        logging.disable(logging.CRITICAL)  # asyncio logs a trace for every array that can't be read
         try:
             metadata: Any = self._orbax.checkpointables_metadata(step).custom_metadata
             if not metadata or metadata.keys() != {"record", "arrays"}:
@@ -194,6 +200,8 @@ class Checkpoints:
             )
 
     def _failed(self, step: int, error: Exception) -> OSError:
+        with contextlib.suppress(Exception):
+            self._orbax.wait()  # it keeps the same error, to raise it once more
         for partial in (self.directory / "checkpoints").glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         earlier = [checkpoint.step for checkpoint in self._orbax.checkpoints if checkpoint.step != step]

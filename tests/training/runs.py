@@ -1,0 +1,86 @@
+"""A small training run, for tests that stop it in all sorts of ways; they run it in processes of its own."""
+
+import resource
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilinear_jax.training.fit import TrainState, apply_optimizer, fit
+
+OPTIMIZER = optax.adam(1e-2)
+STEPS = 60
+
+
+def start() -> TrainState:
+    """Parameters, an optimiser's moments, a counter and a key: 3 MB, so that writing them takes a while."""
+    params = {"w": jax.random.normal(jax.random.key(0), (500, 500)), "b": jnp.zeros(500)}
+    extra = {"seen": jnp.zeros((), jnp.int32), "key": jax.random.key(1)}
+    return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params), extra)
+
+
+def update(state: TrainState, batch):
+    """Every part of the state, if it were lost, would change the parameters."""
+    key, noise_key = jax.random.split(state.extra["key"])
+    noise = jax.random.normal(noise_key, (500,)) * state.extra["seen"].astype(jnp.float32)
+
+    def loss_of(params):
+        return jnp.mean((params["w"] @ batch + params["b"] - noise) ** 2)
+
+    loss, gradient = jax.value_and_grad(loss_of)(state.params)
+    params, opt_state = apply_optimizer(OPTIMIZER, gradient, state)
+    return TrainState(state.step + 1, params, opt_state, {"seen": state.extra["seen"] + 1, "key": key}), {"loss": loss}
+
+
+class Buffered:
+    """Batches from a buffer, whose state tells what is in it; each takes ``pause`` seconds."""
+
+    def __init__(self, pause: float = 0.0):
+        self._buffer, self._drawn, self._pause = list(range(16)), 0, pause
+
+    def __next__(self):
+        time.sleep(self._pause)
+        place = int(np.random.default_rng(self._drawn).integers(16))
+        self._drawn += 1
+        seed, self._buffer[place] = self._buffer[place], 16 + self._drawn
+        return np.random.default_rng(seed).normal(size=500).astype(np.float32)
+
+    def get_state(self) -> dict:
+        return {"buffer": self._buffer, "drawn": self._drawn}
+
+    def set_state(self, state: dict) -> None:
+        self._buffer, self._drawn = state["buffer"], state["drawn"]
+
+
+class FillsTheDisk(Buffered):
+    """Once step 30 has been saved, no file may grow past half a megabyte."""
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self._saved = directory / "checkpoints" / "30"
+
+    def __next__(self):
+        if self._drawn == 31:
+            while not self._saved.exists():
+                time.sleep(0.001)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        return super().__next__()
+
+
+def train(directory: Path, data: Buffered) -> TrainState:
+    return fit(update, start(), data, steps=STEPS, directory=directory, config={}, save_every=3, log_every=2)
+
+
+def train_slowly(directory: Path) -> None:
+    train(directory, Buffered(pause=0.01))
+
+
+def train_on_a_full_disk(directory: Path) -> None:
+    """Leaves the error's text in ``error.txt``."""
+    try:
+        train(directory, FillsTheDisk(directory))
+    except OSError as error:
+        (directory / "error.txt").write_text(str(error))

@@ -1,0 +1,392 @@
+"""Runs that are killed, stopped, and robbed of their disk go on from the last good checkpoint, to the same bits."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from bilinear_jax.training import folder
+from bilinear_jax.training.checkpoints import Checkpoints
+from bilinear_jax.training.fit import ByStep, TrainState, fit
+
+# The processes of these tests are forked from one that has imported all but started nothing: real processes, to be
+# killed for real, without the seconds that the imports take.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["bilinear_jax.training.fit", "orbax.checkpoint.v1", "optax", "tqdm.auto"])
+PATIENCE = 120  # seconds after which a process is taken to hang
+
+
+def launch(target, directory: Path):
+    process = SERVER.Process(target=target, args=(directory,))
+    process.start()
+    return process
+
+
+def wait_for(condition, process) -> None:
+    """Until the condition holds; fails if the process ends before."""
+    began = time.monotonic()
+    while not condition():
+        assert process.is_alive(), f"the run ended by itself, with {process.exitcode}"
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.0005)
+
+
+def finish(target, directory: Path) -> None:
+    process = launch(target, directory)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+
+
+def checkpoints(directory: Path) -> set[str]:
+    """Names of the checkpoints, and of those being written."""
+    there = directory / "checkpoints"
+    return set(os.listdir(there)) if there.exists() else set()
+
+
+def complete(directory: Path) -> set[str]:
+    return {name for name in checkpoints(directory) if name.isdigit()}
+
+
+def result(directory: Path):
+    """Every array of the last checkpoint, the place in the data, and the metrics but for the seconds."""
+    with Checkpoints(directory) as there:
+        restored = there.restore(runs.start())
+    assert restored is not None
+    state, record = restored
+    state.extra["key"] = jax.random.key_data(state.extra["key"])
+    return jax.tree.map(np.asarray, state), record["data"], metrics(directory)
+
+
+def metrics(directory: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (state, data, lines), (other_state, other_data, other_lines) = result(one), result(other)
+    jax.tree.map(np.testing.assert_array_equal, state, other_state)
+    assert data == other_data
+    assert lines == other_lines
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing happened to."""
+    directory = tmp_path_factory.mktemp("whole")
+    finish(runs.train_slowly, directory)
+    assert [line["step"] for line in metrics(directory)] == list(range(2, runs.STEPS + 1, 2))
+    return directory
+
+
+def test_a_run_killed_again_and_again_ends_bit_identical(whole, tmp_path):
+    """One run, killed: before its first checkpoint, while the first is written, while a later one is, when one is
+    just complete, and at three odd moments; then stopped by SIGTERM; then left to end."""
+
+    def has_logged():
+        return (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_size > 0
+
+    def writes():
+        return any(not name.isdigit() for name in checkpoints(tmp_path))
+
+    def goes_on():
+        return bool(complete(tmp_path) - before)
+
+    for moment in ("logged", "writes", "goes on, writes", "goes on", 0.03, 0.11, 0.19):
+        before = complete(tmp_path)
+        process = launch(runs.train_slowly, tmp_path)
+        if moment == "logged":
+            wait_for(has_logged, process)
+            assert not complete(tmp_path)
+        if moment == "writes":
+            wait_for(writes, process)
+        if moment != "logged" and moment != "writes":
+            wait_for(goes_on, process)
+        if moment == "goes on, writes":
+            wait_for(writes, process)
+        if isinstance(moment, float):
+            time.sleep(moment)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if moment in ("writes", "goes on, writes"):
+            assert writes()
+
+    before = complete(tmp_path)
+    process = launch(runs.train_slowly, tmp_path)
+    wait_for(goes_on, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(PATIENCE)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert not writes()
+    assert int(max(complete(tmp_path), key=int)) < runs.STEPS
+
+    finish(runs.train_slowly, tmp_path)
+    assert not writes()
+    assert_same(tmp_path, whole)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(whole, tmp_path):
+    finish(runs.train_on_a_full_disk, tmp_path)
+    error = (tmp_path / "error.txt").read_text()
+    assert "the checkpoint of step 33 could not be written" in error
+    assert "the last good one is of step 30. Make room on the disk" in error
+    assert checkpoints(tmp_path) == {"27", "30"}
+    finish(runs.train_slowly, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def test_metrics_that_cannot_be_written_are_an_error(tmp_path):
+    with pytest.raises(OSError, match=r"could not write to /dev/full \(No space left on device\): make room"):
+        folder.append(Path("/dev/full"), {"step": 1})
+
+
+# In this process: a state of a few numbers.
+
+
+def start() -> TrainState:
+    params = {"w": jax.random.normal(jax.random.key(0), (5000,))}
+    return TrainState(jnp.zeros((), jnp.int32), params, {"m": jnp.zeros(5000)})
+
+
+def update(state: TrainState, batch):
+    moment = 0.9 * state.opt_state["m"] + batch
+    params = {"w": state.params["w"] - 0.1 * moment}
+    return TrainState(state.step + 1, params, {"m": moment}), {"loss": jnp.sum(params["w"] ** 2)}
+
+
+def batch_at(step: int):
+    return np.random.default_rng(step).normal(size=5000).astype(np.float32)
+
+
+def run(directory, batches=batch_at, change=update, state=None, **options):
+    options = dict(steps=8, config={}, save_every=2, log_every=1) | options
+    return fit(change, start() if state is None else state, ByStep(batches), directory=directory, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, jax.tree.map(np.asarray, run(directory))
+
+
+def largest_file(checkpoint: Path) -> Path:
+    return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def cut_short(checkpoint: Path) -> None:
+    file = largest_file(checkpoint)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def change_a_byte(checkpoint: Path) -> None:
+    """Which Orbax reads without a complaint."""
+    file = largest_file(checkpoint)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 64
+    file.write_bytes(content)
+
+
+def without_arrays(checkpoint: Path) -> None:
+    (checkpoint / "state" / "_METADATA").unlink()
+
+
+def without_record(checkpoint: Path) -> None:
+    (checkpoint / "_CHECKPOINT_METADATA").unlink()
+
+
+def empty(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut_short, change_a_byte, without_arrays, without_record, empty])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(finished, tmp_path, damage):
+    directory, state = finished
+    shutil.copytree(directory, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "8")
+    with pytest.warns(UserWarning, match=r"checkpoint 8 of .*can't be read.*going on from checkpoint 6.*damaged/8"):
+        jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "run"), state)
+    assert metrics(tmp_path / "run") == metrics(directory)
+    assert complete(tmp_path / "run") == {"6", "8"}
+    assert (tmp_path / "run" / "damaged" / "8").is_dir()
+    with warnings.catch_warnings(action="error"):
+        run(tmp_path / "run")
+
+
+def test_no_checkpoint_that_can_be_read_is_an_error_and_all_stay(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    cut_short(tmp_path / "run" / "checkpoints" / "8")
+    change_a_byte(tmp_path / "run" / "checkpoints" / "6")
+    with pytest.raises(
+        ValueError, match=r"none of the checkpoints .* 8 \(.*; 6 \(not what was saved: .*another folder"
+    ):
+        run(tmp_path / "run")
+    assert complete(tmp_path / "run") == {"6", "8"}
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_stays(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    other = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.zeros(7)}, {"v": jnp.zeros(5000)})
+    with pytest.raises(ValueError) as error:
+        run(tmp_path / "run", state=other)
+    for part in (
+        "In the checkpoint but not in this run: opt_state.m;",
+        "in this run but not in the checkpoint: opt_state.v;",
+        "params.w ((5000,), 'float32'), expected ((7,), 'float32')",
+    ):
+        assert part in str(error.value)
+    assert complete(tmp_path / "run") == {"6", "8"}
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    def poisoned(state, batch):
+        new, _ = update(state, batch)
+        w = jnp.where(new.step == 5, new.params["w"].at[3].set(jnp.inf), new.params["w"])
+        return new._replace(params={"w": w}), {"loss": jnp.zeros(())}
+
+    with pytest.raises(FloatingPointError, match=r"at step 6 these are not finite: params\.w$"):
+        run(tmp_path, change=poisoned)
+    assert complete(tmp_path) == {"2", "4"}
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_infinity_may_be_in_the_optimiser_but_not_nan(tmp_path):
+    state = {"params": jnp.ones(2), "opt_state": jnp.asarray([jnp.inf, 1.0])}
+    with Checkpoints(tmp_path) as there:
+        there.save(1, state, {})
+        with pytest.raises(FloatingPointError, match=r"opt_state$"):
+            there.save(2, state | {"opt_state": jnp.asarray([jnp.nan, 1.0])}, {})
+        restored = there.restore(state)
+    assert restored is not None
+    assert float(restored[0]["opt_state"][0]) == np.inf
+
+
+def test_a_metric_that_was_not_finite_between_two_lines_is_an_error(tmp_path):
+    def poisoned(state, batch):
+        new, metrics = update(state, batch)
+        return new, metrics | {"share": jnp.where(new.step == 3, jnp.nan, 1.0)}
+
+    with pytest.raises(FloatingPointError, match=r"a metric was not finite at step 3 \(those of step 5: all finite\)"):
+        run(tmp_path, change=poisoned, log_every=5, save_every=100)
+
+
+def test_checksums_are_those_of_the_formula(tmp_path):
+    random = np.random.default_rng(0)
+    state = {
+        "float": random.normal(size=(3, 4, 5)).astype(np.float32),
+        "half": jnp.asarray(random.normal(size=7), jnp.bfloat16),
+        "bool": random.integers(2, size=(2, 3)).astype(bool),
+        "whole": np.asarray(-5, np.int32),
+    }
+    with Checkpoints(tmp_path) as there:
+        there.save(1, jax.tree.map(jnp.asarray, state) | {"key": jax.random.key(9)}, {})
+    saved = json.loads((tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"][
+        "arrays"
+    ]
+    words = {"half": np.uint16, "bool": np.uint8}
+    for name, array in (state | {"key": np.asarray([0, 9], np.uint32)}).items():
+        bits = np.asarray(array).reshape(-1).view(words.get(name, np.uint32))
+        expected = sum((2 * i + 1) * int(bit) for i, bit in enumerate(bits)) % 2**32
+        assert saved[name]["checksum"] == expected, name
+
+
+def test_the_newest_are_kept_and_every_mth(tmp_path):
+    run(tmp_path, steps=9, save_every=1, keep=1, keep_every=4)
+    assert complete(tmp_path) == {"4", "8", "9"}
+    with pytest.raises(ValueError, match="keep must be 1 or more"):
+        run(tmp_path, keep=0)
+
+
+def test_saving_does_not_change_which_lines_are_logged(tmp_path):
+    run(tmp_path, steps=8, save_every=1, log_every=3)
+    assert [line["step"] for line in metrics(tmp_path)] == [3, 6, 8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_end_of_the_step(finished, tmp_path, number, capsys):
+    def interrupted(step):
+        if step == 4:
+            signal.raise_signal(number)
+        return batch_at(step)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as stopped:
+        run(tmp_path, interrupted, save_every=100, log_every=2)
+    said = capsys.readouterr().err if number == signal.SIGTERM else str(stopped.value)
+    assert f"stopped at step 5 of 8, which is saved in {tmp_path}" in said
+    assert number != signal.SIGTERM or stopped.value.code == 143
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert complete(tmp_path) == {"5"}
+    jax.tree.map(np.testing.assert_array_equal, run(tmp_path, log_every=2), finished[1])
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
+    def interrupted(step):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("still in the step")
+        return batch_at(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted, save_every=3)
+    assert complete(tmp_path) == {"3"}
+
+
+def test_another_thread_leaves_signals_alone(tmp_path, finished):
+    states = []
+    thread = threading.Thread(target=lambda: states.append(run(tmp_path)))
+    thread.start()
+    thread.join()
+    jax.tree.map(np.testing.assert_array_equal, states[0], finished[1])
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, finished):
+    with (
+        folder.locked(tmp_path),
+        pytest.raises(RuntimeError, match=f"in use by process {os.getpid()} on .*: wait .* another folder"),
+    ):
+        run(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, run(tmp_path), finished[1])
+
+
+def test_metrics_are_handed_on(tmp_path):
+    seen = []
+    run(tmp_path, log_every=3, log=lambda step, metrics: seen.append((step, sorted(metrics))))
+    assert seen == [(3, ["loss"]), (6, ["loss"]), (8, ["loss"])]
+
+
+def test_an_evaluation_that_is_not_finite_is_null(tmp_path):
+    run(tmp_path, evaluate=lambda state: {"correlation": float("nan")})
+    assert metrics(tmp_path)[-1]["correlation"] is None
+
+
+def test_data_that_ends_and_data_that_cannot_be_saved(tmp_path):
+    def ends(step):
+        if step == 5:
+            raise StopIteration
+        return batch_at(step)
+
+    with pytest.raises(ValueError, match="the data ended before step 6 of 8: give more of it, or fewer steps"):
+        run(tmp_path / "ends", ends)
+    assert complete(tmp_path / "ends") == {"2", "4"}
+
+    class Numpy(ByStep):
+        def get_state(self):
+            return {"step": np.int64(0)}
+
+    with pytest.raises(TypeError, match=r"get_state\(\) of Numpy must give JSON"):
+        fit(update, start(), Numpy(batch_at), steps=1, directory=tmp_path / "numpy", config={})
