@@ -24,7 +24,7 @@ def torch_model(config, params):
     from torch import nn
 
     def linear(*weights):
-        weight = np.concatenate([np.asarray(w) for w in weights])
+        weight = np.concatenate(weights)  # a copy, which torch may write to
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         layer.weight.data = torch.from_numpy(weight)
         return layer
@@ -60,15 +60,19 @@ def torch_model(config, params):
             super().__init__()
             layers = [jax.tree.map(lambda a, i=i: a[i], params["layers"]) for i in range(config.n_layer)]
             self.layers = nn.Sequential(*(Layer(**layer) for layer in layers))
-            self.w_e, self.w_u = (
-                nn.Embedding.from_pretrained(torch.from_numpy(np.array(params["w_e"]))),
-                linear(params["w_u"]),
-            )
+            self.w_e = nn.Embedding.from_pretrained(torch.from_numpy(np.array(params["w_e"])), freeze=False)
+            self.w_u = linear(params["w_u"])
 
         def forward(self, tokens):
             return self.w_u(norm(self.layers(self.w_e(tokens))))
 
-    model = Model().eval()
+    return Model()
+
+
+def torch_forward(config, params):
+    import torch
+
+    model = torch_model(config, params)
 
     def run(tokens):
         with torch.inference_mode():
@@ -83,7 +87,7 @@ def main():
     ours = functools.partial(jax.jit(functools.partial(forward, config)), params, tokens)
     functions = {"ours": ours}
     try:
-        functions["torch"] = functools.partial(torch_model(config, params), tokens)
+        functions["torch"] = functools.partial(torch_forward(config, params), tokens)
     except ImportError:
         print("torch is not installed: measuring ours alone")
     seconds = best_of(5, functions)

@@ -59,9 +59,11 @@ tokens = encode_documents(tokenizer, training)
 config = bj.TransformerConfig(
     n_layer=4, n_head=4, d_model=256, d_hidden=1024, n_ctx=256, n_vocab=4096, tokenizer="ts-nano", pad_id=0
 )
-recipe = LanguageRecipe(steps=options.steps)
+recipe = LanguageRecipe(
+    steps=options.steps, batch_size=16, optimizer="muon", lr=0.02, embed_lr=0.01, warmup=100, decay="cosine"
+)
 rows = held_out_rows(encode_documents(tokenizer, held_out), config.n_ctx)
-params = train_language(config, recipe, tokens, rows, options.out / "language", evaluate_every=500)
+config, params = train_language(config, recipe, tokens, rows, options.out / "language", evaluate_every=500)
 
 # %% Saved as it ships, in bfloat16; everything below is measured on what was saved.
 origin = {

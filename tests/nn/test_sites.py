@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.nn.sites import capture, default_token_mask, forward, loss
-from bilinear_jax.nn.transformer import SITES, Transformer, TransformerConfig, token_losses
+from bilinear_jax.nn.transformer import SITES, Transformer, TransformerConfig, cross_entropy
 
 CONFIG = TransformerConfig(n_layer=3, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11)
 TOKENS = jnp.asarray([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
@@ -129,10 +129,19 @@ def test_under_jit_vmap_and_grad(params):
     np.testing.assert_allclose(mapped["mlp_in"][1], sums(TOKENS[1])["mlp_in"], rtol=1e-4)
 
 
-def test_the_loss_by_hand():
-    """Two tokens, known logits: the loss of the second is -log softmax(logits of the first)[second]."""
+def test_the_cross_entropy_by_hand():
     logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
-    np.testing.assert_allclose(token_losses(logits, jnp.asarray([[0, 2]])), [[np.log(4)]], rtol=1e-6)
+    expected = [[np.log(4), np.log(10)]]
+    np.testing.assert_allclose(cross_entropy(logits + 3.0, jnp.asarray([[2, 0]])), expected, rtol=1e-5)
+
+
+def test_the_loss_is_that_of_predicting_the_tokens_in_the_mask(params):
+    """The token at t is predicted by the logits at t - 1; position 0 by none, whatever the mask says."""
+    log_p = np.asarray(jax.nn.log_softmax(forward(CONFIG, params, TOKENS)))
+    mask = np.asarray([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1]])
+    total, count = loss(CONFIG, params, TOKENS, jnp.asarray(mask, bool))
+    np.testing.assert_allclose(total, -log_p[0, 1, 3] - log_p[1, 3, 1], rtol=1e-6)
+    assert count == 2
 
 
 def test_the_default_mask_drops_position_0_and_padding_only():
@@ -147,6 +156,74 @@ def test_any_split_into_batches_gives_the_same_loss(params):
     rows = [loss(CONFIG, params, TOKENS[i : i + 1], mask[i : i + 1]) for i in range(2)]
     np.testing.assert_allclose(total, sum(row[0] for row in rows), rtol=1e-6)
     assert count == sum(row[1] for row in rows) == 7
+
+
+@pytest.fixture(scope="module")
+def whole(params):
+    """Loss and gradient with everything kept, all logits at once."""
+    mask = default_token_mask(TOKENS, 1)
+    return jax.jit(jax.value_and_grad(lambda p: loss(CONFIG, p, TOKENS, mask)[0]))(params)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remat": "layer"},
+        {"remat": "products"},
+        {"unroll": True},
+        {"remat": "layer", "unroll": True},
+        {"max_logits": 3 * 2 * 11},  # 5 positions in two pieces: 3 and 2
+        {"max_logits": 1},  # position by position
+    ],
+    ids=str,
+)
+def test_what_saves_memory_or_time_gives_the_same_gradient(params, whole, options):
+    mask = default_token_mask(TOKENS, 1)
+    total, gradient = jax.jit(jax.value_and_grad(lambda p: loss(CONFIG, p, TOKENS, mask, **options)[0]))(params)
+    np.testing.assert_allclose(total, whole[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, whole[1])
+
+
+def test_less_is_held_for_the_gradient():
+    """With remat "layer", less than a third of it: 8 layers keep their input alone. With pieces, not all logits."""
+    config = TransformerConfig(n_layer=8, n_head=2, d_model=16, d_hidden=64, n_ctx=64, n_vocab=4096)
+    tokens = jnp.zeros((8, 64), jnp.int32)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+
+    def held(**options):
+        gradient = jax.grad(lambda p: loss(config, p, tokens, jnp.ones((8, 64), bool), **options)[0])
+        return jax.jit(gradient).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 8 * 64 * 4096
+    everything, products, layer = (held(max_logits=8 * 4096, remat=remat) for remat in (None, "products", "layer"))
+    assert layer < everything / 3
+    assert layer < products < everything
+    assert layer < logits < held(remat="layer")
+
+
+def test_an_unknown_remat_is_named(params):
+    with pytest.raises(ValueError, match=r"unknown remat 'all'; choose None or one of \['products', 'layer'\]"):
+        forward(CONFIG, params, TOKENS, remat="all")
+
+
+def test_the_loss_of_rows_and_weights_on_eight_devices(params, whole):
+    """Rows over 4 devices and hidden units over 2, in pieces: the same loss and gradient."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((4, 2), ("rows", "units"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def place(path, leaf):
+        axes = {"w_l": (None, "units"), "w_r": (None, "units"), "w_p": (None, None, "units")}.get(path[-1].key, ())
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    there = jax.tree_util.tree_map_with_path(place, params)
+    rows = jax.device_put(jnp.tile(TOKENS, (2, 1)), NamedSharding(mesh, PartitionSpec("rows")))
+    mask = default_token_mask(jnp.tile(TOKENS, (2, 1)), 1)
+    sums = jax.jit(jax.value_and_grad(lambda p, t: loss(CONFIG, p, t, mask, remat="layer", max_logits=100)[0]))
+    total, gradient = sums(there, rows)
+    np.testing.assert_allclose(total, 2 * whole[0], rtol=1e-6)
+    assert gradient["layers"]["mlp"]["w_l"].sharding.spec == PartitionSpec(None, "units")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-4, atol=1e-6), gradient, whole[1])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import forward
-from bilinear_jax.nn.transformer import MLP, Transformer, TransformerConfig, rms_norm, rotate
+from bilinear_jax.nn.transformer import MLP, Transformer, TransformerConfig, rms_norm, rotate, swish
 
 SHAPE = dict(n_layer=2, n_head=2, d_model=8, d_hidden=6, n_ctx=8, n_vocab=11)
 TOKENS = jnp.asarray([[1, 2, 3, 4], [4, 3, 2, 1]])
@@ -53,6 +53,39 @@ def test_the_gate_acts_on_the_left_side(gate, expected):
     params = jax.tree.map(jnp.asarray, weights, is_leaf=lambda leaf: isinstance(leaf, list))
     y = MLP(config).apply({"params": params}, jnp.ones(2))
     np.testing.assert_allclose(y, [expected, 0.0], rtol=1e-5, atol=1e-6)
+
+
+def test_swish_goes_from_silu_to_exactly_half_its_input():
+    x = jnp.asarray([-3.0, 0.1, 2.0])
+    np.testing.assert_array_equal(swish(x, 1.0), jax.nn.silu(x))
+    np.testing.assert_array_equal(swish(x, 0.0), x / 2)
+    np.testing.assert_allclose(swish(x, 0.5)[2], 2 / (1 + np.exp(-1)), rtol=1e-6)
+
+
+def test_beta_reaches_every_layer_and_only_swish():
+    config = TransformerConfig(**SHAPE, gate="silu")
+    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    run = jax.jit(lambda weights, beta: forward(config, params | weights, TOKENS, beta=beta))
+    np.testing.assert_allclose(run({}, 1.0), forward(config, params, TOKENS), rtol=1e-6, atol=1e-7)
+    for layer in range(2):
+        w_p = params["layers"]["mlp"]["w_p"].at[layer].set(0.0)  # the other layer's MLP alone writes anything
+        weights = {"layers": params["layers"] | {"mlp": params["layers"]["mlp"] | {"w_p": w_p}}}
+        assert np.max(np.abs(run(weights, 1.0) - run(weights, 0.0))) > 1e-3
+    with pytest.raises(ValueError, match="beta is Swish's: it needs gate='silu', and this model has gate=None"):
+        forward(TransformerConfig(**SHAPE), params, TOKENS, beta=jnp.asarray(0.0))
+
+
+def test_queries_in_blocks_attend_as_all_at_once():
+    """300 tokens are three blocks; an edit of the pattern takes them all at once."""
+    config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=6, n_ctx=300, n_vocab=11)
+    tokens = jax.random.randint(jax.random.key(1), (2, 300), 0, 11)
+    params = Transformer(config).init(jax.random.key(0), tokens)["params"]
+    run = jax.jit(lambda tokens: forward(config, params, tokens))
+    blocks = run(tokens)
+    whole = forward(config, params, tokens, {"pattern": lambda x: x})
+    np.testing.assert_allclose(blocks, whole, rtol=1e-4, atol=1e-6)
+    for end in (128, 129, 299):  # the first token of a block, the second, and the last of all
+        np.testing.assert_array_equal(run(tokens.at[:, end:].add(1) % 11)[:, :end], blocks[:, :end])
 
 
 @pytest.mark.parametrize("bilinear", [True, False])

