@@ -150,16 +150,15 @@ def test_every_split_into_batches_gives_the_same(golden, scope):
 
 
 def test_several_at_once_are_as_one_by_one_and_run_the_model_no_more_than_needed(golden, scope, monkeypatch):
-    wider = dataclasses.replace(scope["1-mlp-out-x4-k6"])
-    wider = dataclasses.replace(wider, config=dataclasses.replace(wider.config, k=9))
-    saes = [scope["2-mlp-in-x4-k6"], scope["1-mlp-out-x4-k6"], wider]
+    one = scope["1-mlp-out-x4-k6"]
+    wider = dataclasses.replace(one, config=dataclasses.replace(one.config, k=9))
+    saes = [scope["2-mlp-in-x4-k6"], one, wider]
     run = []
     jitted = evaluation._edited_loss
     monkeypatch.setattr(evaluation, "_edited_loss", lambda *args: run.append(args[2]) or jitted(*args))
     together = evaluate_saes(golden.lm, saes, golden.ids, batch_size=2)
-    assert sorted(run) == sorted(
-        [0, 1, 1, 1, 2, 2] * math.ceil(len(golden.ids) / 2)
-    )  # clean once, each SAE once, each of the two sites zeroed once
+    # of every batch: clean once, each SAE once, each of the two sites zeroed once
+    assert sorted(run) == sorted([0, 1, 1, 1, 2, 2] * math.ceil(len(golden.ids) / 2))
     for sae in saes:
         alone = evaluate_sae(golden.lm, sae, golden.ids, batch_size=2)
         np.testing.assert_allclose(
