@@ -15,8 +15,9 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from bilinear_jax.nn.sparse import decode_at, linear_at
 from bilinear_jax.nn.transformer import SITES, linear, run_module
 
 SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
@@ -101,9 +102,13 @@ class TopKSAE(nn.Module):
     """The SAE as a Flax module: params ``w_enc [features, d_model]``, ``w_dec [d_model, features]``, ``b_dec``.
 
     A bilinear encoder has ``w_enc [2 features, d_model]``, left rows first; ``encoder_bias`` adds ``b_enc``.
+
+    Derivatives of ``encode_sparse`` and of ``decode`` of its codes touch the k active features only (``nn.sparse``);
+    they equal those of the same function written densely.
     """
 
     config: SAEConfig
+    form: str = "scan"  # how the sparse products are computed: one of ``nn.sparse.FORMS``
 
     def setup(self):
         c = self.config
@@ -116,27 +121,61 @@ class TopKSAE(nn.Module):
 
     def preactivations(self, x: Float[Array, "... d_model"]) -> Float[Array, "... features"]:
         """What the top-k selects from."""
+        return self._product(self._linear(self._centred(x)))
+
+    def encode_sparse(
+        self,
+        x: Float[Array, "... d_model"],
+        k: int | None = None,
+        among: Bool[Array, " features"] | None = None,
+    ) -> SparseCodes:
+        """The ``k`` largest pre-activations of each token (by default as many as the config says).
+
+        With ``among``, only those features are chosen from; where they are fewer than ``k``, the rest are codes of 0.
+        """
+        c = self.config
+        x = self._centred(x)
+        y = jax.lax.stop_gradient(self._linear(x))
+        z = self._product(y)
+        if among is not None:
+            z = jnp.where(jnp.broadcast_to(among, z.shape), z, -jnp.inf)
+        indices = jax.lax.top_k(z, k or c.k)[1]
+        rows = jnp.concatenate([indices, indices + c.n_features], axis=-1) if c.bilinear_encoder else indices
+        values = linear_at(x, self.w_enc, y, rows, self.b_enc if c.encoder_bias else None, self.form)
+        values = self._product(values)
+        if among is not None:
+            values = jnp.where(among[indices], values, jnp.zeros_like(values))
+        return SparseCodes(values, indices, c.n_features)
+
+    def _centred(self, x):
         c = self.config
         x = x / c.normalize if c.apply_normalize and c.normalize else x
-        y = linear(x - jnp.broadcast_to(self.b_dec, x.shape), self.w_enc, self.b_enc if c.encoder_bias else None)
-        if not c.bilinear_encoder:
+        return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape)
+
+    def _linear(self, x):
+        return linear(x, self.w_enc, self.b_enc if self.config.encoder_bias else None)
+
+    def _product(self, y):
+        if not self.config.bilinear_encoder:
             return y
         left, right = jnp.split(y, 2, axis=-1)
         return left * right
 
-    def encode_sparse(self, x: Float[Array, "... d_model"]) -> SparseCodes:
-        values, indices = jax.lax.top_k(self.preactivations(x), self.config.k)
-        return SparseCodes(values, indices, self.config.n_features)
+    def decode_directions(self, codes: Any) -> Float[Array, "... d_model"]:
+        """``W_dec z``, what the codes contribute to the reconstruction, without bias and passthrough."""
+        c = self.config
+        if isinstance(codes, SparseCodes):
+            y = decode_at(codes.values, codes.indices, self.w_dec.T, self.form)
+        else:
+            y = linear(codes, self.w_dec)
+        return y * c.normalize if c.apply_normalize and c.normalize else y
 
     def decode(self, codes: Any, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
         """``W_dec z + b_dec``; with ``passthrough`` it also needs the input ``x`` whose coordinates pass."""
         c = self.config
-        if isinstance(codes, SparseCodes):
-            y = jnp.einsum("...k,...kd->...d", codes.values, self.w_dec.T[codes.indices])
-        else:
-            y = linear(codes, self.w_dec)
-        y = y + jnp.broadcast_to(self.b_dec, y.shape)
-        y = y * c.normalize if c.apply_normalize and c.normalize else y
+        y = self.decode_directions(codes)
+        bias = self.b_dec * c.normalize if c.apply_normalize and c.normalize else self.b_dec
+        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
         if not c.passthrough:
             return y
         if x is None:

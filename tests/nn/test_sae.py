@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
+from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes, TopKSAE
+from bilinear_jax.nn.transformer import run_module
 
 
 def small(**options) -> SAE:
@@ -125,3 +126,53 @@ def test_bad_configs_are_named(change, message):
 def test_inputs_of_another_width_are_named():
     with pytest.raises(ValueError, match=r"reads vectors of 4 coordinates, got \(2, 5\)"):
         small().encode(jnp.ones((2, 5)))
+
+
+OPTIONS = {
+    "plain": {},
+    "biased": dict(encoder_bias=True),
+    "bilinear": dict(bilinear_encoder=True, encoder_bias=True),
+    "all": dict(passthrough=(1, 3), normalize=3.0, apply_normalize=True, encoder_bias=True),
+}
+
+
+def dense_sae(config: SAEConfig, params, x):
+    """The SAE as its docstrings define it, with every code written out, for JAX to differentiate."""
+    scale = config.normalize if config.apply_normalize else 1.0
+    y = (x / scale - params["b_dec"][None]) @ params["w_enc"].T
+    y = y + params["b_enc"][None] if config.encoder_bias else y
+    z = y[:, : config.n_features] * y[:, config.n_features :] if config.bilinear_encoder else y
+    least = jax.lax.top_k(z, config.k)[0][:, -1:]
+    codes = jnp.where(z >= least, z, 0.0)
+    through = jnp.isin(jnp.arange(config.d_model), jnp.asarray(config.passthrough, jnp.int32)).astype(x.dtype)
+    return (codes @ params["w_dec"].T + params["b_dec"][None]) * scale + through[None] * x
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_parameters_derivative_is_that_of_the_dense_sae(options):
+    sae = small(**options)
+    keys = dict(zip(sae.params, jax.random.split(jax.random.key(2), len(sae.params)), strict=True))
+    params = {name: jax.random.normal(keys[name], leaf.shape) for name, leaf in sae.params.items()}
+    x = jax.random.normal(jax.random.key(3), (6, 4))
+
+    def loss(apply):
+        return lambda params, x: jnp.sum((apply(params, x) - 2 * x) ** 2)
+
+    ours = loss(lambda params, x: SAE(params, sae.config)(x)[0])
+    dense = loss(lambda params, x: dense_sae(sae.config, params, x))
+    pair = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x) for f in (ours, dense))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), *pair)
+
+
+def test_codes_among_some_features_only():
+    """Features 2, 5 and 7 are left: of four codes that are asked for, one is 0, and no other feature has one."""
+    sae, x = small(), jax.random.normal(jax.random.key(1), (6, 4))
+    among = jnp.zeros(12, bool).at[jnp.asarray([2, 5, 7])].set(True)
+    codes = run_module(TopKSAE(sae.config), sae.params, x, 4, among, method="encode_sparse").dense()
+    z = run_module(TopKSAE(sae.config), sae.params, x, method="preactivations")
+    np.testing.assert_allclose(codes, jnp.where(among[None], z, 0.0), rtol=1e-6)
+
+
+def test_bfloat16_activations_meet_float32_parameters():
+    sae, x = small(encoder_bias=True), jnp.ones((2, 4), jnp.bfloat16)
+    assert sae.decode(sae.encode(x, sparse=True)).dtype == jnp.bfloat16
