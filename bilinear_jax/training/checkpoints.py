@@ -10,9 +10,12 @@ Orbax fail, files whose contents changed may not.
 """
 
 import contextlib
+import gc
 import logging
 import shutil
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,26 +145,37 @@ class Checkpoints:
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()
         }
-        level = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)  # asyncio logs a trace for every array that can't be read
-        try:
-            metadata: Any = self._orbax.checkpointables_metadata(step).custom_metadata
-            if not metadata or metadata.keys() != {"record", "arrays"}:
-                raise _Damaged("its metadata is gone")
-            self._compare(step, metadata["arrays"], leaves)
-            loaded: Any = self._orbax.load(step, abstract)
-        except (_Damaged, _Mismatch, MemoryError):
-            raise
-        except Exception as error:
-            raise _Damaged(_reason(error)) from error
-        finally:
-            logging.disable(level)
+        metadata: Any = self._read(lambda: self._orbax.checkpointables_metadata(step).custom_metadata)
+        if not metadata or metadata.keys() != {"record", "arrays"}:
+            raise _Damaged("its metadata is gone")
+        self._compare(step, metadata["arrays"], leaves)
+        loaded: Any = self._read(lambda: self._orbax.load(step, abstract))
         loaded = {name: loaded[name] for name in leaves}
         checksums, _ = jax.device_get(_fingerprint(loaded))
         changed = [name for name in leaves if int(checksums[name]) != metadata["arrays"][name]["checksum"]]
         if changed:
             raise _Damaged(f"not what was saved: {', '.join(changed)}")
         return loaded, metadata["record"]
+
+    def _read(self, action: Callable[[], Any]) -> Any:
+        """What an action of Orbax gives; raises ``_Damaged`` with the reason if it fails.
+
+        A failure leaves unfinished tasks, one an array, which complain when they are collected: here, unheard.
+        """
+        level, hook = logging.root.manager.disable, sys.unraisablehook
+        logging.disable(logging.CRITICAL)
+        try:
+            return action()
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = _reason(error)
+        finally:
+            sys.unraisablehook = lambda _: None
+            gc.collect()
+            sys.unraisablehook = hook
+            logging.disable(level)
+        raise _Damaged(reason)
 
     def _compare(self, step: int, saved: dict, leaves: dict[str, Array]) -> None:
         """Raises ``_Mismatch``, listing both sides, unless names, shapes and dtypes are the same."""

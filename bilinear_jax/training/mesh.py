@@ -38,6 +38,8 @@ CUTS: dict[str, tuple[str | None, ...]] = {
     "w_enc": ("model", None),
     "w_dec": (None, "model"),
     "b_enc": ("model",),
+    "w_dec_rows": ("model", None),  # the decoder as it is trained, see training/sae.py
+    "quiet": ("model",),
 }
 """The last axes of an array by the last part of its path; all other arrays are whole on every device."""
 
@@ -89,6 +91,17 @@ def place(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _spread(leaf, sharding_of(mesh, path, np.shape(leaf))), tree
     )
+
+
+def one_copy(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Arrays that are laid out over a mesh, each put together on one device of this process; None leaves them so.
+
+    All processes must call it.
+    """
+    if mesh is None:
+        return tree
+    whole = jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
 def place_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
