@@ -106,8 +106,8 @@ def check_dataset(tokens, token_mask) -> None:
     """Raises ``ValueError`` unless the tokens are ``[rows, seq]`` and the mask, if there is one, is like them."""
     if tokens.ndim != 2 or not min(tokens.shape):
         raise ValueError(f"tokens are [rows, seq] with at least one of each, got shape {tokens.shape}")
-    if token_mask is not None and token_mask.shape != tokens.shape:
-        raise ValueError(f"token_mask has shape {token_mask.shape}, the tokens {tokens.shape}: they must agree")
+    if token_mask is not None:
+        sites.check_token_mask(tokens, token_mask)
 
 
 def token_batches(lm: LanguageModel, tokens, token_mask, batch_size: int):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bilinear_jax.nn import sites as sites_module
 from bilinear_jax.nn import views
-from bilinear_jax.nn.sites import NO_EDITS, Captured, default_token_mask
+from bilinear_jax.nn.sites import NO_EDITS, Captured, check_token_mask, default_token_mask
 from bilinear_jax.nn.transformer import Edit, Site, TransformerConfig
 
 _forward = jax.jit(sites_module.forward, static_argnums=0, static_argnames="compute_dtype")
@@ -63,8 +63,7 @@ class LanguageModel:
         """
         tokens = self._checked(tokens)
         mask = self.token_mask(tokens) if token_mask is None else jnp.asarray(token_mask).astype(bool)
-        if mask.shape != tokens.shape:
-            raise ValueError(f"token_mask has shape {mask.shape}, the tokens {tokens.shape}: they must agree")
+        check_token_mask(tokens, mask)
         run = sites_module.loss if edits else _loss
         total, count = run(self.config, self.params, tokens, mask, dict(edits), compute_dtype=self.compute_dtype)
         return total / count

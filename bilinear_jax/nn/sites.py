@@ -8,6 +8,7 @@ asked for is kept, and no layer after the last one needed is run.
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,12 @@ def default_token_mask(tokens: Int[Array, "batch seq"], pad_id: int | None) -> B
         return counted
     padding = jnp.flip(jnp.cumprod(jnp.flip(tokens == pad_id, axis=1).astype(jnp.int32), axis=1), axis=1)
     return counted & (padding == 0)
+
+
+def check_token_mask(tokens: Any, token_mask: Any) -> None:
+    """Raises ``ValueError`` unless the mask has the shape of the tokens."""
+    if token_mask.shape != tokens.shape:
+        raise ValueError(f"token_mask has shape {token_mask.shape}, the tokens {tokens.shape}: they must agree")
 
 
 def _resolve(config: TransformerConfig, site: Site) -> tuple[str, range]:
