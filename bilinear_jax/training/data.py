@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int
 
-from bilinear_jax.training.documents import as_sources, is_hub, read_documents
+from bilinear_jax.training.documents import as_sources, is_hub, plain_tokenizer, read_documents
 from bilinear_jax.training.fit import BatchIterator
 
 FORMAT, VERSION = "bilinear_jax.tokens", 1
@@ -95,7 +95,7 @@ def tokenize(
             raise ValueError(f"{path} was made from another text ({'; '.join(changed)}): delete it, or name another")
         return there
 
-    encoder, n_vocab = _encoder(tokenizer), _vocabulary_size(tokenizer)
+    encoder, n_vocab = plain_tokenizer(tokenizer), _vocabulary_size(tokenizer)
     dtype = np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
@@ -181,19 +181,8 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
 
 def tokenizer_hash(tokenizer) -> str:
     """sha256 of a tokenizer's ``tokenizer.json``, keys sorted, without its settings of padding and truncation."""
-    return hashlib.sha256(json.dumps(_definition(tokenizer), sort_keys=True).encode()).hexdigest()
-
-
-def _definition(tokenizer) -> dict[str, Any]:
-    definition = json.loads(getattr(tokenizer, "backend_tokenizer", tokenizer).to_str())
-    return definition | {"padding": None, "truncation": None}
-
-
-def _encoder(tokenizer):
-    """A copy, without the padding and truncation that someone may have switched on."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(json.dumps(_definition(tokenizer)))
+    definition = json.loads(plain_tokenizer(tokenizer).to_str())
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def _vocabulary_size(tokenizer) -> int:

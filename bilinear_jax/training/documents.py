@@ -4,6 +4,7 @@ import gzip
 import importlib
 import io
 import json
+import os
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -224,8 +225,24 @@ def train_tokenizer(documents: Iterable[str], n_vocab: int):
 
 
 def save_tokenizer(tokenizer, folder: str | Path) -> None:
-    """Write ``tokenizer.json``, and ``tokenizer_config.json``, which names the token that begins, ends and pads."""
+    """Write ``tokenizer.json``, and ``tokenizer_config.json``, which names the tokens that begin, end and pad.
+
+    Those of a ``transformers`` tokenizer are its own; of a ``tokenizers.Tokenizer`` all three are ``<|endoftext|>``.
+    """
     folder = Path(folder)
-    special = {name: END_OF_TEXT for name in ("bos_token", "eos_token", "pad_token")}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("bos_token", "eos_token", "pad_token")
+    special = {name: getattr(tokenizer, name, END_OF_TEXT) for name in names}
+    given = {name: token for name, token in special.items() if token is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(given, indent=2) + "\n")
+    plain_tokenizer(tokenizer).save(str(folder / ".tokenizer.partial"))
+    os.replace(folder / ".tokenizer.partial", folder / "tokenizer.json")
+
+
+def plain_tokenizer(tokenizer):
+    """A copy, as a ``tokenizers.Tokenizer``, without the padding and truncation that someone may have switched on."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(getattr(tokenizer, "backend_tokenizer", tokenizer).to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
