@@ -104,14 +104,13 @@ class Harvest:
         self._at: dict[str, Any] = {"rows": rows.get_state(), "skip": 0, "chunk": 0, "served": 0}
         self._next: dict[str, Any] | None = None  # where the chunk after it begins; None: it is not in the buffer
         self._buffers: dict[LayerSite, Array] = {}
-        self._order: Any = None  # [size] int32, the permutation
+        self._order = np.empty(0, np.int32)  # [size], the permutation; on the host
 
     def __next__(self) -> dict[LayerSite, Float[Array, "batch_size d_model"]]:
         if self._next is None:
             self._next = self._fill()
-        batch = _serve(
-            self._buffers, self._order, self._at["served"] * self._batch_size, self._batch_size, self._sharding
-        )
+        start = self._at["served"] * self._batch_size
+        batch = _serve(self._buffers, self._order[start : start + self._batch_size], self._sharding)
         self._at = self._at | {"served": self._at["served"] + 1}
         if self._at["served"] == self.size // self._batch_size:
             self._at, self._next = self._next, None
@@ -129,7 +128,8 @@ class Harvest:
             self._buffers = _empty(self._sites, (self.size, self._lm.config.d_model), self._sharding)
         self._rows.set_state(self._at["rows"])
         start, before = self._at["rows"], 0
-        filled, most = jnp.int32(-self._at["skip"]), -self._at["skip"]  # most: what filled can be, without waiting
+        filled: Any = np.int32(-self._at["skip"])
+        most = int(filled)  # what filled can be at most, without waiting for it
         while most < self.size:
             start, before = self._rows.get_state(), filled
             tokens = self._lm._checked(next(self._rows))
@@ -144,8 +144,8 @@ class Harvest:
                         f"the mask leaves none of {self.size} tokens or more: pass a mask that lets some through, or "
                         "rows that are not all padding"
                     )
-        order = np.random.default_rng([self._seed, self._at["chunk"]]).permutation(self.size)
-        self._order = jnp.asarray(order.astype(np.int32))
+        random = np.random.default_rng([self._seed, self._at["chunk"]])
+        self._order = random.permutation(self.size).astype(np.int32)
         chunk = {"chunk": self._at["chunk"] + 1, "served": 0}
         if most == self.size:
             return {"rows": self._rows.get_state(), "skip": 0} | chunk
@@ -172,7 +172,7 @@ def _empty(sites: tuple[LayerSite, ...], shape: tuple[int, int], sharding) -> di
 def _write(
     lm: LanguageModel,
     buffers: dict[LayerSite, Array],
-    filled: Int[Array, ""],
+    filled: Any,
     tokens: Int[Array, "rows seq"],
     mask: Callable[[Array], Array] | None,
     sharding,
@@ -197,9 +197,8 @@ def _write(
     return {site: put(buffer, values[site]) for site, buffer in buffers.items()}, filled + jnp.sum(counted)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _serve(buffers: dict[LayerSite, Array], order: Int[Array, " size"], start: Any, batch_size: int, sharding):
-    chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
+@functools.partial(jax.jit, static_argnums=2)
+def _serve(buffers: dict[LayerSite, Array], chosen: Int[Array, " batch_size"], sharding) -> dict[LayerSite, Array]:
     return {site: _laid_out(buffer[chosen], sharding) for site, buffer in buffers.items()}
 
 
