@@ -8,6 +8,7 @@ into windows, where the original has one document a row, padded; and Muon, remat
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import loss as summed_loss
@@ -162,11 +163,15 @@ def language_update(
 def initial_state(config: TransformerConfig, recipe: LanguageRecipe, params: PyTree | None = None) -> TrainState:
     """Step 0: fresh parameters drawn from ``recipe.seed``, or a copy of ``params`` to go on from."""
     if params is None:
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        start = jax.jit(Transformer(config).init)(jax.random.key(recipe.seed), tokens)["params"]
+        start = _fresh_params(config, jax.random.key(recipe.seed))
     else:
         start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), start, language_optimizer(recipe).init(start))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fresh_params(config: TransformerConfig, key: Key[Array, ""]) -> PyTree:
+    return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def without_gate(config: TransformerConfig, params: PyTree) -> tuple[TransformerConfig, PyTree]:
