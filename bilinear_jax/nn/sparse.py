@@ -229,7 +229,7 @@ def _decode_backward(form: str, kept, g):
     return dots(indices, rows, g, form), None, scatter_outer(values, indices, g, rows.shape[0], form)
 
 
-_decode: Any = jax.custom_vjp(lambda form, *args: combine(*args, form), nondiff_argnums=(0,))
+_decode: Any = jax.custom_vjp(lambda form, v, i, rows: combine(v, i, rows, form), nondiff_argnums=(0,))
 _decode.defvjp(_decode_forward, _decode_backward)
 
 

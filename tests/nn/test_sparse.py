@@ -65,7 +65,7 @@ def test_derivatives_of_decoding_are_those_of_dense_codes(form, leading):
     def loss(decode):
         return lambda values, rows: jnp.sum((decode(values, indices, rows) - x) ** 3)
 
-    ours = jax.jit(jax.value_and_grad(loss(lambda *args: decode_at(*args, form)), argnums=(0, 1)))
+    ours = jax.jit(jax.value_and_grad(loss(lambda v, i, r: decode_at(v, i, r, form)), argnums=(0, 1)))
     same(ours(values, rows), jax.value_and_grad(loss(dense_decode), argnums=(0, 1))(values, rows))
 
 

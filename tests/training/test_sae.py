@@ -1,0 +1,384 @@
+"""Training SAEs on activations: the optimiser and the loss by hand, stacks, dead features, exact resume, devices."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilinear_jax.evaluation import evaluate_saes
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sae import SAE, SAEConfig, unit_columns
+from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+from bilinear_jax.training.fit import ByStep, apply_optimizer, cosine_with_warmup
+from bilinear_jax.training.mesh import make_mesh, one_copy, place, place_rows
+from bilinear_jax.training.sae import (
+    SAERecipe,
+    initial_state,
+    reconstruction_loss,
+    sae_optimizer,
+    sae_update,
+    saes_of,
+    stacks,
+    train_on_activations,
+    train_saes,
+)
+from bilinear_jax.training.unit_decoder import unit_decoder
+
+D_MODEL, BATCH = 8, 64
+SITES = [("mlp_in", 0), ("mlp_out", 1), ("resid_mid", 1)]
+MEANS = {site: np.linspace(-1, 1, D_MODEL, dtype=np.float32) for site in SITES}
+
+
+def planted(step: int, batch: int = BATCH) -> dict:
+    """Two of 16 directions, positively, and a mean: another dictionary for every site."""
+    found = {}
+    for i, site in enumerate(SITES):
+        directions = np.random.default_rng(i).normal(size=(16, D_MODEL))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        random = np.random.default_rng([step, i])
+        codes = random.uniform(1, 2, size=(batch, 16)) * (
+            random.permuted(np.arange(16) < 2 * np.ones((batch, 1)), axis=1)
+        )
+        found[site] = (codes @ directions + MEANS[site]).astype(np.float32)
+    return found
+
+
+def configs_of(*options, expansion: int = 3, k: int = 2) -> list[SAEConfig]:
+    return [SAEConfig(site, layer, D_MODEL, expansion, k, **dict(options)) for site, layer in SITES]
+
+
+def advanced(configs, recipe, steps: int, form: str = "scan"):
+    """The state after some steps, and the metrics of the last."""
+    state, metrics = initial_state(configs, recipe, MEANS), {}
+    update = jax.jit(sae_update(configs, recipe, form), donate_argnums=0)
+    for step in range(steps):
+        state, metrics = update(state, planted(step))
+    return state, metrics
+
+
+# The optimiser.
+
+
+def test_the_part_of_the_gradient_along_a_column_is_removed_and_the_column_kept_at_unit_length():
+    columns = jnp.asarray([[1.0, 0.6], [0.0, 0.8]])
+    gradient = {"w_dec": jnp.asarray([[5.0, 1.0], [2.0, 1.0]]), "b_dec": jnp.ones(2)}
+    params = {"w_dec": columns, "b_dec": jnp.zeros(2)}
+    optimizer = unit_decoder(optax.sgd(0.5))
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(moved["b_dec"], [-0.5, -0.5])
+    np.testing.assert_allclose(moved["w_dec"][:, 0], np.array([1, -1]) / np.sqrt(2), rtol=1e-6)  # from (5, 2), (0, 2)
+    perpendicular = np.array([1, 1]) - 1.4 * np.array([0.6, 0.8])
+    expected = np.array([0.6, 0.8]) - 0.5 * perpendicular
+    np.testing.assert_allclose(moved["w_dec"][:, 1], expected / np.linalg.norm(expected), rtol=1e-6)
+
+
+def test_the_optimiser_finds_the_decoder_at_any_depth_and_along_any_axis():
+    columns = unit_columns(jax.random.normal(jax.random.key(0), (4, 6)))
+    gradient = jax.random.normal(jax.random.key(1), (4, 6))
+
+    def moved(optimizer, params, gradient):
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    as_columns = moved(unit_decoder(optax.sgd(0.1)), {"w_dec": columns}, {"w_dec": gradient})["w_dec"]
+    rows, gradient_rows = {"a": {"r": columns.T[None]}}, {"a": {"r": gradient.T[None]}}
+    as_rows = moved(unit_decoder(optax.sgd(0.1), "r", axis=-1), rows, gradient_rows)["a"]["r"]
+    np.testing.assert_allclose(as_rows[0].T, as_columns, rtol=1e-6)
+    assert not np.allclose(as_columns, columns)
+
+
+def test_the_optimiser_says_what_it_misses():
+    optimizer = unit_decoder(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="no leaf called 'w_dec'"):
+        optimizer.init({"w_enc": jnp.ones(2)})
+    with pytest.raises(ValueError, match="needs the params"):
+        optimizer.update({"w_dec": jnp.ones((2, 2))}, optimizer.init({"w_dec": jnp.ones((2, 2))}))
+
+
+def test_the_learning_rate_goes_from_lr_to_final_lr():
+    recipe = SAERecipe(steps=100)
+    rate = cosine_with_warmup(recipe.lr, recipe.steps, recipe.warmup, recipe.final_lr)
+    np.testing.assert_allclose([rate(0), rate(50), rate(100)], [1e-4, 6e-5, 2e-5], rtol=1e-5)
+
+
+# The loss and the step.
+
+
+def test_the_loss_by_hand():
+    """W_dec = W_enc^T = I, k = 1, no biases: (3, 1) becomes (3, 0), (0, 2) itself; 1 of 9 + 1 + 4 is missed."""
+    config = SAEConfig("mlp_in", 0, d_model=2, expansion=1, k=1)
+    params = {"w_enc": jnp.eye(2), "w_dec": jnp.eye(2), "b_dec": jnp.zeros(2)}
+    loss, parts = reconstruction_loss(config, params, jnp.asarray([[3.0, 1.0], [0.0, 2.0]]))
+    np.testing.assert_allclose(loss, 1 / 14, rtol=1e-6)
+    assert parts["fired"].tolist() == [True, True] and "aux" not in parts
+
+
+def test_no_input_at_all_costs_nothing():
+    """A batch of zeros must not make anything nan; codes of exactly 0 are no firing."""
+    config = SAEConfig("mlp_in", 0, d_model=2, expansion=2, k=1)
+    params = SAE.init(config, jax.random.key(0)).params
+    both = jax.value_and_grad(lambda p: reconstruction_loss(config, p, jnp.zeros((3, 2))), has_aux=True)(params)
+    (loss, parts), gradient = both
+    assert float(loss) == 0 and not np.any(parts["fired"])
+    assert all(np.all(np.isfinite(leaf)) for leaf in gradient.values())
+
+
+@pytest.mark.parametrize("form", ["scan", "dense"])
+def test_steps_are_those_of_dense_autodiff_on_the_published_parameters(form):
+    """Three updates of one SAE by the definition of the loss and the optimiser, with nothing stacked or transposed."""
+    config = SAEConfig(*SITES[1], D_MODEL, 3, 2)
+    recipe = SAERecipe(steps=10, batch_size=BATCH, lr=1e-2, final_lr=1e-3)
+    rate = cosine_with_warmup(recipe.lr, recipe.steps, recipe.warmup, recipe.final_lr)
+    optimizer = unit_decoder(optax.adam(rate))
+
+    def dense_loss(params, x):
+        z = (x - params["b_dec"][None]) @ params["w_enc"].T
+        codes = jnp.where(z >= jax.lax.top_k(z, config.k)[0][:, -1:], z, 0.0)
+        reconstruction = codes @ params["w_dec"].T + params["b_dec"][None]
+        return jnp.sum((x - reconstruction) ** 2) / jnp.sum(x**2)
+
+    start = initial_state([config], recipe, MEANS)
+    params = saes_of(start, [config])[0].params
+    expected = start._replace(params=params, opt_state=optimizer.init(params))
+    gradient = jax.jit(jax.value_and_grad(dense_loss))
+    loss = None
+    for step in range(3):
+        loss, found = gradient(expected.params, jnp.asarray(planted(step)[SITES[1]]))
+        params, opt_state = apply_optimizer(optimizer, found, expected)
+        expected = expected._replace(params=params, opt_state=opt_state)
+    state, metrics = advanced([config], recipe, 3, form)
+    np.testing.assert_allclose(metrics[f"nmse.{config.name}"], loss, rtol=1e-5)
+    found = saes_of(state, [config])[0].params
+    assert found.keys() == expected.params.keys()
+    for name, leaf in expected.params.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=1e-4, atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(np.linalg.norm(found["w_dec"], axis=0), 1, rtol=1e-6)
+
+
+def test_saes_that_are_alike_are_stacked():
+    one, two, three = configs_of()
+    wide = SAEConfig("mlp_in", 0, D_MODEL, 4, 2)
+    through = SAEConfig("mlp_in", 0, D_MODEL, 3, 2, passthrough=(1,), tag="through")
+    assert list(stacks([one, wide, two, through, three]).values()) == [(one, two, three), (wide,), (through,)]
+    with pytest.raises(ValueError, match="share a name, give them tags"):
+        stacks([one, one])
+    with pytest.raises(ValueError, match="at least one SAE"):
+        stacks([])
+
+
+def test_an_sae_does_not_depend_on_who_is_trained_beside_it():
+    """Neither its start nor its steps: alone, as one of three alike, and with others of another shape."""
+    recipe = SAERecipe(steps=10, batch_size=BATCH, lr=1e-2, final_lr=1e-3)
+    alike, others = configs_of(), configs_of(("encoder_bias", True), expansion=2, k=3)
+    mine = alike[1]
+    crowd = [others[0], alike[0], others[1], mine, alike[2]]
+    alone, together = saes_of(advanced([mine], recipe, 4)[0], [mine])[0], saes_of(advanced(crowd, recipe, 4)[0], crowd)
+    assert [sae.config for sae in together] == crowd
+    for name, leaf in alone.params.items():
+        np.testing.assert_allclose(together[3].params[name], leaf, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_bfloat16_activations_are_computed_with_in_float32():
+    configs, recipe = configs_of(), SAERecipe(steps=10, batch_size=BATCH)
+    low = {site: jnp.asarray(x, jnp.bfloat16) for site, x in planted(0).items()}
+    high = {site: x.astype(jnp.float32) for site, x in low.items()}
+    update = jax.jit(sae_update(configs, recipe))
+    pair = [update(initial_state(configs, recipe, MEANS), batch) for batch in (low, high)]
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
+# Dead features.
+
+
+def test_counters_count_tokens_since_a_feature_fired():
+    """Encoder and decoder are the identity, k = 1, 10 tokens a batch: the largest coordinate's feature fires."""
+    config = SAEConfig("mlp_in", 0, d_model=4, expansion=1, k=1)
+    recipe = SAERecipe(steps=10, batch_size=10, lr=0.0, final_lr=0.0, dead_after=25)
+    state = initial_state([config], recipe, {("mlp_in", 0): np.zeros(4, np.float32)})
+    eye = jnp.eye(4)[None]
+    state = state._replace(params={"stack_0": state.params["stack_0"] | {"w_enc": eye, "w_dec_rows": eye}})
+    update, seen = jax.jit(sae_update([config], recipe)), []
+    x = np.tile(np.asarray([[3.0, 1.0, 0.0, 0.0]], np.float32), (10, 1))
+    for _ in range(3):
+        state, metrics = update(state, {("mlp_in", 0): x})
+        seen.append((state.extra["stack_0"]["quiet"][0].tolist(), float(metrics[f"dead.{config.name}"])))
+    assert seen == [([0, 10, 10, 10], 0.0), ([0, 20, 20, 20], 0.0), ([0, 25, 25, 25], 0.75)]
+    state, metrics = update(state, {("mlp_in", 0): np.roll(x, 1, axis=1)})
+    assert state.extra["stack_0"]["quiet"][0].tolist() == [10, 0, 25, 25]
+    assert float(metrics[f"dead.{config.name}"]) == 0.5
+
+
+def test_the_auxiliary_loss_by_hand():
+    """x = (3, 2, 1, 0), the identity, k = 1: the error is (0, 2, 1, 0). Of the dead 2 and 3, feature 2 gives
+    (0, 0, 1, 0), which leaves 4 of 5; feature 1 would give more, and is alive."""
+    config = SAEConfig("mlp_in", 0, d_model=4, expansion=1, k=1)
+    params = {"w_enc": jnp.eye(4), "w_dec": jnp.eye(4), "b_dec": jnp.zeros(4)}
+    x, dead = jnp.asarray([[3.0, 2.0, 1.0, 0.0]]), jnp.asarray([False, False, True, True])
+
+    def loss(params, dead):
+        return reconstruction_loss(config, params, x, dead, 1, 0.5)
+
+    (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, dead)
+    np.testing.assert_allclose(parts["aux"], 4 / 5, rtol=1e-6)
+    np.testing.assert_allclose(total, 5 / 14 + 0.5 * 4 / 5, rtol=1e-6)
+    # d/d w_dec[:, 2] of 1/2 |e - w_dec[:, 2] z|^2 / |e|^2 = -(e - e_hat) z / |e|^2 = -(0, 2, 0, 0) / 5
+    np.testing.assert_allclose(gradient["w_dec"][:, 2], [0, -2 / 5, 0, 0], atol=1e-6)
+    total, parts = loss(params, jnp.zeros(4, bool))
+    np.testing.assert_allclose([total, parts["aux"]], [5 / 14, 0], rtol=1e-6)
+
+
+def test_the_auxiliary_loss_revives_a_planted_dead_feature():
+    """Tokens are (9, 0) and (1, 3). Feature 1 has the decoder (0, 1) that the second kind misses, but its encoder row
+    (0, -0.1) loses against feature 0's (1, 0): without the auxiliary loss nothing moves it."""
+    config = SAEConfig("mlp_in", 0, d_model=2, expansion=1, k=1)
+    x = np.tile(np.asarray([[9.0, 0.0], [1.0, 3.0]], np.float32), (5, 1))
+
+    def last(k_aux: int):
+        recipe = SAERecipe(steps=100, batch_size=10, lr=1e-2, final_lr=1e-2, dead_after=25, k_aux=k_aux)
+        state = initial_state([config], recipe, {("mlp_in", 0): np.zeros(2, np.float32)})
+        planted_dead = {"w_enc": jnp.asarray([[[1.0, 0.0], [0.0, -0.1]]]), "w_dec_rows": jnp.eye(2)[None]}
+        state = state._replace(params={"stack_0": state.params["stack_0"] | planted_dead})
+        update, metrics = jax.jit(sae_update([config], recipe)), {}
+        for _ in range(recipe.steps):
+            state, metrics = update(state, {("mlp_in", 0): x})
+        return state.extra["stack_0"]["quiet"][0].tolist(), float(metrics[f"nmse.{config.name}"])
+
+    (without, missed), (revived, missed_less) = last(k_aux=0), last(k_aux=1)
+    assert without == [0, 25] and revived == [0, 0]
+    assert missed_less < 0.5 * missed
+
+
+# Runs.
+
+
+def test_saes_learn_a_planted_dictionary_together(tmp_path):
+    configs = configs_of()
+    recipe = SAERecipe(steps=300, batch_size=BATCH, lr=2e-2, final_lr=1e-3, form="scan")
+    saes = train_on_activations(ByStep(planted), configs, recipe, tmp_path, MEANS)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for sae, config in zip(saes, configs, strict=True):
+        assert sae.config == config
+        assert lines[-1][f"nmse.{sae.name}"] < min(0.1, 0.6 * lines[0][f"nmse.{sae.name}"])
+        np.testing.assert_allclose(np.linalg.norm(sae.w_dec, axis=0), 1, rtol=1e-6)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_run_that_goes_on_has_the_same_form_and_the_same_bits(tmp_path, monkeypatch):
+    """The second half would be measured to be fastest in another form."""
+    configs = configs_of()
+    recipe = SAERecipe(steps=12, batch_size=BATCH, dead_after=3 * BATCH, k_aux=2)
+    measured = iter(["gather", "gather", "dense"])
+    monkeypatch.setattr("bilinear_jax.training.sae.fastest_form", lambda *shape: next(measured))
+
+    def until(last):
+        def batch_at(step):
+            if step == last:
+                raise Stopped
+            return planted(step)
+
+        return ByStep(batch_at)
+
+    whole = train_on_activations(until(None), configs, recipe, tmp_path / "whole", MEANS, save_every=5)
+    with pytest.raises(Stopped):
+        train_on_activations(until(7), configs, recipe, tmp_path / "halved", MEANS, save_every=5)
+    halved = train_on_activations(until(None), configs, recipe, tmp_path / "halved", MEANS, save_every=5)
+    for mine, other in zip(halved, whole, strict=True):
+        for name, leaf in other.params.items():
+            np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)
+    assert json.loads((tmp_path / "halved" / "config.json").read_text())["form"] == "gather"
+    assert next(measured) == "dense"  # nothing was measured a third time
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    config = TransformerConfig(n_layer=2, n_head=2, d_model=D_MODEL, d_hidden=16, n_ctx=16, n_vocab=10)
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    return LanguageModel(jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"], config)
+
+
+def test_training_on_text_starts_at_the_mean_logs_what_it_scores_and_goes_on_with_the_same_bits(lm, tmp_path):
+    configs, tokens = configs_of()[:2], np.random.default_rng(0).integers(0, 10, 3000)
+    rows = tokens[:64].reshape(4, 16)
+    recipe = SAERecipe(steps=9, batch_size=32, lr=1e-2, final_lr=1e-2, buffer_tokens=96, rows=4, form="scan")
+
+    def stop(step, metrics):
+        raise Stopped
+
+    def run(name: str, **options):
+        return train_saes(lm, configs, recipe, tokens, tmp_path / name, save_every=2, evaluate_every=5, **options)
+
+    whole = run("whole", held_out=rows)
+    with pytest.raises(Stopped):
+        run("halved", held_out=rows, log=stop)
+    for mine, other in zip(run("halved"), whole, strict=True):
+        for name, leaf in other.params.items():
+            np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 9]
+    scores = evaluate_saes(lm, whole, rows)
+    for sae in whole:
+        assert sae.w_dec.shape == (8, 24)
+        np.testing.assert_allclose(lines[-1][f"held_out_nmse.{sae.name}"], scores[sae.name].nmse, rtol=1e-5)
+        np.testing.assert_allclose(lines[-1][f"held_out_loss_added.{sae.name}"], scores[sae.name].loss_added, rtol=1e-4)
+
+
+def test_decoder_biases_start_at_the_mean_activation(lm, tmp_path, monkeypatch):
+    """Of the tokens that count, so without position 0; and nothing of the data is used up by it."""
+    given: list = []
+    monkeypatch.setattr(
+        "bilinear_jax.training.sae.train_on_activations", lambda *args, **options: given.extend(args) or []
+    )
+    tokens = np.random.default_rng(0).integers(0, 10, 3000)
+    recipe = SAERecipe(steps=1, batch_size=60, buffer_tokens=60, rows=4)
+    train_saes(lm, configs_of(), recipe, tokens, tmp_path)
+    data, *_, means = given
+    for site, served in next(data).items():  # 4 rows of 15 tokens that count, shuffled
+        np.testing.assert_allclose(means[site], np.mean(served, axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_features_over_eight_devices_give_what_one_device_gives():
+    configs = configs_of(("encoder_bias", True), expansion=4)
+    recipe = SAERecipe(steps=10, batch_size=BATCH, lr=1e-2, final_lr=1e-3, k_aux=2, dead_after=2 * BATCH)
+    mesh = make_mesh(data=2, model=4)
+    state = place(initial_state(configs, recipe, MEANS), mesh)
+    update, metrics = jax.jit(sae_update(configs, recipe), donate_argnums=0), {}
+    for step in range(3):
+        state, metrics = update(state, place_rows(planted(step), mesh))
+    rows = state.params["stack_0"]["w_dec_rows"]
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 32 // 4, D_MODEL)}
+    expected, expected_metrics = advanced(configs, recipe, 3)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    state = one_copy(state, mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.extra, expected.extra)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), state.params, expected.params)
+
+
+def test_the_optimisers_state_has_one_count_and_two_moments():
+    configs, recipe = configs_of(), SAERecipe(steps=10)
+    state = initial_state(configs, recipe, MEANS)
+    sizes = sorted({leaf.shape for leaf in jax.tree.leaves(sae_optimizer(recipe).init(state.params))})
+    assert sizes == [(), (3, 8), (3, 24, 8)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(k_aux=-1), "must not be negative, got -1"),
+        (dict(final_lr=1.0), r"final_lr must lie in 0 ... lr \(0.0001\), got 1.0"),
+        (dict(dead_after=2**31), "dead_after must stay below"),
+        (dict(form="fast"), "unknown form 'fast'"),
+    ],
+)
+def test_bad_recipes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        SAERecipe(**(dict(steps=10) | change))
