@@ -9,7 +9,10 @@ Several processes (machines, or one a GPU) run the same command; ``join_processe
 the same batches, and feeds its own devices with their part.
 """
 
+import math
 import os
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -160,7 +163,7 @@ def _spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def join_processes(
-    coordinator: str | None = None, processes: int | None = None, index: int | None = None, *, timeout: int = 300
+    coordinator: str | None = None, processes: int | None = None, index: int | None = None, *, timeout: float = 300
 ) -> None:
     """Connect this process with the others of the run, before anything else is done with JAX.
 
@@ -175,13 +178,14 @@ def join_processes(
 
     Raises:
         ValueError: if some of the three are given and others are not, or if they don't make sense.
-        RuntimeError: if JAX has been used before, or if the others can't be reached.
+        RuntimeError: if JAX has been used before, or if nobody answers at the coordinator's address. Where that is
+            this process itself and the others don't come, JAX ends it with a message of its own.
 
     Source: jax.distributed.initialize, which this calls.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
     if coordinator == "auto":
-        jax.distributed.initialize(initialization_timeout=timeout)
+        jax.distributed.initialize(initialization_timeout=math.ceil(timeout))
         return
     processes = _number(processes, "JAX_NUM_PROCESSES")
     index = _number(index, "JAX_PROCESS_ID")
@@ -200,12 +204,34 @@ def join_processes(
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f'coordinator must be "address:port", for instance "10.0.0.1:1234", got {coordinator!r}')
+    if index > 0:
+        _wait_for(host.strip("[]"), int(port), timeout)
     try:
         jax.distributed.initialize(
-            coordinator, processes, index, cluster_detection_method="deactivate", initialization_timeout=timeout
+            coordinator,
+            processes,
+            index,
+            cluster_detection_method="deactivate",
+            initialization_timeout=math.ceil(timeout),
         )
     except RuntimeError as error:
         raise RuntimeError(f"process {index} of {processes} could not join those at {coordinator}: {error}") from error
+
+
+def _wait_for(host: str, port: int, timeout: float) -> None:
+    """Until somebody answers; JAX, when it waits in vain, ends the process with a trace of C++."""
+    began = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() - began > timeout:
+                raise RuntimeError(
+                    f"nobody answered at {host}:{port} for {timeout:g} s ({error}): is process 0 running, is this its "
+                    "address, and does a firewall let it through?"
+                ) from error
+            time.sleep(0.2)
 
 
 def _number(given: int | None, variable: str) -> int | None:
