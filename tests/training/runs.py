@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sae import SAEConfig
+from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.training.fit import TrainState, apply_optimizer, fit
+from bilinear_jax.training.sae import SAERecipe, train_saes
 
 OPTIMIZER = optax.adam(1e-2)
 STEPS = 60
@@ -70,7 +74,14 @@ class FillsTheDisk(Buffered):
         return super().__next__()
 
 
+def share_compiled(directory: Path) -> None:
+    """What one process has compiled, those that come after it for folders beside this one need not."""
+    jax.config.update("jax_compilation_cache_dir", str(directory.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def train(directory: Path, data: Buffered) -> TrainState:
+    share_compiled(directory)
     return fit(update, start(), data, steps=STEPS, directory=directory, config={}, save_every=3, log_every=2)
 
 
@@ -84,3 +95,17 @@ def train_on_a_full_disk(directory: Path) -> None:
         train(directory, FillsTheDisk(directory))
     except OSError as error:
         (directory / "error.txt").write_text(str(error))
+
+
+def train_saes_on_a_model(directory: Path) -> None:
+    """A language model fills a buffer of three batches, from which an SAE is trained; saved at every fourth step."""
+    share_compiled(directory)
+    config = TransformerConfig(n_layer=1, n_head=1, d_model=8, d_hidden=8, n_ctx=8, n_vocab=8)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.5, leaf.shape), jnp.float32), shapes)
+    recipe = SAERecipe(steps=40, batch_size=32, warmup=2, rows=8, buffer_tokens=100, form="gather")
+    tokens = random.integers(0, 8, 4000).astype(np.int32)
+    train_saes(
+        LanguageModel(params, config), [SAEConfig("mlp_in", 0, 8, 2, 2)], recipe, tokens, directory, save_every=4
+    )

@@ -23,7 +23,9 @@ from bilinear_jax.training.fit import ByStep, TrainState, fit
 # The processes of these tests are forked from one that has imported all but started nothing: real processes, to be
 # killed for real, without the seconds that the imports take.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bilinear_jax.training.fit", "orbax.checkpoint.v1", "optax", "tqdm.auto"])
+SERVER.set_forkserver_preload(
+    ["bilinear_jax.training.fit", "orbax.checkpoint.v1", "optax", "tqdm.auto", "bilinear_jax.training.sae"]
+)
 PATIENCE = 120  # seconds after which a process is taken to hang
 
 
@@ -135,6 +137,26 @@ def test_a_run_killed_again_and_again_ends_bit_identical(whole, tmp_path):
     finish(runs.train_slowly, tmp_path)
     assert not writes()
     assert_same(tmp_path, whole)
+
+
+def test_saes_and_their_buffer_go_on_where_a_kill_left_them(tmp_path):
+    """Killed within a chunk of the buffer, which is three batches long."""
+
+    def last(directory: Path) -> dict:
+        """Checksums of all arrays, and where the buffer is; the seconds left out."""
+        saved = json.loads((directory / "checkpoints" / "40" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        assert saved["record"].pop("seconds") > 0
+        return saved
+
+    finish(runs.train_saes_on_a_model, tmp_path / "whole")
+    process = launch(runs.train_saes_on_a_model, tmp_path / "killed")
+    wait_for(lambda: complete(tmp_path / "killed"), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert "40" not in complete(tmp_path / "killed")
+    finish(runs.train_saes_on_a_model, tmp_path / "killed")
+    assert last(tmp_path / "killed") == last(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(whole, tmp_path):
