@@ -279,43 +279,6 @@ def batches(tokens: np.ndarray, n_ctx: int, batch_size: int, seed: int = 0) -> B
     return iter(order.map_with_index(cut).batch(batch_size).to_iter_dataset(read))
 
 
-def encode_documents(tokenizer, documents: Sequence[str]) -> Int[np.ndarray, " tokens"]:
-    """All documents as one flat token array, each led by the tokenizer's own first token."""
-    encoded = tokenizer.encode_batch_fast(list(documents))
-    return np.concatenate([np.asarray(document.ids, dtype=np.int32) for document in encoded])
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Shuffled windows of a token stream: every epoch cuts the stream at another offset and in another order."""
-
-    tokens: np.ndarray  # [tokens], the stream
-    n_ctx: int  # length of a window
-    batch_size: int  # windows a batch
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.batches_per_epoch < 1:
-            raise ValueError(
-                f"{len(self.tokens)} tokens are too few for one batch of {self.batch_size} windows of {self.n_ctx}: "
-                "give more text, or lower batch_size or n_ctx"
-            )
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return (len(self.tokens) // self.n_ctx - 1) // self.batch_size
-
-    def batch_at(self, step: int) -> Int[np.ndarray, "batch_size n_ctx"]:
-        """The batch of training step ``step``, counted from 0."""
-        epoch, position = divmod(step, self.batches_per_epoch)
-        random = np.random.default_rng([self.seed, epoch])
-        offset = random.integers(self.n_ctx)
-        order = random.permutation(self.batches_per_epoch * self.batch_size)
-        rows = order[position * self.batch_size : (position + 1) * self.batch_size]
-        starts = offset + rows * self.n_ctx
-        return self.tokens[starts[:, None] + np.arange(self.n_ctx)].astype(np.int32)
-
-
 def held_out_rows(tokens: np.ndarray, n_ctx: int) -> Int[np.ndarray, "rows n_ctx"]:
     """The stream cut into consecutive full rows, without shuffling."""
     rows = len(tokens) // n_ctx

@@ -1,0 +1,245 @@
+"""What ``bilinear-jax train`` does: a recipe and a text become a model, or SAEs for a model, in one folder.
+
+OUT/tokenizer.json, tokenizer_config.json
+OUT/tokens, tokens.json       the text, see training.data
+OUT/language/, OUT/saes/      the runs: checkpoints, metrics.jsonl
+OUT/model/                    what ``bilinear_jax.load`` reads
+OUT/model/scope/              its SAEs; OUT/scope/ if they are those of a model elsewhere
+OUT/model.json, saes.json     scores on the documents that were held out, of what was saved
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bilinear_jax import evaluation
+from bilinear_jax.checkpoint import load_sae, load_tokenizer, save_model, save_sae
+from bilinear_jax.language import LanguageModel, load
+from bilinear_jax.training.data import TokenFile, held_out_rows, open_tokens, tokenize
+from bilinear_jax.training.documents import as_sources, read_documents, save_tokenizer, train_tokenizer, without_last
+from bilinear_jax.training.language import train_language
+from bilinear_jax.training.mesh import make_mesh, on_first_process
+from bilinear_jax.training.recipes import DataOptions, Recipe, RunOptions, read_recipe
+from bilinear_jax.training.sae import train_saes
+
+
+def train_lm(
+    recipe: str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    wandb: str | None = None,
+) -> Path:
+    """Train a language model by a recipe; the same call again goes on where it was interrupted.
+
+    Args:
+        recipe: a name, or a TOML file; see ``read_recipe``.
+        data: text; see ``read_documents``.
+        out: the run's folder.
+        model: a model to go on from, as for ``bilinear_jax.load``: with its config and its tokenizer. None: a new one.
+        overrides: of fields of the recipe, by dotted name.
+        wandb: a project of Weights & Biases that gets the metrics as well (needs the package wandb).
+
+    Returns:
+        The model's folder, ``out/model``; its scores are in ``out/model.json``.
+
+    Raises:
+        ValueError, OSError, ImportError, FloatingPointError: see ``read_recipe``, ``tokenize`` and ``train_language``.
+    """
+    plan, data, out = read_recipe("lm", recipe, overrides), as_sources(data), Path(out)
+    if plan.model is not None:
+        if model is not None:
+            raise ValueError(f"the recipe {plan.name} has its own [model]: leave out --model, or take one without")
+        config, params, tokenizer = plan.model, None, _tokenizer(plan.data, plan.model.n_vocab, data, out)
+    else:
+        if model is None:
+            raise ValueError(f"the recipe {plan.name} has no [model], it goes on from one that there is: name --model")
+        start = _model(model, plan.data)
+        config, params, tokenizer = start.config, start.params, start.tokenizer
+    text = _tokens(plan.data, data, tokenizer, out, config.n_vocab)
+    config, params = train_language(
+        config,
+        plan.recipe,
+        text.tokens,
+        _held_out(text, config.n_ctx, plan.run),
+        out / "language",
+        params=params,
+        tokenizer=out,
+        prompts=plan.run.prompts,
+        save_every=plan.run.save_every,
+        evaluate_every=plan.run.evaluate_every,
+        mesh=_mesh(plan.run),
+        log=_wandb_log(wandb, plan, out / "language"),
+    )
+    folder = out / "model"
+
+    def finish():
+        if not folder.exists():
+            origin = _origin(plan, text) | ({} if model is None else {"start": str(model)})
+            save_model(folder, config, params, tokenizer=out, origin=origin, dtype=jnp.dtype(plan.run.weights))
+        rows = _held_out(text, config.n_ctx, plan.run)
+        scores = {
+            "recipe": plan.name,
+            "held_out_loss": held_out_loss(load(folder), rows),  # nats a token
+            "held_out_tokens": rows.shape[0] * (rows.shape[1] - 1),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "trained_tokens": plan.recipe.steps * plan.recipe.batch_size * config.n_ctx,
+        }
+        _write(out / "model.json", json.dumps(scores, indent=2))
+        print("{0}: {held_out_loss:.4f} nats a token on {held_out_tokens:,} held-out tokens".format(folder, **scores))
+
+    on_first_process(finish)
+    return folder
+
+
+def train_sae(
+    recipe: str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    wandb: str | None = None,
+) -> Path:
+    """Train SAEs for a language model by a recipe; the same call again goes on where it was interrupted.
+
+    Args:
+        model: as for ``bilinear_jax.load``. None: ``out/model``, where ``train_lm`` leaves it.
+        recipe, data, out, overrides, wandb: as for ``train_lm``. The text becomes tokens by the model's tokenizer.
+
+    Returns:
+        The folder that holds the SAEs' folders: ``scope`` in ``out/model``, or in ``out`` if the model is another one.
+        Their scores are in ``out/saes.json``.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+        ValueError, OSError, ImportError, FloatingPointError: see ``read_recipe``, ``tokenize`` and ``train_saes``.
+    """
+    plan, data, out = read_recipe("sae", recipe, overrides), as_sources(data), Path(out)
+    home = out / "model"
+    if model is None and not home.is_dir():
+        raise FileNotFoundError(f"{home} isn't there: train it with `bilinear-jax train lm`, or name one with --model")
+    lm = _model(home if model is None else model, plan.data)
+    scope = (home if model is None else out) / "scope"
+    assert plan.saes is not None  # else there is no such recipe
+    configs = plan.saes.configs(lm.config)
+    text = _tokens(plan.data, data, lm.tokenizer, out, lm.config.n_vocab)
+    rows = _held_out(text, lm.config.n_ctx, plan.run)
+    saes = train_saes(
+        lm,
+        configs,
+        plan.recipe,
+        text.tokens,
+        out / "saes",
+        held_out=rows,
+        save_every=plan.run.save_every,
+        evaluate_every=plan.run.evaluate_every,
+        mesh=_mesh(plan.run),
+        log=_wandb_log(wandb, plan, out / "saes"),
+    )
+
+    def finish():
+        origin = _origin(plan, text) | {"model": str(lm.source)}
+        for sae in saes:
+            if not (scope / sae.name).exists():
+                save_sae(scope / sae.name, sae, origin=origin, dtype=jnp.dtype(plan.run.weights))
+        saved = [load_sae(scope, c.site, c.layer, c.expansion, c.k, c.tag) for c in configs]
+        scores = evaluation.evaluate_saes(lm, saved, rows)
+        _write(out / "saes.json", evaluation.to_json(scores))
+        print(f"{scope}, on {rows.size:,} held-out tokens:\n\n{evaluation.table(scores)}")
+
+    on_first_process(finish)
+    return scope
+
+
+def held_out_loss(lm: LanguageModel, rows: np.ndarray, batch_size: int = 16) -> float:
+    """Mean cross entropy in nats a token over full rows ``[rows, n_ctx]``, all tokens but those at position 0."""
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    losses = [float(lm.loss(part, np.ones_like(part))) for part in parts]
+    return float(np.average(losses, weights=[len(part) for part in parts]))
+
+
+def _model(source: str | Path, options: DataOptions) -> LanguageModel:
+    """A model that there is; it has its own tokenizer."""
+    if options.tokenizer != "new":
+        raise ValueError(f"data.tokenizer is {options.tokenizer!r}, but the model has its own tokenizer: leave it out")
+    return load(source)
+
+
+def _tokenizer(options: DataOptions, n_vocab: int, data: list[str | Path], out: Path):
+    """The run's tokenizer, which is in its folder once it is known."""
+    if (out / "tokenizer.json").exists():
+        return load_tokenizer(str(out), None)
+    if options.tokenizer == "new":
+        return train_tokenizer(without_last(read_documents(data, options.field), options.held_out), n_vocab)
+    if "/" in options.tokenizer or Path(options.tokenizer).exists():
+        return load_tokenizer(options.tokenizer, None)
+    return load_tokenizer(None, options.tokenizer)
+
+
+def _tokens(options: DataOptions, data: list[str | Path], tokenizer, out: Path, n_vocab: int) -> TokenFile:
+    """The text as tokens that the model has, and the tokenizer beside it; made once."""
+
+    def make():
+        out.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(tokenizer, out)
+        path, limit = out / "tokens", options.max_tokens
+        tokenize(data, tokenizer, path, field=options.field, held_out=options.held_out, max_tokens=limit)
+
+    on_first_process(make)
+    return open_tokens(out / "tokens", tokenizer, n_vocab=n_vocab)
+
+
+def _mesh(options: RunOptions) -> Mesh | None:
+    if options.mesh is None:
+        return make_mesh() if jax.process_count() > 1 else None
+    return make_mesh(*options.mesh)
+
+
+def _held_out(text: TokenFile, n_ctx: int, options: RunOptions) -> np.ndarray:
+    rows = held_out_rows(text.held_out, n_ctx)
+    return rows if options.held_out_rows is None else rows[: options.held_out_rows]
+
+
+def _origin(plan: Recipe, text: TokenFile) -> dict[str, Any]:
+    """What is kept in a checkpoint of where it comes from."""
+    return {
+        "made by": f"bilinear-jax train, recipe {plan.name}",
+        "recipe": dataclasses.asdict(plan.recipe),
+        "text": {"n_documents": text.n_documents, "n_tokens": len(text.tokens)} | text.made_from,
+    }
+
+
+def _wandb_log(project: str | None, plan: Recipe, directory: Path) -> Callable[[int, dict[str, Any]], None] | None:
+    """What passes a run's metrics on to Weights & Biases, to the same run there when it goes on; None without one."""
+    if project is None or jax.process_index():
+        return None
+    try:
+        package: Any = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ImportError("--wandb needs the package wandb: pip install 'bilinear-jax[wandb]'") from error
+    name = directory / "wandb.txt"
+    directory.mkdir(parents=True, exist_ok=True)
+    if not name.exists():
+        name.write_text(secrets.token_hex(8))
+    config = {"out": str(directory)} | dataclasses.asdict(plan)
+    run = package.init(project=project, id=name.read_text(), resume="allow", name=plan.name, config=config)
+    return lambda step, metrics: run.log(metrics, step=step)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,320 @@
+"""Recipes as files, and the command that trains by them: each that ships is run with a tiny model."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import bilinear_jax as bj
+from bilinear_jax.checkpoint import sae_names
+from bilinear_jax.cli import main
+from bilinear_jax.tracer import mlp_tensor
+from bilinear_jax.training.command import held_out_loss, train_lm, train_sae
+from bilinear_jax.training.data import held_out_rows, open_tokens
+from bilinear_jax.training.recipes import RECIPES, describe, read_recipe, recipe_names
+
+TINY = {
+    "model.n_layer": "1",
+    "model.n_head": "2",
+    "model.d_model": "8",
+    "model.d_hidden": "16",
+    "model.n_ctx": "16",
+    "model.n_vocab": "270",
+    "model.pad_id": "0",
+    "data.tokenizer": "new",
+}
+RUN = {"recipe.steps": "3", "recipe.batch_size": "4", "data.held_out": "10", "data.max_tokens": "none"}
+NO_SAMPLES = {"run.prompts": "[]"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """150 documents of 30 of 12 words."""
+    random = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "who", "ran"]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("<|endoftext|>".join(" ".join(random.choice(words, 30)) for _ in range(150)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A run of ts-nano, tiny."""
+    out = tmp_path_factory.mktemp("run")
+    train_lm("ts-nano", text, out, overrides=TINY | RUN | {"run.prompts": "the cat"})
+    return out
+
+
+@dataclasses.dataclass
+class WeightsAndBiases:
+    """A stub of the package ``wandb``: what it was told."""
+
+    started: list[dict] = dataclasses.field(default_factory=list)
+    logged: list[tuple[int, dict]] = dataclasses.field(default_factory=list)
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def log(self, metrics, *, step):
+        self.logged.append((step, metrics))
+
+
+@pytest.fixture(scope="module")
+def swiglu(run, text, tmp_path_factory):
+    """A run of ts as a SwiGLU model, with the tokenizer of the other run, twice, and what it sent to wandb."""
+    out, stub = tmp_path_factory.mktemp("swiglu"), WeightsAndBiases()
+    overrides = TINY | RUN | NO_SAMPLES | {"model.gate": "silu", "data.tokenizer": str(run / "tokenizer.json")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", stub)
+        for _ in range(2):
+            train_lm("ts", text, out, overrides=overrides, wandb="project")
+    return out, stub
+
+
+def command(*words: str) -> int:
+    return main(["train", *map(str, words)])
+
+
+def options(values: dict[str, str]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+class TestLanguageModel:
+    def test_the_model_is_whole(self, run, text):
+        """It loads by itself, writes with its own tokenizer, and its score is that of what was saved."""
+        lm = bj.load(run / "model")
+        assert (lm.config.n_layer, lm.config.d_model, lm.config.n_vocab, lm.config.gate) == (1, 8, 270, None)
+        assert lm.generate("the cat", max_length=4).startswith("the cat")
+        tokens = open_tokens(run / "tokens", lm.tokenizer, n_vocab=270)
+        assert tokens.n_documents == 150
+        assert lm.tokenizer.decode(tokens.held_out, skip_special_tokens=True) == "".join(
+            text.read_text().split("<|endoftext|>")[-10:]
+        )
+        scores = json.loads((run / "model.json").read_text())
+        rows = held_out_rows(tokens.held_out, 16)
+        assert scores["held_out_loss"] == pytest.approx(float(lm.loss(rows, np.ones_like(rows))), rel=1e-5)
+        assert scores["held_out_tokens"] == len(rows) * 15
+        assert scores["trained_tokens"] == 3 * 4 * 16
+        lines = [json.loads(line) for line in (run / "language" / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["held_out_loss"] == pytest.approx(scores["held_out_loss"], rel=1e-2)  # saved in bfloat16
+        assert json.loads((run / "language" / "samples.jsonl").read_text())["text"].startswith("the cat")
+
+    def test_the_same_again_only_reads(self, run, text, capsys):
+        files = [*(run / "model").rglob("*"), run / "tokens", run / "language" / "config.json"]
+        before = {path: path.stat().st_mtime_ns for path in files}
+        assert command("lm", "ts-nano", "--data", text, "--out", run, *options(TINY | RUN)) == 0
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        assert "nats a token on" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("name", "value", "message"), [
+        ("recipe.lr", "0.5", "holds a run with another config"),
+        ("data.held_out", "11", "made from another text"),
+    ])  # fmt: skip
+    def test_another_recipe_in_its_folder_is_refused(self, run, text, capsys, name, value, message):
+        assert command("lm", "ts-nano", "--data", text, "--out", run, *options(TINY | RUN | {name: value})) == 1
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["fw-medium", "fw-small"])
+    def test_a_large_recipe_trains(self, text, tmp_path, name):
+        """Over a mesh of all 8 devices: 4 parts of a batch, 2 of the weights."""
+        overrides = TINY | RUN | NO_SAMPLES | {"recipe.batch_size": "8", "run.mesh": "4,2"}
+        folder = train_lm(name, text, tmp_path, overrides=overrides)
+        lm = bj.load(folder)
+        assert lm.config == read_recipe("lm", name, overrides).model
+        scores = json.loads((tmp_path / "model.json").read_text())
+        assert abs(scores["held_out_loss"] - np.log(270)) < 0.3  # hardly trained
+
+    def test_a_swiglu_model_becomes_bilinear(self, swiglu, text, tmp_path):
+        """With --model it goes on from there, with that model's tokenizer; what is saved has no gate."""
+        model = swiglu[0] / "model"
+        assert bj.load(model).config.gate == "silu"
+        words = ["lm", "to-bilinear", "--model", model, "--data", text, "--out", tmp_path]
+        assert command(*words, *options(RUN | NO_SAMPLES)) == 0
+        lm = bj.load(tmp_path / "model")
+        assert (lm.config.gate, lm.config.n_layer) == (None, 1)
+        assert lm.tokenizer("a cat")["input_ids"] == bj.load(model).tokenizer("a cat")["input_ids"]
+        assert mlp_tensor(lm, 0).left.shape == (16, 8)
+
+    def test_no_recipe_is_left_out(self):
+        assert recipe_names("lm") == ["fw-medium", "fw-small", "to-bilinear", "ts", "ts-nano"]
+        assert recipe_names("sae") == ["fw", "ts", "ts-nano"]
+
+    def test_a_tokenizer_from_a_file(self, run, swiglu):
+        assert (swiglu[0] / "tokens").read_bytes() == (run / "tokens").read_bytes()
+        assert (swiglu[0] / "tokens.json").read_bytes() == (run / "tokens.json").read_bytes()
+
+    def test_too_small_a_vocabulary_is_refused(self, run, text, tmp_path):
+        given = {"data.tokenizer": str(run / "tokenizer.json"), "model.n_vocab": "269"}
+        with pytest.raises(ValueError, match="a vocabulary of 270 tokens and the model one of 269"):
+            train_lm("ts", text, tmp_path, overrides=TINY | RUN | given)
+
+    def test_the_loss_does_not_depend_on_the_batch(self, run):
+        lm = bj.load(run / "model")
+        rows = held_out_rows(open_tokens(run / "tokens").held_out, 16)[:5]
+        assert held_out_loss(lm, rows, batch_size=2) == pytest.approx(held_out_loss(lm, rows, batch_size=5), rel=1e-6)
+
+
+class TestSAEs:
+    SMALL = RUN | {"recipe.batch_size": "16", "recipe.buffer_tokens": "64", "recipe.rows": "4", "saes.ks": "2"}
+
+    @pytest.mark.parametrize(("name", "site", "trained"), [
+        ("fw", "mlp_in", "0-mlp-in-x8-k2"),
+        ("ts", "resid_mid", "0-resid-mid-x4-k2"),
+    ])  # fmt: skip
+    def test_for_a_model_elsewhere(self, run, text, tmp_path, name, site, trained):
+        overrides = self.SMALL | {"saes.layers": "0", "saes.sites": site, "recipe.form": "scan"}
+        assert train_sae(name, text, tmp_path, model=run / "model", overrides=overrides) == tmp_path / "scope"
+        assert sae_names(tmp_path) == [trained] == list(json.loads((tmp_path / "saes.json").read_text()))
+        assert bj.load_sae(tmp_path, site).config.k == 2
+
+    def test_the_saes_are_those_that_are_published(self):
+        """Of a ts-medium: 6 layers, two sites; of a fw-medium: around the MLP of layer 7; of ts-nano: what ships."""
+        names = {
+            sae: [config.name for config in read_recipe("sae", sae).saes.configs(read_recipe("lm", model).model)]
+            for sae, model in {"ts": "ts", "fw": "fw-medium", "ts-nano": "ts-nano"}.items()
+        }
+        assert names["ts"] == [f"{layer}-{site}-x4-k30" for layer in range(6) for site in ("resid-mid", "mlp-out")]
+        assert names["fw"] == ["7-mlp-in-x8-k30", "7-mlp-out-x8-k30"]
+        assert sorted(names["ts-nano"]) == sae_names("ts-nano")
+
+    def test_for_the_model_of_the_run(self, run, text):
+        """They are found with the model, by the command that trained it in the same folder."""
+        overrides = self.SMALL | {"saes.layers": "[0]", "saes.sites": "mlp_in,mlp_out"}
+        assert command("sae", "ts-nano", "--data", text, "--out", run, *options(overrides)) == 0
+        tracer = bj.Tracer(bj.load(run / "model"), layer=0)
+        assert (tracer.inp.name, tracer.out.name) == ("0-mlp-in-x4-k2", "0-mlp-out-x4-k2")
+        scores = json.loads((run / "saes.json").read_text())
+        assert 0 < scores["0-mlp-in-x4-k2"]["nmse"] < 2
+
+    def test_a_model_is_needed(self, text, tmp_path, capsys):
+        assert command("sae", "ts-nano", "--data", text, "--out", tmp_path) == 1
+        assert "train it with `bilinear-jax train lm`, or name one with --model" in capsys.readouterr().err
+
+    def test_a_layer_that_the_model_lacks(self, run, text, tmp_path):
+        with pytest.raises(ValueError, match=r"saes.layers are 0 ... 0 for this model, got \[7\]"):
+            train_sae("fw", text, tmp_path, model=run / "model")
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        "path", sorted(RECIPES.glob("*/*.toml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+    )
+    def test_the_head_says_command_cost_and_score(self, path):
+        head = path.read_text().split("\n[")[0]
+        assert f"bilinear-jax train {path.parent.name} {path.stem} " in head
+        assert all(
+            f"# {word}:  " in head.replace(":     ", ":  ").replace(":    ", ":  ")
+            for word in ("Command", "Cost", "Score")
+        )
+        assert max(map(len, path.read_text().splitlines())) <= 120
+
+    @pytest.mark.parametrize(
+        ("name", "typed", "expected"),
+        [
+            ("recipe.lr", "1e-3", 1e-3),
+            ("recipe.lr", "1", 1.0),
+            ("recipe.steps", "15_000", 15_000),
+            ("model.gate", "relu", "relu"),
+            ("model.gate", "none", None),
+            ("model.bilinear", "false", False),
+            ("model.normalization", "true,true,false", (True, True, False)),
+            ("recipe.betas", "[0.8, 0.9]", (0.8, 0.9)),
+            ("model.tokenizer", "4096", "4096"),
+            ("run.prompts", "Once", ("Once",)),
+        ],
+    )
+    def test_what_is_typed_becomes_what_the_field_is(self, name, typed, expected):
+        table, field = name.split(".")
+        value = getattr(getattr(read_recipe("lm", "ts", {name: typed}), table), field)
+        assert value == expected
+        assert type(value) is type(expected)
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ({"recipe.step": "3"}, r"no field recipe.step; those of recipe are steps, batch_size, "),
+            ({"recipes.steps": "3"}, r"no table recipes; those of such a recipe are model, recipe, data, run"),
+            ({"recipe.steps": "3.5"}, "recipe.steps is a whole number, not 3.5"),
+            ({"recipe.steps": "true"}, "recipe.steps is a whole number, not true"),
+            ({"model.bias": "1"}, "model.bias is true or false, not 1"),
+            ({"recipe.betas": "0.9,x"}, r"recipe.betas is a list \[a number"),
+            ({"data.max_tokens": "many"}, 'data.max_tokens is a whole number or "none", not many'),
+            ({"model.n_head": "3"}, "d_model .512. must be a multiple of"),
+            ({"run.weights": "int8"}, "weights are saved in 'float32' or 'bfloat16'"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, overrides, message):
+        with pytest.raises(ValueError, match=message):
+            read_recipe("lm", "ts", overrides)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[recipe]\nsteps = ", "own.toml is not TOML"),
+            ("[model]\nn_layer = 2\n[recipe]\nsteps = 1", "lacks model.n_head, model.d_model, .*--model.n_head VALUE"),
+            ("[data]\nheld_out = 3", r"own.toml has no table \[recipe\]"),
+            ("recipe = 3", r"recipe is a table, \[recipe\], not 3"),
+            ('[recipe]\nsteps = "3"', "recipe.steps is a whole number, not '3'"),
+            ("[saes]\nks = [3]", "no table saes; those of such a recipe are model"),
+        ],
+    )  # fmt: skip
+    def test_a_file_of_ones_own(self, tmp_path, content, message):
+        (tmp_path / "own.toml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_recipe("lm", tmp_path / "own.toml")
+
+    def test_a_file_without_a_model_is_for_fine_tuning(self, tmp_path, text, capsys):
+        (tmp_path / "own.toml").write_text("[recipe]\nsteps = 3")
+        assert read_recipe("lm", tmp_path / "own.toml").model is None
+        assert command("lm", tmp_path / "own.toml", "--data", text, "--out", tmp_path / "run") == 1
+        assert "goes on from one that there is: name --model" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+class TestCommand:
+    def test_the_help_lists_recipes_examples_and_fields(self, capsys):
+        for kind in ("lm", "sae"):
+            with pytest.raises(SystemExit) as stopped:
+                command(kind, "--help")
+            assert stopped.value.code == 0
+            printed = capsys.readouterr().out
+            assert f"bilinear-jax train {kind} ts-nano --data" in printed
+            assert f"recipes: {', '.join(recipe_names(kind))}" in printed
+            assert "  --recipe.steps  updates in all (a whole number)" in printed
+            assert describe(kind) in printed
+
+    @pytest.mark.parametrize(
+        "words", [["lm"], ["lm", "ts-nano"], ["lm", "ts-nano", "--data", "x", "--out", "y", "--a.b"]]
+    )
+    def test_wrong_use(self, words):
+        with pytest.raises(SystemExit) as stopped:
+            command(*words)
+        assert stopped.value.code == 2
+
+    def test_an_override_is_not_for_another_command(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["tour", "--model.n_layer", "2"])
+        assert "unrecognized arguments: --model.n_layer" in capsys.readouterr().err
+
+    def test_overrides_stand_anywhere(self, text, tmp_path, capsys):
+        words = ["--recipe.lr=nan", "lm", "--model.gate", "wrong", "--data", text, "--out", tmp_path, "--", "ts"]
+        assert command(*words) == 1
+        assert "unknown gate 'wrong'" in capsys.readouterr().err
+
+    def test_metrics_go_to_weights_and_biases_too(self, swiglu):
+        """And to the same run there, when the run here goes on."""
+        out, stub = swiglu
+        assert [(each["project"], each["resume"]) for each in stub.started] == [("project", "allow")] * 2
+        assert stub.started[0]["id"] == stub.started[1]["id"]
+        assert stub.started[0]["config"]["recipe"]["steps"] == 3
+        lines = [json.loads(line) for line in (out / "language" / "metrics.jsonl").read_text().splitlines()]
+        assert [step for step, _ in stub.logged] == [line["step"] for line in lines]
+        assert stub.logged[-1][1]["held_out_loss"] == lines[-1]["held_out_loss"]
+
+    def test_weights_and_biases_are_asked_for_only_if_wanted(self, text, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(ImportError, match=r"pip install 'bilinear-jax\[wandb\]'"):
+            train_lm("ts", text, tmp_path, overrides=TINY | RUN, wandb="project")
