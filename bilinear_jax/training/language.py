@@ -10,7 +10,6 @@ into windows, where the original has one document a row, padded; and Muon, remat
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from bilinear_jax.nn.transformer import REMAT, Transformer, TransformerConfig
 from bilinear_jax.training import folder
 from bilinear_jax.training.data import batches
 from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit, sum_over_rows
-from bilinear_jax.training.mesh import OnMesh, on_first_process, place, place_rows
+from bilinear_jax.training.mesh import OnMesh, on_first_process, one_copy, place, place_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ class LanguageRecipe:
         """Swish's beta at a step: linearly from 1 to 0 over the first ``anneal * steps``; None without ``anneal``."""
         if not self.anneal:
             return None
-        return jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / math.ceil(self.anneal * self.steps))
+        return jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / max(1, round(self.anneal * self.steps)))
 
 
 def language_optimizer(recipe: LanguageRecipe) -> optax.GradientTransformation:
@@ -258,7 +257,7 @@ def train_language(
         size = recipe.batch_size // recipe.accumulation
         total = sum_over_rows(lambda rows: sums(state, place_rows(rows, mesh)), held_out, size)
         if tokenizer is not None and not recipe.beta(state.step):
-            now = (config, _one_copy(state.params, mesh))
+            now = (config, one_copy(state.params, mesh))
             now, weights = without_gate(*now) if recipe.anneal else now
             lm = LanguageModel(weights, now, tokenizer_source=str(tokenizer), compute_dtype=dtype)
             on_first_process(lambda: _add_samples(Path(directory) / "samples.jsonl", int(state.step), lm, prompts))
@@ -291,16 +290,6 @@ def _fingerprint(params: PyTree) -> str:
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _one_copy(params: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
-    """Parameters that are spread over a mesh, put together on one device of this process."""
-    if mesh is None:
-        return params
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: leaf.addressable_data(0), jax.jit(lambda leaves: leaves, out_shardings=whole)(params)
-    )
 
 
 def _add_samples(path: Path, step: int, lm: LanguageModel, prompts: Sequence[str]) -> None:
