@@ -11,13 +11,17 @@ import json
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the folder's lock; raises ``RuntimeError`` naming the process that holds it, if one does."""
+    """Hold the folder's lock; raises ``RuntimeError`` naming the process that holds it, if one does.
+
+    A file system that has no locks (some of clusters) gives a warning.
+    """
     import fcntl
 
     with open(directory / "lock", "a+", encoding="utf-8") as file:
@@ -29,6 +33,11 @@ def locked(directory: Path) -> Iterator[None]:
                 f"{directory} is in use by {file.read().strip() or 'another process'}: "
                 "wait until that ends, or stop it, or name another folder"
             ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{directory} can't be locked ({error.strerror}): see to it that no other process trains there",
+                stacklevel=2,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, and robbed of their disk go on from the last good checkpoint, to the same bits."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -383,6 +384,16 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, finished):
     ):
         run(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, run(tmp_path), finished[1])
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match=r"can't be locked \(Function not implemented\)"):
+        run(tmp_path)
+    assert complete(tmp_path) == {"6", "8"}
 
 
 def test_metrics_are_handed_on(tmp_path):
