@@ -203,15 +203,13 @@ class Attention(nn.Module):
         q = rotate(heads("q"), positions)
         k, v = tap("keys", rotate(heads("k"), positions)), tap("values", heads("v"))
         if blocks:
-            ends = [min(start + QUERY_BLOCK, seq) for start in range(0, seq, QUERY_BLOCK)]
-            cuts = [(slice(start, end), slice(0, end)) for start, end in zip([0, *ends], ends, strict=False)]
-            mixed = jnp.concatenate([attend(q[:, i], k[:, j], v[:, j], seen[:, i, j]) for i, j in cuts], axis=1)
+            cuts = [(start, start + QUERY_BLOCK) for start in range(0, seq, QUERY_BLOCK)]
+            parts = [attend(q[:, i:j], k[:, :j], v[:, :j], seen[:, i:j, :j]) for i, j in cuts]
+            mixed = jnp.concatenate(parts, axis=1)
         else:
             mixed = attend(q, k, v, seen, tap)
-        return linear(
-            mixed.reshape(batch, seq, c.d_model),
-            self.param("w_o", _weight_init(c.d_model, (2 * c.n_layer) ** -0.5), square),
-        )
+        mixed = mixed.reshape(batch, seq, c.d_model)
+        return linear(mixed, self.param("w_o", _weight_init(c.d_model, (2 * c.n_layer) ** -0.5), square))
 
 
 class MLP(nn.Module):
