@@ -210,7 +210,7 @@ class SAE:
     @staticmethod
     def init(config: SAEConfig, key: Array) -> "SAE":
         """A fresh SAE with unit decoder columns and the encoder tied to them."""
-        params: Any = TopKSAE(config).init(key, jnp.zeros((1, config.d_model)))["params"]
+        params: Any = TopKSAE(config).init(key, method=lambda module: module.b_dec)["params"]  # and computes nothing
         params["w_dec"] = unit_columns(params["w_dec"])
         if not config.bilinear_encoder:
             params["w_enc"] = params["w_dec"].T

@@ -17,9 +17,10 @@ SAEs of equal shape are stacked in the training state, decoder columns as rows:
     params[stack]   w_enc, w_dec_rows [n, features, d_model]   b_dec [n, d_model]   b_enc [n, features], if there is one
     extra[stack]    quiet [n, features]: tokens since each feature last fired, counted up to dead_after
 
-The gradients are taken one SAE after another (``lax.map``), the optimiser moves all at once. Measured on a 2-core CPU
-with 1 to 4 SAEs, this took .75 to 1.07 of the time of a whole step for one SAE after another, and .7 to .9 of that of
-``vmap``, which also needs the memory of all at once. No GPU has been measured.
+The gradients are taken one SAE after another (``lax.map``), the optimiser moves the whole stack. Measured on a 2-core
+CPU at 2, 4 and 8 SAEs of d_model 512 and 256, in one compiled step: .92 to .96 of the time of SAEs that are not
+stacked, .79 to .86 of that of ``vmap``, and the least memory of the three (half of theirs at 4 SAEs), as only the
+gradients of all SAEs are kept, and not their pre-activations. None of it has been measured on a GPU.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from bilinear_jax.nn.sites import capture
 from bilinear_jax.nn.sparse import FORMS, check_form, fastest_form
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.training.data import batches
-from bilinear_jax.training.fit import BatchIterator, TrainState, apply_optimizer, cosine_with_warmup, fit
+from bilinear_jax.training.fit import BatchIterator, TrainState, apply_optimizer, cosine_with_warmup, fingerprint, fit
 from bilinear_jax.training.harvest import Harvest
 from bilinear_jax.training.mesh import one_copy, place
 from bilinear_jax.training.unit_decoder import unit_decoder
@@ -270,7 +271,7 @@ def train_saes(
         recipe,
         directory,
         means,
-        identity={"model": dataclasses.asdict(lm.config), "source": lm.source, "tokens": len(tokens)},
+        identity={"model": dataclasses.asdict(lm.config), "params": fingerprint(lm.params), "tokens": len(tokens)},
         mesh=mesh,
         evaluate=None if held_out is None else evaluate,
         evaluate_every=evaluate_every,
