@@ -132,7 +132,8 @@ def train_sae(
     if model is None and not home.is_dir():
         raise FileNotFoundError(f"{home} isn't there: train it with `bilinear-jax train lm`, or name one with --model")
     lm = _model(home if model is None else model, plan.data)
-    scope = (home if model is None else out) / "scope"
+    its_own = model is None or Path(model).resolve() == home.resolve()
+    scope = (home if its_own else out) / "scope"
     assert plan.saes is not None  # else there is no such recipe
     configs = plan.saes.configs(lm.config)
     text = _tokens(plan.data, data, lm.tokenizer, out, lm.config.n_vocab)
@@ -181,7 +182,12 @@ def _model(source: str | Path, options: DataOptions) -> LanguageModel:
 def _tokenizer(options: DataOptions, n_vocab: int, data: list[str | Path], out: Path):
     """The run's tokenizer, which is in its folder once it is known."""
     if (out / "tokenizer.json").exists():
-        return load_tokenizer(str(out), None)
+        tokenizer = load_tokenizer(str(out), None)
+        if options.tokenizer == "new" and len(tokenizer) != n_vocab:
+            raise ValueError(
+                f"{out} has a tokenizer of {len(tokenizer)} pieces, the model {n_vocab}: name another --out"
+            )
+        return tokenizer
     if options.tokenizer == "new":
         return train_tokenizer(without_last(read_documents(data, options.field), options.held_out), n_vocab)
     if "/" in options.tokenizer or Path(options.tokenizer).exists():

@@ -5,6 +5,7 @@ What is in a run's folder, and who may write there, is in ``folder.py``; checkpo
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -293,6 +294,14 @@ def apply_optimizer(optimizer, gradient: PyTree, state: TrainState) -> tuple[PyT
     with jax.numpy_dtype_promotion("standard"):  # Optax corrects its bias with integer step counts
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state
+
+
+def fingerprint(params: PyTree) -> str:
+    """A hash of the values: what a run that builds on a model says of it in its config, wherever the model is kept."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def cosine_with_warmup(peak: float, steps: int, warmup: int, final: float = 0.0):

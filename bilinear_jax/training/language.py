@@ -9,7 +9,6 @@ into windows, where the original has one document a row, padded; and Muon, remat
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from bilinear_jax.nn.sites import loss as summed_loss
 from bilinear_jax.nn.transformer import REMAT, Transformer, TransformerConfig
 from bilinear_jax.training import folder
 from bilinear_jax.training.data import batches
-from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fit, sum_over_rows
+from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fingerprint, fit, sum_over_rows
 from bilinear_jax.training.mesh import OnMesh, on_first_process, one_copy, place, place_rows
 
 
@@ -273,7 +272,7 @@ def train_language(
             "model": dataclasses.asdict(config),
             "recipe": dataclasses.asdict(recipe),
             "tokens": len(tokens),
-            "start": None if params is None else _fingerprint(params),
+            "start": None if params is None else fingerprint(params),
         },
         save_every=save_every,
         log=log,
@@ -282,14 +281,6 @@ def train_language(
         name="language model",
     )
     return without_gate(config, state.params) if recipe.anneal else (config, state.params)
-
-
-def _fingerprint(params: PyTree) -> str:
-    """A hash of the values: the same start, the same run."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _add_samples(path: Path, step: int, lm: LanguageModel, prompts: Sequence[str]) -> None:

@@ -151,6 +151,11 @@ class TestLanguageModel:
         with pytest.raises(ValueError, match="a vocabulary of 270 tokens and the model one of 269"):
             train_lm("ts", text, tmp_path, overrides=TINY | RUN | given)
 
+    def test_another_size_of_a_new_tokenizer_is_refused(self, run, text):
+        """Else the one that is there is taken, and the model has tokens that never come."""
+        with pytest.raises(ValueError, match="has a tokenizer of 270 pieces, the model 280: name another --out"):
+            train_lm("ts-nano", text, run, overrides=TINY | RUN | {"model.n_vocab": "280"})
+
     def test_the_loss_does_not_depend_on_the_batch(self, run):
         lm = bj.load(run / "model")
         rows = held_out_rows(open_tokens(run / "tokens").held_out, 16)[:5]
@@ -184,6 +189,9 @@ class TestSAEs:
         """They are found with the model, by the command that trained it in the same folder."""
         overrides = self.SMALL | {"saes.layers": "[0]", "saes.sites": "mlp_in,mlp_out"}
         assert command("sae", "ts-nano", "--data", text, "--out", run, *options(overrides)) == 0
+        again = ["--model", run / ".." / run.name / "model"]  # named, it is the same one
+        assert command("sae", "ts-nano", "--data", text, "--out", run, *again, *options(overrides)) == 0
+        assert not (run / "scope").exists()
         tracer = bj.Tracer(bj.load(run / "model"), layer=0)
         assert (tracer.inp.name, tracer.out.name) == ("0-mlp-in-x4-k2", "0-mlp-out-x4-k2")
         scores = json.loads((run / "saes.json").read_text())
