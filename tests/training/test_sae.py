@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from bilinear_jax.evaluation import evaluate_saes
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig, unit_columns
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
@@ -170,14 +169,22 @@ def test_saes_that_are_alike_are_stacked():
         stacks([])
 
 
-def test_an_sae_does_not_depend_on_who_is_trained_beside_it():
-    """Neither its start nor its steps: alone, as one of three alike, and with others of another shape."""
-    recipe = SAERecipe(steps=10, batch_size=BATCH, lr=1e-2, final_lr=1e-3)
-    alike, others = configs_of(), configs_of(("encoder_bias", True), expansion=2, k=3)
-    mine = alike[1]
-    crowd = [others[0], alike[0], mine, alike[2]]
-    alone, together = saes_of(advanced([mine], recipe, 4)[0], [mine])[0], saes_of(advanced(crowd, recipe, 4)[0], crowd)
-    assert [sae.config for sae in together] == crowd
+ALIKE, OTHERS = configs_of(), configs_of(("encoder_bias", True), expansion=2, k=3)
+CROWD = [OTHERS[0], ALIKE[0], ALIKE[1], ALIKE[2]]
+CROWD_RECIPE = SAERecipe(steps=10, batch_size=BATCH, lr=1e-2, final_lr=1e-3, k_aux=2, dead_after=2 * BATCH)
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """SAEs of two shapes after four steps, by when some features count as dead; and the last metrics."""
+    return advanced(CROWD, CROWD_RECIPE, 4)
+
+
+def test_an_sae_does_not_depend_on_who_is_trained_beside_it(crowd):
+    """Neither its start nor its steps: alone, and as one of three alike among others of another shape."""
+    together = saes_of(crowd[0], CROWD)
+    assert [sae.config for sae in together] == CROWD
+    alone = saes_of(advanced(CROWD[2:3], CROWD_RECIPE, 4)[0], CROWD[2:3])[0]
     for name, leaf in alone.params.items():
         np.testing.assert_allclose(together[2].params[name], leaf, rtol=1e-6, atol=1e-7, err_msg=name)
 
@@ -303,30 +310,24 @@ def lm() -> LanguageModel:
     return LanguageModel(jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"], config)
 
 
-def test_training_on_text_starts_at_the_mean_logs_what_it_scores_and_goes_on_with_the_same_bits(lm, tmp_path):
+def test_training_on_text_goes_on_with_the_same_bits(lm, tmp_path):
+    """The ninth step fails once; the eighth, amid a chunk of the activation buffer, was saved."""
     configs, tokens = configs_of()[:2], np.random.default_rng(0).integers(0, 10, 3000)
-    rows = tokens[:64].reshape(4, 16)
     recipe = SAERecipe(steps=9, batch_size=32, lr=1e-2, final_lr=1e-2, buffer_tokens=96, rows=4, form="scan")
 
     def stop(step, metrics):
         raise Stopped
 
-    def run(name: str, **options):
-        return train_saes(lm, configs, recipe, tokens, tmp_path / name, save_every=2, evaluate_every=5, **options)
+    def run(name: str, log=None):
+        return train_saes(lm, configs, recipe, tokens, tmp_path / name, save_every=4, log=log)
 
-    whole = run("whole", held_out=rows)
+    whole = run("whole")
     with pytest.raises(Stopped):
-        run("halved", held_out=rows, log=stop)
+        run("halved", stop)
     for mine, other in zip(run("halved"), whole, strict=True):
+        assert mine.w_dec.shape == (D_MODEL, 24)
         for name, leaf in other.params.items():
             np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [5, 9]
-    scores = evaluate_saes(lm, whole, rows)
-    for sae in whole:
-        assert sae.w_dec.shape == (8, 24)
-        np.testing.assert_allclose(lines[-1][f"held_out_nmse.{sae.name}"], scores[sae.name].nmse, rtol=1e-5)
-        np.testing.assert_allclose(lines[-1][f"held_out_loss_added.{sae.name}"], scores[sae.name].loss_added, rtol=1e-4)
 
 
 def test_decoder_biases_start_at_the_mean_activation(lm, tmp_path, monkeypatch):
@@ -343,17 +344,16 @@ def test_decoder_biases_start_at_the_mean_activation(lm, tmp_path, monkeypatch):
         np.testing.assert_allclose(means[site], np.mean(served, axis=0), rtol=1e-4, atol=1e-5)
 
 
-def test_features_over_eight_devices_give_what_one_device_gives():
-    configs = configs_of(("encoder_bias", True), expansion=4)
-    recipe = SAERecipe(steps=10, batch_size=BATCH, lr=1e-2, final_lr=1e-3, k_aux=2, dead_after=2 * BATCH)
+def test_features_over_eight_devices_give_what_one_device_gives(crowd):
     mesh = make_mesh(data=2, model=4)
-    state = place(initial_state(configs, recipe, MEANS), mesh)
-    update, metrics = jax.jit(sae_update(configs, recipe), donate_argnums=0), {}
-    for step in range(3):
+    state = place(initial_state(CROWD, CROWD_RECIPE, MEANS), mesh)
+    update, metrics = jax.jit(sae_update(CROWD, CROWD_RECIPE), donate_argnums=0), {}
+    for step in range(4):
         state, metrics = update(state, place_rows(planted(step), mesh))
-    rows = state.params["stack_0"]["w_dec_rows"]
-    assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 32 // 4, D_MODEL)}
-    expected, expected_metrics = advanced(configs, recipe, 3)
+    rows = state.params["stack_1"]["w_dec_rows"]
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 24 // 4, D_MODEL)}
+    expected, expected_metrics = crowd
+    assert any(name.startswith("aux") and value > 0 for name, value in expected_metrics.items())
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     state = one_copy(state, mesh)
