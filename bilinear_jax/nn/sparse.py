@@ -14,7 +14,7 @@ Each comes in three forms, which differ in nothing but rounding, time and memory
     "dense"     the codes written out, [tokens, features], and a matrix product
 
 Measured on a 2-core CPU at 4096 tokens, d_model 1024, 8192 features, k 30, in milliseconds (combine, dots, scatter):
-scan 15, 40, 55; gather 130, 137, 141; dense 407, 368, 443. Nothing has been measured on a GPU or TPU: there,
+scan 14, 27, 68; gather 93, 109, 112; dense 239, 220, 249. Nothing has been measured on a GPU or TPU: there,
 ``fastest_form`` finds out, and ``training.sae.train_saes`` asks it when a run begins.
 """
 
