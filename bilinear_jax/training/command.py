@@ -28,7 +28,7 @@ from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.training.data import TokenFile, held_out_rows, open_tokens, tokenize
 from bilinear_jax.training.documents import as_sources, read_documents, save_tokenizer, train_tokenizer, without_last
 from bilinear_jax.training.language import train_language
-from bilinear_jax.training.mesh import make_mesh, on_first_process
+from bilinear_jax.training.mesh import make_mesh, on_first_process, one_copy
 from bilinear_jax.training.recipes import DataOptions, Recipe, RunOptions, read_recipe
 from bilinear_jax.training.sae import train_saes
 
@@ -69,6 +69,7 @@ def train_lm(
         start = _model(model, plan.data)
         config, params, tokenizer = start.config, start.params, start.tokenizer
     text = _tokens(plan.data, data, tokenizer, out, config.n_vocab)
+    mesh = _mesh(plan.run)
     config, params = train_language(
         config,
         plan.recipe,
@@ -80,9 +81,10 @@ def train_lm(
         prompts=plan.run.prompts,
         save_every=plan.run.save_every,
         evaluate_every=plan.run.evaluate_every,
-        mesh=_mesh(plan.run),
+        mesh=mesh,
         log=_wandb_log(wandb, plan, out / "language"),
     )
+    params = one_copy(params, mesh)  # process 0, which writes them, may hold a part of them only
     folder = out / "model"
 
     def finish():
