@@ -53,7 +53,8 @@ def train_lm(
         wandb: a project of Weights & Biases that gets the metrics as well (needs the package wandb).
 
     Returns:
-        The model's folder, ``out/model``; its scores are in ``out/model.json``.
+        The model's folder, ``out/model``; its scores are in ``out/model.json``. Several processes only train: the
+        same call in one process alone then saves and scores.
 
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: see ``read_recipe``, ``tokenize`` and ``train_language``.
@@ -102,7 +103,7 @@ def train_lm(
         _write(out / "model.json", json.dumps(scores, indent=2))
         print("{0}: {held_out_loss:.4f} nats a token on {held_out_tokens:,} held-out tokens".format(folder, **scores))
 
-    on_first_process(finish)
+    _alone(finish, out)
     return folder
 
 
@@ -163,7 +164,7 @@ def train_sae(
         _write(out / "saes.json", evaluation.to_json(scores))
         print(f"{scope}, on {rows.size:,} held-out tokens:\n\n{evaluation.table(scores)}")
 
-    on_first_process(finish)
+    _alone(finish, out)
     return scope
 
 
@@ -208,6 +209,14 @@ def _tokens(options: DataOptions, data: list[str | Path], tokenizer, out: Path, 
 
     on_first_process(make)
     return open_tokens(out / "tokens", tokenizer, n_vocab=n_vocab)
+
+
+def _alone(action: Callable[[], None], out: Path) -> None:
+    """Save and score, which one process does: Orbax would wait for the others, who have nothing to save."""
+    if jax.process_count() == 1:
+        action()
+    elif jax.process_index() == 0:
+        print(f"{out} is trained: give the same command to one process, without the others, to save and score it")
 
 
 def _mesh(options: RunOptions) -> Mesh | None:
