@@ -103,8 +103,9 @@ def one_copy(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """
     if mesh is None:
         return tree
-    whole = jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+    gather = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    # One at a time: a program that gathers them all was seen to hang while two processes compiled it for CPUs.
+    return jax.tree.map(lambda leaf: jax.block_until_ready(gather(leaf)).addressable_data(0), tree)
 
 
 def place_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
