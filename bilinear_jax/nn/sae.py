@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.nn.sparse import decode_at, linear_at
+from bilinear_jax.nn.sparse import decode_at, largest, linear_at
 from bilinear_jax.nn.transformer import SITES, linear, run_module
 
 SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
@@ -139,7 +139,7 @@ class TopKSAE(nn.Module):
         z = self._product(y)
         if among is not None:
             z = jnp.where(jnp.broadcast_to(among, z.shape), z, -jnp.inf)
-        indices = jax.lax.top_k(z, k or c.k)[1]
+        indices = largest(z, k or c.k)
         rows = jnp.concatenate([indices, indices + c.n_features], axis=-1) if c.bilinear_encoder else indices
         values = linear_at(x, self.w_enc, y, rows, self.b_enc if c.encoder_bias else None, self.form)
         values = self._product(values)

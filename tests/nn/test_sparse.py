@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from bilinear_jax.nn import sparse
-from bilinear_jax.nn.sparse import FORMS, combine, decode_at, dots, fastest_form, linear_at, scatter_outer
+from bilinear_jax.nn.sparse import (
+    FORMS,
+    combine,
+    decode_at,
+    dots,
+    fastest_form,
+    largest,
+    linear_at,
+    scatter_outer,
+)
 
 FEATURES, D_MODEL, K = 12, 5, 3
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -46,6 +55,21 @@ def test_kernels_are_the_loops_that_they_stand_for(form, tokens):
     same(combine(values, indices, rows, form), combined)
     same(dots(indices, rows, x, form), products)
     same(scatter_outer(values, indices, x, FEATURES, form), scattered)
+
+
+@pytest.mark.parametrize("kind", ["noise", "ties", "one run", "minus infinity"])
+def test_the_largest_are_those_of_top_k_ties_and_all(kind):
+    """Ties within a run, between runs, and at the edge of the k; all of the k in one run of 32; fewer than k finite."""
+    y = jax.random.normal(jax.random.key(0), (2, 50, 1024))
+    if kind == "ties":
+        y = jnp.round(2 * y)
+    elif kind == "one run":
+        y = y.at[..., 96:128].add(10)
+    elif kind == "minus infinity":
+        y = jnp.where(jax.random.uniform(jax.random.key(1), y.shape) < 0.004, y, -jnp.inf)
+    for k in (1, 5, 8):
+        np.testing.assert_array_equal(largest(y, k), jax.lax.top_k(y, k)[1])
+    np.testing.assert_array_equal(largest(y[..., :100], 3), jax.lax.top_k(y[..., :100], 3)[1])
 
 
 def dense_decode(values, indices, rows):
