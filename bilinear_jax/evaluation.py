@@ -174,7 +174,7 @@ def evaluate_saes(
     """
     from tqdm.auto import tqdm
 
-    saes = tuple(saes)
+    saes = tuple(dataclasses.replace(sae, source=None) for sae in saes)  # of no account, and compiled for
     check_names(saes)
     check_dataset(tokens, token_mask)
     if batch_size < 1:
