@@ -19,7 +19,7 @@ Axis names, in every signature:
     rank             min(in, new) of a basis: as many eigenvalues of basis^T Q basis can differ from zero
 """
 
-from bilinear_jax import checkpoint, decompose, evaluation, figures, generation, interactions, spectra
+from bilinear_jax import attribution, checkpoint, decompose, evaluation, figures, generation, interactions, spectra
 from bilinear_jax.activations import top_activations
 from bilinear_jax.checkpoint import load_sae
 from bilinear_jax.correlation import low_rank_correlation
@@ -39,6 +39,7 @@ __all__ = [
     "Tracer",
     "TransformerConfig",
     "Visualizer",
+    "attribution",
     "checkpoint",
     "decompose",
     "evaluation",
