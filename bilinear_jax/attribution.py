@@ -56,16 +56,16 @@ class Account:
     k: the active input features of a token, and one more if the MLP has biases: the constant input, always the last.
     """
 
-    pairs: Float[Array, "... k k"]  # c_i c_j (D^T Q D)_ij; symmetric: two features together make twice their entry
-    feature_bias: Float[Array, "... k"]  # 2 c_i (D^T Q b)_i
-    bias: Float[Array, "..."]  # b^T Q b
-    passthrough: Float[Array, "..."]  # 2 p^T Q (D c + b) + p^T Q p; 0 unless the input SAE passes coordinates through
-    error_cross: Float[Array, "..."]  # 2 e^T Q (D c + b + p)
-    error_error: Float[Array, "..."]  # e^T Q e
-    encoder: Float[Array, "..."]  # b_enc - u . b_dec_out: the same at every token
-    codes: Float[Array, "... k"]  # c: codes as the MLP sees them, f or f / rms(r); 1 for the constant input
-    indices: Int[Array, "... k"]  # the input feature of each row and column of pairs; n_features: the constant input
-    preactivation: Float[Array, "..."]  # what the output SAE's encoder makes of the model's own mlp_out
+    pairs: Array  # [..., k, k]: c_i c_j (D^T Q D)_ij; symmetric: two features together make twice their entry
+    feature_bias: Array  # [..., k]: 2 c_i (D^T Q b)_i
+    bias: Array  # [...]: b^T Q b
+    passthrough: Array  # [...]: 2 p^T Q (D c + b) + p^T Q p; 0 unless the input SAE passes coordinates through
+    error_cross: Array  # [...]: 2 e^T Q (D c + b + p)
+    error_error: Array  # [...]: e^T Q e
+    encoder: Array  # [...]: b_enc - u . b_dec_out: the same at every token
+    codes: Array  # [..., k]: c: codes as the MLP sees them, f or f / rms(r); 1 for the constant input
+    indices: Array  # [..., k] int: the input feature of each row and column of pairs; n_features: the constant input
+    preactivation: Array  # [...]: what the output SAE's encoder makes of the model's own mlp_out
 
     @property
     def terms(self) -> dict[str, Float[Array, "..."]]:

@@ -1,7 +1,7 @@
 """What a choice of pairs of input features says of an output feature over a dataset, and how much it leaves out.
 
 The pairs may be those of largest weight (``Tracer.top_interactions``) or those that do most on the data
-(``cofiring.strongest_pairs``): either way a summary says how often each pair fires, what it contributes, and which share
+(``cofiring.strongest_pairs``): either way a summary says how often each pair fires, what it contributes, and how much
 of the pre-activation all of them together are.
 """
 
@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -92,9 +93,9 @@ def pair_summaries(
         batch_size: rows that are run through the model at once.
 
     Raises:
-        ValueError: if the tracer has decoder columns as its directions or belongs to another model; if an output feature
-            has no pair, one twice, one that was found for another output feature, or one of an input feature that
-            doesn't exist; if tokens or mask don't fit or leave nothing; or if an activation is not finite.
+        ValueError: if the tracer has decoder columns as its directions or belongs to another model; if an output
+            feature has no pair, one twice, one that was found for another output feature, or one of an input feature
+            that doesn't exist; if tokens or mask don't fit or leave nothing; or if an activation is not finite.
         IndexError: if there is no such output feature.
 
     Memory: that of ``co_firing`` and of ``strongest_pairs``; ``batch seq (features + 7 d_hidden + 8 U)`` numbers for U
@@ -181,8 +182,8 @@ def _checked_pairs(tracer: Tracer, feature: int, pairs) -> Int[np.ndarray, "n 2"
     pairs = np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs) or not np.issubdtype(pairs.dtype, np.integer):
         raise ValueError(
-            f"the pairs of an output feature are ints [n, 2] with n at least 1; those of {feature} are {pairs.dtype} of "
-            f"shape {pairs.shape}"
+            f"the pairs of an output feature are ints [n, 2] with n at least 1; those of {feature} are {pairs.dtype} "
+            f"of shape {pairs.shape}"
         )
     features = tracer.basis.shape[1]
     outside = pairs[(pairs < 0) | (pairs >= features)]

@@ -47,8 +47,8 @@ def adds_up(found, true):
     """To 1e-5 of the pre-activation, or of its root mean square where it happens to be near 0."""
     true = np.asarray(true)
     allowed = 1e-5 * np.maximum(np.abs(true), np.sqrt(np.mean(true**2)))
-    assert np.all(np.abs(np.asarray(found.total) - true) <= allowed)
-    assert np.all(np.abs(np.asarray(found.preactivation) - true) <= allowed)
+    for value in (found.total, found.preactivation):
+        assert np.all(np.abs(np.asarray(value) - true) <= allowed)
 
 
 @pytest.mark.parametrize("site", ["mlp-in", "resid-mid"])
@@ -95,7 +95,10 @@ def test_each_term_is_its_formula(options):
     tracer, lm, x, y = case(**options)
     feature = 5
     found = account_at(output_feature(tracer, lm, feature), x, y)
-    adds_up(found, preactivations(tracer.out, y)[:, feature])
+    true = preactivations(tracer.out, y)[:, feature]
+    np.testing.assert_allclose(found.preactivation, true, rtol=1e-4)
+    # These random SAEs reconstruct nothing, so that large terms cancel: to float32's rounding of those.
+    np.testing.assert_allclose(found.total, true, atol=1e-6 * float(found.magnitude[1].max()))
 
     q, basis, inp = np.asarray(tracer.q(feature), np.float64), np.asarray(tracer.basis, np.float64), tracer.inp
     scale = (
@@ -167,7 +170,8 @@ def test_whatever_runs_at_once(monkeypatch):
     whole = account_at(output, x, y)
 
     def same(other):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, other)
+        for one, two in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6 * float(whole.magnitude[1].max()))
 
     same(jax.jit(account_at)(output, x, y))
     same(jax.vmap(account_at, (None, 0, 0))(output, x, y))
@@ -188,8 +192,8 @@ def test_the_gradient_is_that_of_the_pre_activation():
 
 def test_nothing_of_features_times_features():
     tracer, lm, x, y = case(expansion=13)
-    text = jax.jit(account_at).lower(output_feature(tracer, lm, 5), x, y).as_text()
-    assert "tensor<5x104xf32>" in text and "104x104" not in text
+    text = str(jax.make_jaxpr(account_at)(output_feature(tracer, lm, 5), x, y))
+    assert "f32[5,104]" in text and "104,104" not in text
 
 
 def test_a_low_precision_model_has_its_own_pre_activation(golden):
