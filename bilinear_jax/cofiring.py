@@ -51,7 +51,9 @@ class CoFiring:
     def find(self, pairs: Int[np.ndarray, "m 2"]) -> "CoFiring":
         """These pairs, in this order, (i, j) and (j, i) being one; 0 for those that never fire together."""
         size = 1 + int(max(self.pairs.max(initial=0), pairs.max(initial=0)))
-        keys, wanted = (np.sort(some, axis=1).astype(np.int64) @ [size, 1] for some in (self.pairs, pairs))
+        keys, wanted = (
+            first.astype(np.int64) * size + last for first, last in (self.pairs.T, np.sort(pairs, axis=1).T)
+        )
         place = np.searchsorted(keys, wanted)
         there = np.append(keys, -1)[place] == wanted
         sums = (np.where(there, np.append(sums, 0)[place], 0) for sums in (self.count, self.product, self.magnitude))

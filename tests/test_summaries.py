@@ -21,12 +21,13 @@ FEATURE = 3
 
 
 def biased() -> tuple[Tracer, LanguageModel, np.ndarray]:
-    """A random model with biases, before whose MLP there is a norm that the input SAE doesn't see."""
+    """A random model with biases; its input SAE reads before the norm, and passes two coordinates through."""
     config = TransformerConfig(1, 1, 8, 12, 16, 11, bias=True)
     lm = LanguageModel(published.make_params(config), config)
     saes = []
     for seed, site in enumerate(("resid_mid", "mlp_out")):
-        sae = SAE.init(SAEConfig(site, 0, 8, 3, 4, encoder_bias=True), jax.random.key(seed))
+        passed = (2, 5) if site == "resid_mid" else ()
+        sae = SAE.init(SAEConfig(site, 0, 8, 3, 4, encoder_bias=True, passthrough=passed), jax.random.key(seed))
         rng = np.random.default_rng(seed)
         biases = {
             name: jnp.asarray(rng.normal(size=sae.params[name].shape), jnp.float32) for name in ("b_dec", "b_enc")
