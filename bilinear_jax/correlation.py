@@ -122,7 +122,7 @@ def low_rank_correlation(
     ks = _checked_ks(ks, tracer.tensor.n_in)
     if min(batch_size, min_count) < 1:
         raise ValueError(f"batch_size and min_count must be at least 1, got {batch_size} and {min_count}")
-    _check_tracer(tracer, lm)
+    check_tracer(tracer, lm)
     check_dataset(tokens, token_mask)
 
     x, codes, code_features = _stream(tracer, lm, tokens, token_mask, min(batch_size, len(tokens)))
@@ -161,7 +161,8 @@ def _checked_ks(ks: Iterable[SupportsIndex], inputs: int) -> list[int]:
     return numbers
 
 
-def _check_tracer(tracer: Tracer, lm: LanguageModel) -> None:
+def check_tracer(tracer: Tracer, lm: LanguageModel) -> None:
+    """Raises ``ValueError`` unless the tracer has encoder rows as its directions, and is one of this model."""
     if not tracer.use_encoder:
         raise ValueError(
             "the activations of a feature are what its encoder row reads, and this tracer has decoder columns: make it "
