@@ -29,7 +29,17 @@ from bilinear_jax.activations import (
 )
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
-from bilinear_jax.rendering import DARK, LIGHT, Context, Palette, context_text, pieces, shaded, token_label
+from bilinear_jax.rendering import (
+    DARK,
+    LIGHT,
+    Context,
+    Palette,
+    context_text,
+    pieces,
+    shaded,
+    shown_around,
+    token_label,
+)
 
 
 @functools.partial(
@@ -218,10 +228,8 @@ class Visualizer:
         ids = np.asarray(self.tokens[row])
         texts = pieces(self.tokenizer, ids)
         counted = np.flatnonzero(np.asarray(self.lm.token_mask(ids[None]))[0])
-        last = max(position, int(counted[-1]) if counted.size else 0)  # padding isn't shown
-        start, stop = max(position - window, 0), min(position + window, last) + 1
-        while stop < len(texts) and not texts[stop - 1]:  # a character is shown whole
-            stop += 1
+        last = int(counted[-1]) if counted.size else 0  # padding isn't shown
+        start, stop = shown_around(texts, position, window, last)
         return Context(value, row, position, start, tuple(texts[start:stop]), activations[start:stop])
 
     def _block(self, feature: int, contexts: list[Context], palette: Palette | None, logits: int) -> str:
