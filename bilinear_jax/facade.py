@@ -9,6 +9,7 @@ from bilinear_jax import (
     figures,
     generation,
     interactions,
+    interventions,
     spectra,
     summaries,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "figures",
     "generation",
     "interactions",
+    "interventions",
     "load",
     "load_sae",
     "logit_effects",

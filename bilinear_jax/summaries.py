@@ -116,7 +116,7 @@ def pair_summaries(
     if not pairs:
         raise ValueError("name at least one output feature, with its pairs, such as {7: [(3, 12)]}")
     check_tracer(tracer, lm)
-    chosen = {feature: _checked_pairs(tracer, feature, given) for feature, given in pairs.items()}
+    chosen = {feature: checked_pairs(tracer, feature, given) for feature, given in pairs.items()}
     weights = {feature: pair_weights(tracer, feature, some) for feature, some in chosen.items()}
     fired, sums, found = CoFiringSums(), AccountSums(), {feature: PairSums() for feature in pairs}
     options = {"token_mask": token_mask, "batch_size": batch_size, "description": "pairs of input features"}
@@ -223,7 +223,8 @@ def _read_with_bias(tracer: Tracer, feature: int) -> Float[np.ndarray, " feature
         return np.asarray(2 * tracer.basis.T @ (tracer.q(feature) @ bias), np.float64)
 
 
-def _checked_pairs(tracer: Tracer, feature: int, pairs) -> Int[np.ndarray, "n 2"]:
+def checked_pairs(tracer: Tracer, feature: int, pairs) -> Int[np.ndarray, "n 2"]:
+    """The pairs that were given for an output feature, as int32; ``ValueError`` says what is wrong with them."""
     if isinstance(pairs, Interactions):
         other = np.asarray(pairs.out)[np.asarray(pairs.out) != feature]
         if other.size:
