@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bilinear_jax.activations import (
     RankedRows,
@@ -51,10 +51,10 @@ from bilinear_jax.rendering import (
 class LogitEffects:
     """The tokens whose logits a feature moves most; ``by`` is in logits a unit of activation, before 1 / rms."""
 
-    raised: Int[Array, " k"]  # token ids, the most raised first
-    raised_by: Float[Array, " k"]
-    lowered: Int[Array, " k"]  # token ids, the most lowered first
-    lowered_by: Float[Array, " k"]
+    raised: Array | np.ndarray  # [k] int: token ids, the most raised first
+    raised_by: Array | np.ndarray  # [k]
+    lowered: Array | np.ndarray  # [k] int: token ids, the most lowered first
+    lowered_by: Array | np.ndarray  # [k]
 
 
 def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEffects:
@@ -87,12 +87,16 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
     """
     if not isinstance(feature, Tracer):
         feature = check_feature(sae, feature)
-    effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.w_dec[:, feature])
-    if sae.config.site == "attn_out":
-        effects = lm.config.attention_factor * effects
+    effects = direct_effects(lm, sae, feature)
     raised_by, raised = jax.lax.top_k(effects, min(k, len(effects)))
     lowered_by, lowered = jax.lax.top_k(-effects, min(k, len(effects)))
     return LogitEffects(raised, raised_by, lowered, -lowered_by)
+
+
+def direct_effects(lm: LanguageModel, sae: SAE, feature) -> Float[Array, " n_vocab"]:
+    """How much a feature raises every token's logit, see ``logit_effects``."""
+    effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.w_dec[:, feature])
+    return lm.config.attention_factor * effects if sae.config.site == "attn_out" else effects
 
 
 class Visualizer:

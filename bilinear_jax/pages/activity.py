@@ -184,4 +184,4 @@ def significant(values: Float[np.ndarray, "*n"], digits: int = 4) -> Float[np.nd
     size = np.where(values == 0, 1, np.abs(values))
     power = np.clip(digits - 1 - np.floor(np.log10(size)), -22, 22)  # 10.0 ** 22 is the last that is exact
     up, down = 10.0 ** np.maximum(power, 0), 10.0 ** np.maximum(-power, 0)
-    return np.round(values * up / down) / up * down
+    return np.asarray(np.round(values * up / down) / up * down)

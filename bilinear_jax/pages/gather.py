@@ -118,7 +118,7 @@ def _rounded(fact: Any) -> Any:
     """The same facts with every float rounded, and of Python's own types."""
     match fact:
         case float():
-            return float(significant(np.float64(fact)))
+            return float(significant(np.array(fact)))
         case list() if fact and isinstance(fact[0], float):
             return significant(np.array(fact)).tolist()
         case list() | tuple():
