@@ -12,9 +12,7 @@ Each table of a file is a dataclass, and each key a field of it, by the same nam
 """
 
 import dataclasses
-import inspect
 import itertools
-import re
 import tomllib
 import types
 import typing
@@ -22,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bilinear_jax.fields import field_comments
 from bilinear_jax.nn.sae import SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.training.language import LanguageRecipe
@@ -167,7 +166,7 @@ def describe(kind: str) -> str:
     lines = []
     for table, cls in _TABLES[kind].items():
         lines.append(f"[{table}]")
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+        comments = field_comments(cls)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             default = "" if field.default is dataclasses.MISSING else f"; {_as_typed(field.default)}"

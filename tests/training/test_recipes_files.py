@@ -309,7 +309,8 @@ class TestCommand:
 
     def test_overrides_stand_anywhere(self, text, tmp_path, capsys):
         words = ["--recipe.lr=nan", "lm", "--model.gate", "wrong", "--data", text, "--out", tmp_path, "--", "ts"]
-        assert command(*words) == 1
+        with pytest.raises(SystemExit):
+            command(*words)
         assert "unknown gate 'wrong'" in capsys.readouterr().err
 
     def test_metrics_go_to_weights_and_biases_too(self, swiglu):
