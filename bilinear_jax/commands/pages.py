@@ -43,17 +43,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         shown = PageOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PageOptions)})
     except ValueError as error:
         raise common.WrongUse(str(error)) from error
-    from bilinear_jax.pages.gather import gather
-    from bilinear_jax.pages.site import write_site
+    from bilinear_jax.checkpoint import check_place
+    from bilinear_jax.pages import gather, site
 
+    check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work, rather than after
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
     features = select_features(options.features, tracer)
     tokens, dataset = common.load_tokens(options, lm)
     command = shlex.join(["bilinear-jax", *options.words])
-    site = gather(lm, tracer, features, tokens=tokens, options=shown, command=command, dataset=dataset)
-    index = write_site(site, options.out, force=options.force)
-    return {"index": str(index), "outputs": len(site.outputs), "inputs": len(site.inputs)}
+    found = gather.gather(lm, tracer, features, tokens=tokens, options=shown, command=command, dataset=dataset)
+    index = site.write_site(found, options.out, force=options.force)
+    return {"index": str(index), "outputs": len(found.outputs), "inputs": len(found.inputs)}
 
 
 def text(result: dict[str, Any]) -> str:
