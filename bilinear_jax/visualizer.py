@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ from bilinear_jax.rendering import (
     shown_around,
     token_label,
 )
+
+if TYPE_CHECKING:
+    from bilinear_jax.pages.render import Html
 
 
 @functools.partial(
@@ -188,6 +191,17 @@ class Visualizer:
         palette = (DARK if dark else LIGHT) if color else None
         found = self.contexts(*features, k=k, window=window)
         return "\n\n".join(self._block(feature, found[feature], palette, logits) for feature in found)
+
+    def html(self, *features: SupportsIndex, k: int = 5, window: int = 10, logits: int = 6) -> "Html":
+        """What ``__call__`` prints, as HTML that a notebook shows: the value of each token under the pointer."""
+        from bilinear_jax.pages.render import contexts_fragment
+
+        found, effects = self.contexts(*features, k=k, window=window), {}
+        for feature in found if logits else ():
+            moved = logit_effects(self.lm, self.sae, feature, k=logits)
+            sides = (moved.raised.tolist(), moved.lowered.tolist())
+            effects[feature] = tuple([token_label(self.tokenizer, token) for token in side] for side in sides)
+        return contexts_fragment(found, effects, self.sae.name)
 
     def contexts(self, *features: SupportsIndex, k: int = 5, window: int = 10) -> dict[int, list[Context]]:
         """The ``k`` largest activations of each feature with ``window`` tokens on either side; none of a dead one."""
