@@ -82,7 +82,14 @@ def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
         {"i": int(i), "j": int(j), "weight": float(weight), "share": float(share)}
         for (i, j), weight, share in zip(pairs, weights, shares, strict=True)
     ]
-    return {**dataclasses.asdict(spectrum), "interactions": listed, "interactions_share": float(shares.sum())}
+    return {
+        "norm": spectrum.norm,
+        "effective_rank": spectrum.effective_rank,
+        "eigenpairs": [dataclasses.asdict(pair) for pair in spectrum.eigenpairs],
+        "explained": spectrum.explained,
+        "interactions": listed,
+        "interactions_share": float(shares.sum()),
+    }
 
 
 def at_tokens(tracer, lm, tokens, feature: int, n: int, position: int | None) -> dict[str, Any]:
