@@ -58,7 +58,7 @@ PAIRS = [
 MATRIX = [[0.0, 0.125, 0.0], [0.125, -0.25, 0.5], [0.0, 0.5, 1.0]]
 
 
-def output(one: Activity) -> OutputFeature:
+def output(one: Activity, r2: float) -> OutputFeature:
     """An output feature with pairs, one of which is interference, one with the constant input."""
     terms = {"shown": 0.5, "pairs": -0.25, "bias": 0.125, "passthrough": 0.0}
     return OutputFeature(
@@ -71,7 +71,7 @@ def output(one: Activity) -> OutputFeature:
         ],
         explained=0.625,
         by_weight=PairList(PAIRS, 0.4, 0.0321, 0.05, terms),
-        by_data=PairList(PAIRS[:2], 0.35, 0.06, 0.09, terms),
+        by_data=PairList(PAIRS[:2], r2, 0.06, 0.09, terms),
         heat_map=HeatMap([0, 1, 2], MATRIX, 0.02),
     )
 
@@ -80,7 +80,11 @@ def site() -> Site:
     """Three output features, the middle one dead, and the four input features that they name."""
     nothing = PairList([], None, None, None, {})
     silent = OutputFeature(dead(11), 0.0, 0.0, [], 0.0, nothing, nothing, HeatMap([], [], 0.0))
-    outputs = [output(activity(10, 0.1, ["␣dog", "<img src=x>"])), silent, output(activity(3, 0.5, ["␣Lily"]))]
+    outputs = [
+        output(activity(10, 0.1, ["␣dog", "<img src=x>"]), 0.35),
+        silent,
+        output(activity(3, 0.5, ["␣Lily"]), 0.7),
+    ]
     feeds = [Feeds(10, 2, 0.5), Feeds(3, 2, -0.25)]
     inputs = [InputFeature(dead(0), [Feeds(10, 3, 0.125)])]
     inputs += [InputFeature(activity(n, n / 10, [f"␣in{n}"]), feeds) for n in (1, 2, 3)]
@@ -95,7 +99,7 @@ def site() -> Site:
         out="2-mlp-out",
         out_hash="c" * 64,
         tokenizer_hash="d" * 64,
-        dataset="rows",
+        dataset="rows\u202e.npy",
         dataset_hash="e" * 64,
         rows=8,
         tokens=2040,

@@ -70,7 +70,11 @@ def test_no_token_is_obeyed(pages):
     shown = Page(pages["output 0"]).text
     for text in (made.TOKENS[0], made.TOKENS[1], "<U+202E>", "␛[31m", "↵", "␣␣␣", " &amp;", "<img src=x>", "<b>"):
         assert text in shown
-    assert "bilinear-jax pages --out '<here>'" in shown and "made & <b>by</b> hand, layer 2" in shown
+    assert (
+        "bilinear-jax pages --out '<here>'" in shown
+        and "rows<U+202E>.npy" in shown
+        and "made & <b>by</b> hand, layer 2" in shown
+    )
 
 
 def test_nothing_is_asked_of_a_network(pages):
