@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from bilinear_jax.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import loss as summed_loss
 from bilinear_jax.nn.transformer import REMAT, Transformer, TransformerConfig
@@ -58,16 +59,17 @@ class LanguageRecipe:
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {getattr(self, name)!r}")
-        for name in ("steps", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, COUNT, "steps", "batch_size", "accumulation")
+        check_fields(self, NOT_NEGATIVE, "lr", "embed_lr", "weight_decay", "warmup")
+        check_fields(self, Rule("must lie in 0 ... 1, and below 1", lambda b: all(0 <= x < 1 for x in b)), "betas")
+        check_fields(self, Rule("must be a share, 0 ... 1", lambda x: 0 <= x <= 1), "final", "anneal")
+        check_fields(self, Rule("must be greater than 0", lambda x: x > 0), "clip")
+        check_fields(self, SEED, "seed")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation cuts a batch into equal parts: {self.accumulation} is no divisor of "
                 f"batch_size {self.batch_size}"
             )
-        if not 0 <= self.anneal <= 1:
-            raise ValueError(f"anneal is a share of the steps, 0 ... 1; got {self.anneal}")
 
     def rate(self, peak: float) -> optax.Schedule:
         """The learning rate by step: up to ``peak`` over ``warmup`` steps, then down to ``final * peak`` at the end."""

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilinear_jax.fields import field_comments
-from bilinear_jax.nn.sae import SAEConfig
+from bilinear_jax.fields import COUNT, Rule, check_fields, field_comments
+from bilinear_jax.nn.sae import SAEConfig, site_name
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.training.language import LanguageRecipe
 from bilinear_jax.training.sae import SAERecipe
@@ -39,6 +39,9 @@ class DataOptions:
     held_out: int = 500  # documents at the end that are not trained on
     max_tokens: int | None = None  # stop reading at so many
 
+    def __post_init__(self):
+        check_fields(self, COUNT, "held_out", "max_tokens")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
@@ -54,9 +57,8 @@ class RunOptions:
     def __post_init__(self):
         if self.weights not in ("float32", "bfloat16"):
             raise ValueError(f"weights are saved in 'float32' or 'bfloat16', not {self.weights!r}")
-        for name in ("save_every", "evaluate_every", "held_out_rows"):
-            if (getattr(self, name) or 1) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, COUNT, "save_every", "evaluate_every", "held_out_rows")
+        check_fields(self, Rule("must be two numbers of at least 1", lambda mesh: min(mesh) >= 1), "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,11 @@ class SAEGrid:
     ks: tuple[int, ...]  # active features a token
     layers: tuple[int, ...] | None = None  # None: all
     tag: str | None = None  # tells them apart from others that are alike
+
+    def __post_init__(self):
+        object.__setattr__(self, "sites", tuple(site_name(site) for site in self.sites))
+        each_once = Rule("must name at least one, and none twice", lambda them: 0 < len(them) == len(set(them)))
+        check_fields(self, each_once, "sites", "expansions", "ks", "layers")
 
     def configs(self, model: TransformerConfig) -> list[SAEConfig]:
         """Their configs; raises ``ValueError`` for a layer that the model doesn't have.

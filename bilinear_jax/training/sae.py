@@ -37,6 +37,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from bilinear_jax.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
 from bilinear_jax.nn.sites import capture
@@ -70,14 +71,9 @@ class SAERecipe:
     form: str | None = None  # of the sparse products, one of nn.sparse.FORMS; None: the fastest, measured at the start
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "buffer_tokens", "rows", "dead_after"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.k_aux, self.warmup, self.aux_coefficient) < 0:
-            raise ValueError(
-                "k_aux, warmup and aux_coefficient must not be negative, got "
-                f"{self.k_aux}, {self.warmup} and {self.aux_coefficient}"
-            )
+        check_fields(self, COUNT, "steps", "batch_size", "buffer_tokens", "rows", "dead_after")
+        check_fields(self, NOT_NEGATIVE, "lr", "k_aux", "warmup", "aux_coefficient")
+        check_fields(self, SEED, "seed")
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"final_lr must lie in 0 ... lr ({self.lr}), got {self.final_lr}")
         if self.dead_after + self.batch_size >= 2**31:

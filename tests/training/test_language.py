@@ -254,7 +254,13 @@ def test_only_a_swiglu_can_be_annealed(change, tmp_path):
         ({"compute_dtype": "float16"}, "compute_dtype is one of 'float32', 'bfloat16'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 10, "accumulation": 4}, "4 is no divisor of batch_size 10"),
-        ({"anneal": 30.0}, "anneal is a share of the steps, 0 ... 1; got 30"),
+        ({"anneal": 30.0}, "anneal must be a share, 0 ... 1, got 30"),
+        ({"final": -0.5}, "final must be a share"),
+        ({"lr": -1e-3}, "lr must be a number that is not negative, got -0.001"),
+        ({"embed_lr": float("nan")}, "embed_lr must be a number that is not negative, got nan"),
+        ({"betas": (0.9, 1.0)}, "betas must lie in 0 ... 1, and below 1, got"),
+        ({"clip": 0.0}, "clip must be greater than 0, got 0"),
+        ({"seed": -1}, "seed must lie in 0 ... 2.32 - 1, got -1"),
     ],
 )
 def test_recipes_that_make_no_sense_are_named(fields, message):

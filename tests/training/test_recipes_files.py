@@ -252,6 +252,11 @@ class TestFiles:
             ({"data.max_tokens": "many"}, 'data.max_tokens is a whole number or "none", not many'),
             ({"model.n_head": "3"}, "d_model .512. must be a multiple of"),
             ({"run.weights": "int8"}, "weights are saved in 'float32' or 'bfloat16'"),
+            ({"run.save_every": "0"}, "ts.toml: save_every must be at least 1, got 0"),
+            ({"run.held_out_rows": "0"}, "held_out_rows must be at least 1, got 0"),
+            ({"run.mesh": "-1,-1"}, "mesh must be two numbers of at least 1"),
+            ({"data.held_out": "0"}, "held_out must be at least 1, got 0"),
+            ({"data.max_tokens": "-5"}, "max_tokens must be at least 1, got -5"),
         ],
     )
     def test_what_does_not_fit_is_named(self, overrides, message):
@@ -273,6 +278,20 @@ class TestFiles:
         (tmp_path / "own.toml").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_recipe("lm", tmp_path / "own.toml")
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ({"saes.ks": "[]"}, "ks must name at least one, and none twice"),
+            ({"saes.layers": "[]"}, "layers must name at least one"),
+            ({"saes.expansions": "4,4"}, r"expansions must name at least one, and none twice, got \(4, 4\)"),
+            ({"saes.sites": "mlp_in,mlp-in"}, r"and none twice, got \('mlp_in', 'mlp_in'\)"),
+            ({"saes.sites": "mlp"}, "unknown SAE site 'mlp'; choose one of"),
+        ],
+    )
+    def test_a_grid_of_saes_names_each_once(self, overrides, message):
+        with pytest.raises(ValueError, match=message):
+            read_recipe("sae", "ts", overrides)
 
     def test_a_file_without_a_model_is_for_fine_tuning(self, tmp_path, text, capsys):
         (tmp_path / "own.toml").write_text("[recipe]\nsteps = 3")

@@ -373,7 +373,10 @@ def test_the_optimisers_state_has_one_count_and_two_moments():
     [
         (dict(steps=0), "steps must be at least 1, got 0"),
         (dict(batch_size=0), "batch_size must be at least 1"),
-        (dict(k_aux=-1), "must not be negative, got -1"),
+        (dict(k_aux=-1), "k_aux must be a number that is not negative, got -1"),
+        (dict(aux_coefficient=float("nan")), "aux_coefficient must be a number that is not negative"),
+        (dict(lr=float("inf")), "lr must be a number that is not negative, got inf"),
+        (dict(seed=2**32), "seed must lie in 0 ... 2.32 - 1"),
         (dict(final_lr=1.0), r"final_lr must lie in 0 ... lr \(0.0001\), got 1.0"),
         (dict(dead_after=2**31), "dead_after must stay below"),
         (dict(form="fast"), "unknown form 'fast'"),
