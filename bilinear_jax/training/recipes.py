@@ -48,6 +48,9 @@ class RunOptions:
     """What is kept of a run, and how often it is looked at."""
 
     save_every: int = 200  # steps from checkpoint to checkpoint
+    keep: int = 2  # checkpoints that stay, the newest
+    keep_every: int | None = None  # besides, those of steps that are multiples of this; None: no others
+    log_every: int = 20  # steps from one line of metrics.jsonl to the next
     evaluate_every: int = 200  # steps from one evaluation on held-out text to the next
     held_out_rows: int | None = None  # rows of n_ctx tokens to evaluate on; None: all that are held out
     prompts: tuple[str, ...] = ("Once upon a time",)  # continued at each evaluation of a language model, as samples
@@ -57,7 +60,7 @@ class RunOptions:
     def __post_init__(self):
         if self.weights not in ("float32", "bfloat16"):
             raise ValueError(f"weights are saved in 'float32' or 'bfloat16', not {self.weights!r}")
-        check_fields(self, COUNT, "save_every", "evaluate_every", "held_out_rows")
+        check_fields(self, COUNT, "save_every", "keep", "keep_every", "log_every", "evaluate_every", "held_out_rows")
         check_fields(self, Rule("must be two numbers of at least 1", lambda mesh: min(mesh) >= 1), "mesh")
 
 
