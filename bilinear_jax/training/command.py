@@ -124,7 +124,7 @@ def train_sae(
     overrides: Mapping[str, Any] | None = None,
     wandb: str | None = None,
 ) -> Path:
-    """Train SAEs for a language model by a recipe; the same call again goes on where it was interrupted.
+    """Train SAEs for a language model, all in one pass of it; called again, it goes on as ``train_lm`` does.
 
     Args:
         model: as for ``bilinear_jax.load``. None: ``out/model``, where ``train_lm`` leaves it.
