@@ -108,12 +108,17 @@ def strongest_pairs(tracer: Tracer, found: CoFiring, feature: int, n: int = 50) 
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    return found.pairs[strongest(found, pair_weights(tracer, feature, found.pairs), n)]
+    size = magnitudes(found, pair_weights(tracer, feature, found.pairs))
+    return found.pairs[largest(size, n)]
 
 
-def strongest(found: CoFiring, weights: Float[np.ndarray, " pairs"], n: int) -> Int[np.ndarray, " n"]:
-    """Which of the pairs of ``found``, of these weights, have the n largest mean |contributions| above 0."""
-    size = np.abs(entries(found.pairs) * weights) * found.magnitude
+def magnitudes(found: CoFiring, weights: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " pairs"]:
+    """Sums of the |contributions| of the pairs of ``found``, of these weights, over tokens."""
+    return np.abs(entries(found.pairs) * weights) * found.magnitude
+
+
+def largest(size: Float[np.ndarray, " m"], n: int) -> Int[np.ndarray, " n"]:
+    """Which are the n largest of those above 0, the largest first and of equals the first."""
     least = np.partition(size, -n)[-n] if len(size) > n else 0
     order = np.flatnonzero((size >= least) & (size > 0))
     return order[np.argsort(-size[order], kind="stable")][:n]
@@ -145,10 +150,10 @@ class Observed:
     counts: Bool[np.ndarray, " tokens"]  # whether the token counts
     scale: Float[np.ndarray, " tokens"]  # 1 / rms(r) where a norm lies between the input SAE and the MLP, else 1
     inputs: sparse.csr_array  # [tokens, features]: c, codes as the MLP sees them, in float64; with the constant input
-    outputs: sparse.csr_array | None  # [tokens, output features]: codes of the output SAE; None: not asked for
-    z: Float[np.ndarray, "tokens U"] | None  # pre-activations of the output features named; 0 where none counts
-    terms: Float[np.ndarray, "U 6"] | None  # sums of each kind of term but the encoder's, over the tokens that count
-    magnitude: Float[np.ndarray, "U 6"] | None  # sums of their absolute values
+    outputs: sparse.csr_array  # [tokens, output features]: codes of the output SAE; empty if no output feature is named
+    z: Float[np.ndarray, "tokens U"]  # pre-activations of the output features named; 0 where a token doesn't count
+    terms: Float[np.ndarray, "U 6"]  # sums of each kind of term but the encoder's, over the tokens that count
+    magnitude: Float[np.ndarray, "U 6"]  # sums of their absolute values
 
     @functools.cached_property
     def counted(self) -> sparse.csr_array:
@@ -189,7 +194,9 @@ def observe_all(tracer: Tracer, lm: LanguageModel, tokens, features: list[int], 
 def _observed(tracer: Tracer, got: dict[str, np.ndarray]) -> Observed:
     inputs = _sparse(got["codes"], got["indices"], tracer.basis.shape[1])
     if "z" not in got:
-        return Observed(got["counts"], got["scale"], inputs, None, None, None, None)
+        nothing = sparse.csr_array((len(got["counts"]), tracer.n_features))
+        none = np.zeros((len(got["counts"]), 0), np.float32)
+        return Observed(got["counts"], got["scale"], inputs, nothing, none, *np.zeros((2, 0, 6)))
     outputs = _sparse(got["out_codes"], got["out_indices"], tracer.n_features)
     sums = (got[name].sum(axis=0, dtype=np.float64) for name in ("terms", "magnitude"))
     return Observed(got["counts"], got["scale"], inputs, outputs, got["z"], *sums)
@@ -290,31 +297,38 @@ class CoFiringSums:
     """The sums of ``CoFiring``, and of each input feature's |codes| times the scale, batch by batch."""
 
     def __init__(self):
-        self.tokens, self.scaled, self.sums = 0, 0, [0, 0, 0]
+        self.tokens = 0
+        self.scaled: Any = 0  # [features]
+        self.sums: list[Any] = [0, 0, 0]  # [features, features] each: of tokens, products and |products|
 
     def add(self, seen: Observed) -> None:
         codes = seen.counted
         self.tokens += int(np.count_nonzero(seen.counts))
         self.scaled += abs(codes).T @ seen.scale.astype(np.float64)
-        kinds = ((codes != 0).astype(np.float64), codes, abs(codes))
-        self.sums = [total + kind.T.tocsr() @ kind for total, kind in zip(self.sums, kinds, strict=True)]
+        fires = sparse.csr_array((np.ones_like(codes.data), codes.indices, codes.indptr), codes.shape)
+        self.sums = [
+            total + kind.T.tocsr() @ kind for total, kind in zip(self.sums, (fires, codes, abs(codes)), strict=True)
+        ]
 
     def finished(self) -> CoFiring:
         size = self.sums[0].shape[0]
-        upper = [sparse.triu(total, format="csr") for total in self.sums]
         keys, sums = [], []
-        for total in upper:
-            total.sort_indices()
-            keys.append(np.repeat(np.arange(size), np.diff(total.indptr)) * size + total.indices)
+        for total in self.sums:
+            upper: Any = sparse.triu(total, format="csr")
+            upper.sort_indices()
+            keys.append(np.repeat(np.arange(size), np.diff(upper.indptr)) * size + upper.indices)
             sums.append(np.zeros(len(keys[0])))
-            sums[-1][np.searchsorted(keys[0], keys[-1])] = total.data  # what cancels to 0 may be left out
+            sums[-1][np.searchsorted(keys[0], keys[-1])] = upper.data  # what cancels to 0 may be left out
         pairs = np.stack(np.divmod(keys[0], size), axis=1).astype(np.int32)
-        return CoFiring(pairs, sums[0].astype(np.int64), *sums[1:], self.tokens)
+        count, product, magnitude = sums
+        return CoFiring(pairs, count.astype(np.int64), product, magnitude, self.tokens)
 
 
 def pair_products(codes: sparse.csc_array, pairs: Int[np.ndarray, "n 2"]) -> sparse.csc_array:
     """``c_i c_j`` of some pairs at every token, ``[tokens, n]``."""
-    return codes[:, pairs[:, 0]].multiply(codes[:, pairs[:, 1]]).tocsc()
+    products = codes[:, pairs[:, 0]].multiply(codes[:, pairs[:, 1]]).tocsc()
+    products.sort_indices()
+    return products
 
 
 def entries(pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, " n"]:

@@ -16,7 +16,16 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from bilinear_jax.attribution import TERMS, encoder_constant
-from bilinear_jax.cofiring import CoFiring, CoFiringSums, Observed, entries, observe, pair_products, pair_weights
+from bilinear_jax.cofiring import (
+    CoFiring,
+    CoFiringSums,
+    Observed,
+    entries,
+    magnitudes,
+    observe,
+    pair_products,
+    pair_weights,
+)
 from bilinear_jax.correlation import check_tracer
 from bilinear_jax.interactions import Interactions
 from bilinear_jax.language import LanguageModel
@@ -128,67 +137,68 @@ def pair_summaries(
             found[feature].add(pair_products(codes, some), seen.z[:, column])
 
     co, result = fired.finished(), {}
-    for column, (feature, some) in enumerate(chosen.items()):
-        weights_of_all = pair_weights(tracer, feature, co.pairs)
-        totals = Totals.of(tracer, feature, co, weights_of_all, fired.scaled, sums, column)
-        result[feature] = summary(some, weights[feature], found[feature], totals, co)
+    totals = sums.finished(tracer, list(pairs), fired)
+    for total, (feature, some) in zip(totals, chosen.items(), strict=True):
+        whole = magnitudes(co, pair_weights(tracer, feature, co.pairs)).sum()
+        result[feature] = summary(some, weights[feature], found[feature], total, co, whole)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What the terms of one output feature come to over a dataset, whatever pairs are shown of it."""
+
+    terms: dict[str, float]  # mean of each kind
+    others: float  # mean over tokens of the sum of all |terms| that are no pairs
+    z: Float[np.ndarray, "2"]  # mean of the pre-activation, and of its square
 
 
 class AccountSums:
     """Sums over tokens of what the account of each of some output features is made of, batch by batch."""
 
     def __init__(self):
-        self.terms, self.magnitude, self.z = 0, 0, 0
+        self.terms: Any = 0  # [U, 6]
+        self.magnitude: Any = 0  # [U, 6]
+        self.z: Any = 0  # [2, U]
 
     def add(self, seen: Observed) -> None:
-        assert seen.z is not None
         self.terms, self.magnitude = self.terms + seen.terms, self.magnitude + seen.magnitude
-        self.z = self.z + np.stack([seen.z.sum(axis=0, dtype=np.float64), (seen.z.astype(np.float64) ** 2).sum(axis=0)])
+        squares = np.einsum("tu,tu->u", seen.z, seen.z, dtype=np.float64)
+        self.z = self.z + np.stack([seen.z.sum(axis=0, dtype=np.float64), squares])
+
+    def finished(self, tracer: Tracer, features: list[int], fired: CoFiringSums) -> list[Totals]:
+        """Of each output feature, in the order in which they were observed."""
+        encoder = np.asarray(encoder_constant(tracer.out, np.asarray(features, np.int32)), np.float64)
+        terms = np.concatenate([self.terms / fired.tokens, encoder[:, None]], axis=1)
+        others = np.abs(_read_with_bias(tracer, features)) @ fired.scaled + self.magnitude[:, 2:].sum(axis=1)
+        others = others / fired.tokens + np.abs(encoder)
+        return [
+            Totals(dict(zip(TERMS, map(float, terms[u]), strict=True)), float(others[u]), self.z[:, u] / fired.tokens)
+            for u in range(len(features))
+        ]
 
 
 class PairSums:
     """Sums over tokens of the products c_i c_j of some pairs, batch by batch."""
 
     def __init__(self):
-        self.product, self.squares, self.with_z = 0, 0, 0
+        self.product: Any = 0  # [n]
+        self.squares: Any = 0  # [n, n]: of each pair with each
+        self.with_z: Any = 0  # [n]
 
     def add(self, products: sparse.csc_array, z: Float[np.ndarray, " tokens"]) -> None:
-        self.product = self.product + products.sum(axis=0)  # [n]
-        self.squares = self.squares + (products.T @ products).toarray()  # [n, n]: of each pair with each
-        self.with_z = self.with_z + products.T @ z.astype(np.float64)  # [n]
-
-
-@dataclasses.dataclass(frozen=True)
-class Totals:
-    """What all the terms of one output feature come to over a dataset, whatever pairs are shown of it."""
-
-    terms: dict[str, float]  # mean of each kind
-    magnitude_pairs: float  # as in PairSummary
-    magnitude: float
-    z: Float[np.ndarray, "2"]  # mean of the pre-activation, and of its square
-
-    @staticmethod
-    def of(
-        tracer: Tracer,
-        feature: int,
-        co: CoFiring,
-        weights: Float[np.ndarray, " pairs"],  # of the pairs of co
-        scaled: Float[np.ndarray, " features"],
-        sums: AccountSums,
-        column: int,
-    ) -> "Totals":
-        encoder = float(encoder_constant(tracer.out, feature))
-        of_features = np.abs(_read_with_bias(tracer, feature)) @ scaled / co.tokens
-        of_pairs = np.abs(entries(co.pairs) * weights) @ co.magnitude / co.tokens
-        others = abs(encoder) + sums.magnitude[column, 2:].sum() / co.tokens
-        means = [*(sums.terms[column] / co.tokens), encoder]
-        terms = {name: float(mean) for name, mean in zip(TERMS, means, strict=True)}
-        return Totals(terms, float(of_pairs), float(of_pairs + of_features + others), sums.z[:, column] / co.tokens)
+        self.product = self.product + products.sum(axis=0)
+        self.squares = self.squares + (products.T @ products).toarray()
+        self.with_z = self.with_z + products.T @ z.astype(np.float64)
 
 
 def summary(
-    pairs: Int[np.ndarray, "n 2"], weights: Float[np.ndarray, " n"], sums: PairSums, totals: Totals, co: CoFiring
+    pairs: Int[np.ndarray, "n 2"],
+    weights: Float[np.ndarray, " n"],
+    sums: PairSums,
+    totals: Totals,
+    co: CoFiring,
+    whole: float,  # the sum of co's ``magnitudes``
 ) -> PairSummary:
     """What ``pair_summaries`` says of the pairs of one output feature, from sums over the dataset."""
     here, alone = co.find(pairs), co.find(np.repeat(pairs, 2, axis=1).reshape(-1, 2))
@@ -208,19 +218,20 @@ def summary(
         rates=alone.count.reshape(-1, 2) / co.tokens,
         r2=_r2(moments),
         terms={"shown": float(mean.sum()), **totals.terms, "pairs": totals.terms["pairs"] - float(mean.sum())},
-        magnitude_pairs=totals.magnitude_pairs,
-        magnitude=totals.magnitude,
+        magnitude_pairs=float(whole / co.tokens),
+        magnitude=float(whole / co.tokens + totals.others),
         tokens=co.tokens,
     )
 
 
-def _read_with_bias(tracer: Tracer, feature: int) -> Float[np.ndarray, " features"]:
+def _read_with_bias(tracer: Tracer, features: list[int]) -> Float[np.ndarray, "U features"]:
     """``2 D^T Q b``: what each input feature makes together with the decoder bias."""
     config = tracer.inp.config
     bias = tracer.inp.decode(jnp.zeros(config.n_features), jnp.zeros(config.d_model))
     with jax.default_matmul_precision("highest"):
         bias = jnp.pad(bias, (0, tracer.tensor.n_in - config.d_model))
-        return np.asarray(2 * tracer.basis.T @ (tracer.q(feature) @ bias), np.float64)
+        directions = tracer.directions[np.asarray(features, np.int32)]
+        return np.asarray(2 * tracer.tensor.matvec(directions, bias) @ tracer.basis, np.float64)
 
 
 def checked_pairs(tracer: Tracer, feature: int, pairs) -> Int[np.ndarray, "n 2"]:

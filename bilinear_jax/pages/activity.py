@@ -101,11 +101,14 @@ def _activity(
     places, values = codes.of(feature)
     size = np.abs(values)
     order = np.argsort(-size, kind="stable")
-    rows = places // texts.tokens.shape[1]
-    top = first_of_each(rows, order)[: options.contexts]
+    top = best_of_rows(places // texts.tokens.shape[1], size)[: options.contexts]
 
-    def group(chosen, low: float, high: float) -> ContextGroup:
-        share = np.mean((size >= low) & (size <= high)) if len(size) else 0.0
+    def group(chosen: np.ndarray, ends: np.ndarray) -> ContextGroup:
+        """The contexts chosen, from a range that has these two ends; [] if the feature is dead."""
+        if not len(ends):
+            return ContextGroup(0.0, 0.0, 0.0, [])
+        low, high = ends.min(), ends.max()
+        share = np.mean((size >= low) & (size <= high))
         shown = [context(texts, codes, feature, int(places[one]), options.window) for one in chosen]
         return ContextGroup(float(low), float(high), float(share), shown)
 
@@ -114,15 +117,14 @@ def _activity(
         left = part[~np.isin(part, top)]
         drawn = np.sort(random.permutation(len(left))[: options.samples])
         if drawn.size:
-            lower.append(group(left[drawn], size[part[-1]], size[part[0]]))
-    ends = (size[top[-1]], size[top[0]]) if len(top) else (0.0, 0.0)
+            lower.append(group(left[drawn], size[part]))
     tokens = Counter(texts.tokens.ravel()[places[top]].tolist()).most_common(options.top_tokens)
     return Activity(
         feature=feature,
         density=len(places) / counted,
         largest=float(size[top[0]]) if len(top) else 0.0,
         top_tokens=[texts.label(token) for token, _ in tokens],
-        top=group(top, *ends),
+        top=group(top, size[top]),
         lower=lower,
         histogram=_histogram(values, options.bins),
         raised=raised,
@@ -130,9 +132,20 @@ def _activity(
     )
 
 
-def first_of_each(rows: Int[np.ndarray, " n"], order: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """The first of each row in this order, in this order."""
-    return order[np.sort(np.unique(rows[order], return_index=True)[1])]
+def best_of_rows(rows: Int[np.ndarray, " n"], size: Float[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """The largest of each row, the largest first; of equals the first. ``rows`` ascend.
+
+    Example:
+        >>> best_of_rows(np.array([0, 0, 0, 4, 6]), np.array([1.0, 3.0, 3.0, 2.0, 3.0])).tolist()
+        [1, 4, 3]
+    """
+    if not len(rows):
+        return np.zeros(0, int)
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    largest = np.maximum.reduceat(size, starts)
+    is_largest = np.flatnonzero(size == np.repeat(largest, np.diff(starts, append=len(rows))))
+    first = is_largest[np.searchsorted(is_largest, starts)]
+    return first[np.argsort(-largest, kind="stable")]
 
 
 def _histogram(values: Float[np.ndarray, " n"], bins: int) -> Histogram:

@@ -74,17 +74,19 @@ def gather(
     inputs, outputs = Codes(_raw(seen, tracer), seen.counts), Codes(seen.outputs, seen.counts)
 
     weights = spectra(tracer, features, options)
-    finder = PairFinder(tracer, seen, inputs, texts, options)
+    finder = PairFinder(tracer, features, seen, inputs, texts, options)
     found = {}
     for column, feature in enumerate(tqdm(features, desc="pairs of input features", disable=None)):
-        reads = [one for pair in weights[feature].eigenpairs for one, _ in pair.reads]
-        found[feature] = finder.find(feature, column, outputs.of(feature)[0], reads)
+        found[feature] = finder.find(feature, column, outputs.of(feature)[0], weights[feature])
 
     of_outputs = activities(lm, tracer.out, features, outputs, texts, options)
     pages = [
         OutputFeature(
             activity=of_outputs[feature],
-            **vars(weights[feature]),
+            norm=weights[feature].norm,
+            effective_rank=weights[feature].effective_rank,
+            eigenpairs=weights[feature].eigenpairs,
+            explained=weights[feature].explained,
             by_weight=found[feature].by_weight,
             by_data=found[feature].by_data,
             heat_map=found[feature].heat_map,

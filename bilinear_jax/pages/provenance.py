@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import PyTree
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.pages.facts import Provenance
 from bilinear_jax.tracer import Tracer
+from bilinear_jax.version import library_version
 
 
 def hash_of(params: PyTree, config=None) -> str:
@@ -34,14 +34,6 @@ def hash_of(params: PyTree, config=None) -> str:
         digest.update(f"{name} {array.dtype.newbyteorder('<').str} {array.shape}".encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return digest.hexdigest()
-
-
-def library_version() -> str:
-    """The version of ``bilinear_jax`` as it is installed."""
-    try:
-        return importlib.metadata.version("bilinear-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def provenance(lm: LanguageModel, tracer: Tracer, tokens, *, counted: int, command: str, dataset: str) -> Provenance:

@@ -27,7 +27,14 @@ from jax.sharding import Mesh
 from bilinear_jax import evaluation
 from bilinear_jax.checkpoint import load_sae, load_tokenizer, save_model, save_sae
 from bilinear_jax.language import LanguageModel, load
-from bilinear_jax.training.data import TokenFile, held_out_rows, open_tokens, tokenize, tokenizer_hash
+from bilinear_jax.training.data import (
+    TokenFile,
+    held_out_rows,
+    open_tokens,
+    tokenize,
+    tokenizer_hash,
+    vocabulary_size,
+)
 from bilinear_jax.training.documents import as_sources, read_documents, save_tokenizer, train_tokenizer, without_last
 from bilinear_jax.training.fit import FitOptions
 from bilinear_jax.training.folder import replace_file
@@ -230,6 +237,11 @@ def _tokenizer(options: DataOptions, n_vocab: int, data: list[str | Path], out: 
 
 def _tokens(options: DataOptions, data: list[str | Path], tokenizer, out: Path, n_vocab: int) -> TokenFile:
     """The text as tokens that the model has, and the tokenizer beside it; made once, and never replaced."""
+    if vocabulary_size(tokenizer) > n_vocab:
+        raise ValueError(
+            f"the tokenizer has a vocabulary of {vocabulary_size(tokenizer)} tokens and the model one of {n_vocab}: "
+            "give the model as large a vocabulary, or name another tokenizer"
+        )
 
     def make():
         path, limit, beside = out / "tokens", options.max_tokens, out / "tokenizer.json"
@@ -241,7 +253,7 @@ def _tokens(options: DataOptions, data: list[str | Path], tokenizer, out: Path, 
             save_tokenizer(tokenizer, out)
 
     on_first_process(make)
-    return open_tokens(out / "tokens", tokenizer, n_vocab=n_vocab)
+    return open_tokens(out / "tokens", tokenizer)
 
 
 def _alone(action: Callable[[], None], out: Path) -> None:

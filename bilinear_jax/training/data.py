@@ -100,7 +100,7 @@ def tokenize(
             raise ValueError(f"{path} was made from another text ({'; '.join(changed)}): delete it, or name another")
         return there
 
-    encoder, n_vocab = plain_tokenizer(tokenizer), _vocabulary_size(tokenizer)
+    encoder, n_vocab = plain_tokenizer(tokenizer), vocabulary_size(tokenizer)
     dtype = np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
@@ -170,7 +170,7 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
     if tokenizer is not None and record["tokenizer_hash"] != tokenizer_hash(tokenizer):
         raise ValueError(
             f"{path} has the tokens of another tokenizer, {record['tokenizer_hash'][:12]} with {record['n_vocab']} "
-            f"tokens, and not of this one, {tokenizer_hash(tokenizer)[:12]} with {_vocabulary_size(tokenizer)}: "
+            f"tokens, and not of this one, {tokenizer_hash(tokenizer)[:12]} with {vocabulary_size(tokenizer)}: "
             "tokenise the text with this one, to another file"
         )
     if n_vocab is not None and record["n_vocab"] > n_vocab:
@@ -193,7 +193,7 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
-def _vocabulary_size(tokenizer) -> int:
+def vocabulary_size(tokenizer) -> int:
     """The largest token of a tokenizer, plus 1: some leave out numbers."""
     return 1 + max(getattr(tokenizer, "backend_tokenizer", tokenizer).get_vocab(with_added_tokens=True).values())
 

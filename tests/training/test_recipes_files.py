@@ -209,6 +209,7 @@ class TestLanguageModel:
         given = {"data.tokenizer": str(run / "tokenizer.json"), "model.n_vocab": "269"}
         with pytest.raises(ValueError, match="a vocabulary of 270 tokens and the model one of 269"):
             train_lm("ts", text, tmp_path, overrides=TINY | RUN | given)
+        assert list(tmp_path.iterdir()) == []
 
     def test_another_size_of_a_new_tokenizer_is_refused(self, run, text):
         """Else the one that is there is taken, and the model has tokens that never come."""
