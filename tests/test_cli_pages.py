@@ -66,6 +66,13 @@ def test_a_folder_of_another_kind_is_left_for_neuronpedias_files_too(words, tmp_
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("folder", ["site", "site/batches", "."])
+def test_neuronpedias_files_have_a_folder_of_their_own(folder, words, tmp_path, capsys):
+    assert main([*words, "--neuronpedia", str(tmp_path / folder)]) == 2
+    assert "two folders, neither inside the other" in capsys.readouterr().err
+    assert not snapshot(tmp_path)
+
+
 def test_not_even_force_replaces_what_is_no_site(words, tmp_path, capsys):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "thesis.txt").write_text("the only copy")

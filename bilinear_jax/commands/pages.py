@@ -52,6 +52,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work, rather than after
     if options.neuronpedia is not None:
+        places = [path.expanduser().resolve() for path in (options.out, options.neuronpedia)]
+        if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+            raise common.WrongUse("--out and --neuronpedia are two folders, neither inside the other")
         check_place(options.neuronpedia, force=options.force, record=neuronpedia.RECORD)
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
