@@ -68,7 +68,8 @@ def test_a_folder_of_another_kind_is_left_for_neuronpedias_files_too(words, tmp_
 
 @pytest.mark.parametrize("folder", ["site", "site/batches", "."])
 def test_neuronpedias_files_have_a_folder_of_their_own(folder, words, tmp_path, capsys):
-    assert main([*words, "--neuronpedia", str(tmp_path / folder)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--neuronpedia", str(tmp_path / folder)])
     assert "two folders, neither inside the other" in capsys.readouterr().err
     assert not snapshot(tmp_path)
 
