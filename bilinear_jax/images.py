@@ -77,7 +77,7 @@ def image_tensor(
 def pixel_eigenvectors(config: ImageConfig, params: PyTree) -> tuple[Spectrum, Float[Array, "classes rank n_inputs"]]:
     """The eigenpairs of every class in the first layer's hidden basis, and their eigenvectors as images.
 
-        Q_c = sum_r l_r v_r v_r^T        logit_c = sum_r l_r (v_r . W_e x)^2 = sum_r l_r (p_r . x)^2       p_r = W_e^T v_r
+        Q_c = sum_r l_r v_r v_r^T      logit_c = sum_r l_r (v_r . W_e x)^2 = sum_r l_r (p_r . x)^2      p_r = W_e^T v_r
 
     so p_r is the image whose likeness in x, positive or negative, counts. The v_r are orthonormal; the p_r aren't.
     (Eigenvectors of ``basis="pixels"`` are orthonormal in pixels instead, and there are more of them, beside zeros.)

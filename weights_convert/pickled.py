@@ -152,7 +152,7 @@ class _Archive:
         """A pickle may ask for a table of any length by one high number; honest ones count up from 0."""
         try:
             for opcode, argument, _ in pickletools.genops(data):
-                if "PUT" in opcode.name and int(argument) > len(data):
+                if "PUT" in opcode.name and int(str(argument)) > len(data):
                     raise ValueError(f"it numbers an object {argument}")
         except Exception as error:  # genops raises whatever a broken pickle makes it stumble over
             raise ValueError(f"the pickle in {self.path} is damaged ({error}): download the file again") from error
