@@ -3,6 +3,8 @@
 Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 4.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -10,8 +12,26 @@ from jaxtyping import Array, Float, PyTree
 from bilinear_jax.nn.image import ImageConfig
 from bilinear_jax.spectra import Spectrum, eigh
 from bilinear_jax.tensor import BilinearTensor
+from weights_convert.image import read_image_model
 
 BASES = ("hidden", "pixels")
+
+
+def load_image_model(path: str | Path, *, residual: bool | None = None) -> tuple[ImageConfig, PyTree]:
+    """The config and params of an image classifier that torch saved, as a state dict or whole; torch isn't needed.
+
+    Nothing in the file is run, whatever it names (``weights_convert.pickled``).
+
+    Args:
+        residual: whether each layer adds to its input, which weights don't tell. None: what the file's config says,
+            if it has one, and else no residual.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a damaged file, or one of another kind of model.
+    """
+    config, params = read_image_model(path, residual=residual)
+    return ImageConfig(**config), jax.tree.map(jnp.asarray, params)
 
 
 def image_tensor(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
@@ -191,7 +191,7 @@ def check_images(config: ImageConfig, images: Any, labels: Any) -> tuple[np.ndar
     return images, labels.astype(np.int32)
 
 
-def _unit_range(images: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."]:
+def _unit_range(images: Array) -> Float[Array, "..."]:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
