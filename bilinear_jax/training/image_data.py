@@ -173,8 +173,8 @@ def read_idx(path: str | Path) -> np.ndarray:
 def _digits() -> ImageData:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images, labels = (found.data / 16).astype(np.float32), found.target.astype(np.int32)
+    images, labels = load_digits(return_X_y=True)
+    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
     return ImageData("digits", images[:1437], labels[:1437], images[1437:], labels[1437:], (8, 8), DIGITS)
 
 

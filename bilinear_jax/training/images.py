@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
+from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
 
 TOGETHER = ("epochs", "batch_size")
@@ -134,7 +135,7 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
     keys = jnp.stack([jax.random.fold_in(jax.random.key(recipe.seed), 1) for recipe in recipes])
 
     def loss(params, x, y):
-        logits = module.apply({"params": params}, x)
+        logits = run_module(module, params, x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses.mean(), (jnp.argmax(logits, axis=-1) == y).mean()
 
@@ -159,8 +160,11 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
         return (params, opt_state), [metric.mean() for metric in metrics]
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
+        images, labels = batch
         models = (state.params, state.opt_state, keys, each["lr"], each["weight_decay"], each["noise"])
-        (params, opt_state), (value, right) = jax.lax.map(lambda model: epoch(model, *batch, state.step), models)
+        (params, opt_state), (value, right) = jax.lax.map(
+            lambda model: epoch(model, images, labels, state.step), models
+        )
         return TrainState(state.step + 1, params, opt_state), {"loss": value.mean(), "accuracy": right.mean()}
 
     return update
@@ -169,7 +173,7 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
 @functools.partial(jax.jit, static_argnums=0)
 def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> Float[Array, ""]:
     """The share of images whose largest logit is that of their label."""
-    logits = ImageClassifier(config).apply({"params": params}, _unit_range(jnp.asarray(images)))
+    logits = run_module(ImageClassifier(config), params, _unit_range(jnp.asarray(images)))
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
