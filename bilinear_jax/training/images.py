@@ -9,6 +9,7 @@ appendix on training.
 
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
 from bilinear_jax.nn.transformer import run_module
@@ -150,7 +151,7 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
             params, opt_state = carried
             place, index = chosen
             x = _unit_range(images[index])
-            x = x + noise * jax.random.normal(jax.random.fold_in(key, place), x.shape)
+            x = x + noise * pixel_noise(jax.random.fold_in(key, place), x.shape)
             (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(params, x, labels[index])
             opt_state.hyperparams.update(learning_rate=rate, weight_decay=weight_decay)
             params, opt_state = apply_optimizer(_optimizer(), gradient, TrainState(number, params, opt_state))
@@ -168,6 +169,23 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
         return TrainState(state.step + 1, params, opt_state), {"loss": value.mean(), "accuracy": right.mean()}
 
     return update
+
+
+def pixel_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Standard normal numbers of 16 random bits each: any of 65,536 equally likely quantiles, the largest at 4.3.
+
+    Half the random bits of ``jax.random.normal`` and two thirds of its time, in which noise would be a third of a
+    step's. The variance is 1 to 1e-4.
+
+    Example:
+        >>> x = pixel_noise(jax.random.key(0), (200, 301))
+        >>> x.shape, round(float(x.std()), 2), round(float((x**4).mean()), 1)
+        ((200, 301), 1.0, 3.0)
+    """
+    size = math.prod(shape)
+    bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
+    quantiles = jnp.concatenate([bits & 0xFFFF, bits >> 16])[:size].astype(jnp.float32).reshape(shape)
+    return math.sqrt(2) * jax.lax.erf_inv((quantiles - 32767.5) / 32768)
 
 
 @functools.partial(jax.jit, static_argnums=0)
