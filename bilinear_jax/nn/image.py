@@ -81,6 +81,16 @@ class _Layers(nn.Module):
         return h
 
 
+def unit_range(images: Array) -> Float[Array, "..."]:
+    """Pixels as the classifier takes them, 0 ... 1: bytes of 0 ... 255 are divided by 255, and the rest is left.
+
+    Example:
+        >>> unit_range(jnp.array([0, 255], jnp.uint8)).tolist()
+        [0.0, 1.0]
+    """
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
 def _uniform(inputs: int) -> nn.initializers.Initializer:
     """Uniform within ``1 / sqrt(inputs)``, as torch's linear layers begin."""
     limit = 1 / math.sqrt(inputs)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from bilinear_jax.nn.image import ImageClassifier, ImageConfig
+from bilinear_jax.nn.image import ImageClassifier, ImageConfig, unit_range
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
 
@@ -150,7 +150,7 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
         def step(carried, chosen):
             params, opt_state = carried
             place, index = chosen
-            x = _unit_range(images[index])
+            x = unit_range(images[index])
             x = x + noise * pixel_noise(jax.random.fold_in(key, place), x.shape)
             (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(params, x, labels[index])
             opt_state.hyperparams.update(learning_rate=rate, weight_decay=weight_decay)
@@ -191,7 +191,7 @@ def pixel_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..
 @functools.partial(jax.jit, static_argnums=0)
 def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> Float[Array, ""]:
     """The share of images whose largest logit is that of their label."""
-    logits = run_module(ImageClassifier(config), params, _unit_range(jnp.asarray(images)))
+    logits = run_module(ImageClassifier(config), params, unit_range(jnp.asarray(images)))
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
@@ -211,10 +211,6 @@ def check_images(config: ImageConfig, images: Any, labels: Any) -> tuple[np.ndar
             raise ValueError(f"pixels must lie in 0 ... 1, got {images.min():g} ... {images.max():g}: divide them")
         images = images.astype(np.float32)
     return images, labels.astype(np.int32)
-
-
-def _unit_range(images: Array) -> Float[Array, "..."]:
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def _optimizer() -> optax.GradientTransformation:
