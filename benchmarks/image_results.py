@@ -67,7 +67,7 @@ class Cell:
 
     published: float | None
     mean: float
-    spread: float | None  # standard deviation over seeds, or over masks where there is one model
+    spread: float | None  # standard deviation over seeds; None for one seed, or a number that is of all seeds together
 
 
 Table = dict[str, dict[str, Cell]]  # by case, then by measure
@@ -85,9 +85,9 @@ class Models:
             self._data[name] = load_images(name, self.folder)
         return self._data[name]
 
-    def group(self, name: str, config: ImageConfig, recipe: ImageRecipe, seeds: int | None = None) -> list:
+    def group(self, name: str, config: ImageConfig, recipe: ImageRecipe) -> list:
         """The params of each seed's model."""
-        data, number = self.data(name), seeds or self.seeds
+        data, number = self.data(name), self.seeds
         recipe = dataclasses.replace(recipe, epochs=self.epochs or recipe.epochs)
         recipes = [dataclasses.replace(recipe, seed=FIRST_SEED + n) for n in range(number)]
         around = "-residual" if config.residual else ""
@@ -155,27 +155,39 @@ def noise(models: Models) -> dict[str, Table]:
 
 
 def masks(models: Models) -> dict[str, Table]:
-    """One model a table; masks of the three most positive eigenvectors of each class, and the means over all 30."""
+    """Of each model the mean over masks of the three most positive eigenvectors of every class; spreads are of models.
+
+    The published means are of one model; masks of one model differ much more than models do.
+    """
     config, data, tables = ImageConfig(d_hidden=512, residual=True), models.data("mnist"), {}
     for name, published in PUBLISHED_MASKS.items():
         edges = analyses.edge_pixels(data.train_images) if name == "edges only" else None
-        std = 0.15 if edges is None else 0.0
-        recipe = ImageRecipe(epochs=30, noise=std, weight_decay=0.0)
-        params = models.group("mnist", config, recipe, seeds=1)[0]
-        made = analyses.adversarial_masks(config, params, data.train_images, data.train_labels, pixels=edges)[:, :3]
-        clean = models.accuracies("mnist", config, [params])[0]
+        recipe = ImageRecipe(epochs=30, noise=0.15 if edges is None else 0.0, weight_decay=0.0)
+        group = models.group("mnist", config, recipe)
+        found: dict[tuple[float, str], list[float]] = {}
+        for number, params in enumerate(group):
+            made = analyses.adversarial_masks(config, params, data.train_images, data.train_labels, pixels=edges)[:, :3]
+            for std in STDS:
+                for kind, chosen in kinds_of_masks(jax.random.key(number), made, std, edges).items():
+                    shares = analyses.masked_accuracy(config, params, chosen, data.test_images, data.test_labels)
+                    found.setdefault((std, kind), []).append(float(shares.mean()))
+        clean = models.accuracies("mnist", config, group)
         table = tables.setdefault(f"Masks (MNIST, {name})", {})
-        for n, std in enumerate(STDS):
-            scaled, keys = analyses.scaled_masks(made, std), jax.random.split(jax.random.key(n))
-            # The published control at the edges: noise in place of what is positive, and what is negative stays.
-            noisy = jnp.where(scaled > 0, std * jax.random.normal(keys[1], scaled.shape), scaled)
-            kinds = {"mask": scaled, "permuted": analyses.permuted_masks(keys[0], scaled, edges)}
-            kinds |= {} if edges is None else {"Gaussian": noisy}
-            row = table[f"std {std:.2f}"] = {"clean": Cell(published["clean"][n], clean, None)}
-            for kind, chosen in kinds.items():
-                found = analyses.masked_accuracy(config, params, chosen, data.test_images, data.test_labels)
-                row[kind] = cell(published[kind][n] if kind in published else None, np.asarray(found).ravel())
+        for (std, kind), values in found.items():
+            n = STDS.index(std)
+            row = table.setdefault(f"std {std:.2f}", {"clean": cell(published["clean"][n], clean)})
+            row[kind] = cell(published[kind][n] if kind in published else None, values)
     return tables
+
+
+def kinds_of_masks(key, masks, std: float, edges) -> dict[str, jax.Array]:
+    """Masks of a standard deviation, and their controls."""
+    scaled = analyses.scaled_masks(masks, std)
+    kinds = {"mask": scaled, "permuted": analyses.permuted_masks(key, scaled, edges)}
+    if edges is not None:  # as published: noise in place of what is positive, and what is negative stays
+        noise = std * jax.random.normal(jax.random.fold_in(key, 1), scaled.shape)
+        kinds["Gaussian"] = jnp.where(scaled > 0, noise, scaled)
+    return kinds
 
 
 def cell(published: float | None, values: Iterable[float]) -> Cell:

@@ -60,12 +60,12 @@ def eigenspectrum(values: Any, patterns: Any, shape: tuple[int, int], k: int = 3
     positive, negative = np.flatnonzero(values > 0)[:k], np.flatnonzero(values < 0)[::-1][:k]
 
     figure = _new_figure(4.4 + 1.3 * k, 3.6)
-    curve, gallery = figure.subfigures(1, 2, width_ratios=(4.4, 1.3 * k))
-    axes = curve.add_axes((0.16, 0.14, 0.8, 0.7))
+    start = 4.4 / (4.4 + 1.3 * k)  # the curve ends here, and images begin
+    axes = figure.add_axes((0.16 * start, 0.14, 0.8 * start, 0.7))
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
     axes.plot(ranks, values, color=NEUTRAL, linewidth=1, marker=".", markersize=3)
-    grid = gallery.subplots(2, k, squeeze=False, gridspec_kw={"hspace": 0.25, "wspace": 0.1})
-    gallery.subplots_adjust(left=0.02, right=0.98, bottom=0.04, top=0.86)
+    place = {"left": start + 0.01, "right": 0.99, "bottom": 0.04, "top": 0.86, "hspace": 0.25, "wspace": 0.1}
+    grid = figure.subplots(2, k, squeeze=False, gridspec_kw=place)
     for row, chosen, colour, marker in ((grid[0], positive, POSITIVE, "^"), (grid[1], negative, NEGATIVE, "v")):
         axes.plot(ranks[chosen], values[chosen], color=colour, marker=marker, markersize=7, linestyle="none")
         for panel, index in zip(row, chosen, strict=False):
@@ -264,13 +264,12 @@ def interactions_beside(
     width, height = margin + number * (side + 0.15) + 0.85, above + 2 * (side + 0.15) + 0.3
     figure = _new_figure(width, height)
     font = min(8.0, 20 * side / n)
-    image = None
     for row in range(2):
         for column in range(number):
             corner = (margin + column * (side + 0.15)) / width, (0.3 + (1 - row) * (side + 0.15)) / height
             panel = figure.add_axes((*corner, side / width, side / height))
             matrix = both[row, column]
-            image = panel.imshow(matrix, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest")
+            panel.imshow(matrix, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest")
             panel.set_xticks(range(n), labels if row else [""] * n, fontsize=8)
             panel.set_yticks(range(n), [""] * n if column else labels, fontsize=8)
             panel.tick_params(length=0, pad=3)
@@ -287,7 +286,7 @@ def interactions_beside(
                     )
     left = (margin + number * (side + 0.15) + 0.02) / width
     bar = figure.add_axes((left, 0.3 / height, 0.14 / width, (2 * side + 0.15) / height))
-    figure.colorbar(image, cax=bar)
+    figure.colorbar(figure.axes[0].images[0], cax=bar)
     bar.tick_params(labelsize=8)
     _title(figure, title)
     return figure

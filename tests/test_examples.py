@@ -35,3 +35,24 @@ def test_the_training_example_explains_itself(monkeypatch, capsys):
         runpy.run_path(str(EXAMPLES / "training.py"))
     assert stopped.value.code == 0
     assert "--corpus-rows" in capsys.readouterr().out
+
+
+def run(name, out, monkeypatch, *options):
+    monkeypatch.setattr("sys.argv", [name, "--out", str(out), *options])
+    names = runpy.run_path(str(EXAMPLES / name))
+    return names, sorted(path.name for path in out.iterdir())
+
+
+def test_the_toy_chapter(tmp_path, monkeypatch, capsys):
+    _, figures = run("toy.py", tmp_path, monkeypatch, "--steps", "1000")
+    assert figures == [f"toy-{name}.png" for name in ("and-xor", "and", "nor", "or", "xor")]
+    assert "xor of x0 and x1: 1.00 x0^2 + 1.00 x1^2 + -2.00 x0 x1" in capsys.readouterr().out
+
+
+def test_the_image_chapter(tmp_path, monkeypatch, capsys):
+    names, figures = run("images.py", tmp_path, monkeypatch, "--epochs", "8", "--hidden", "32", "--batch-size", "128")
+    kinds = ("classes", "explanation", "gallery-without-noise", "gallery", "masks", "spectrum")
+    assert figures == [f"images-{kind}.png" for kind in kinds]
+    printed = capsys.readouterr().out
+    assert "  32 eigenvectors a class: accuracy" in printed and "permuted: " in printed
+    assert names["clean"] > 0.5  # it has learned
