@@ -19,50 +19,23 @@ Axis names, in every signature:
     rank             min(in, new) of a basis: as many eigenvalues of basis^T Q basis can differ from zero
 """
 
-from bilinear_jax import (
-    attribution,
-    checkpoint,
-    cofiring,
-    decompose,
-    evaluation,
-    figures,
-    generation,
-    interactions,
-    spectra,
-    summaries,
-)
-from bilinear_jax.activations import top_activations
-from bilinear_jax.checkpoint import load_sae
-from bilinear_jax.correlation import low_rank_correlation
-from bilinear_jax.language import LanguageModel, load
-from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
-from bilinear_jax.nn.transformer import TransformerConfig
-from bilinear_jax.tensor import BilinearTensor
-from bilinear_jax.tracer import Tracer
-from bilinear_jax.visualizer import Visualizer, logit_effects
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SAE",
-    "BilinearTensor",
-    "LanguageModel",
-    "SAEConfig",
-    "SparseCodes",
-    "Tracer",
-    "TransformerConfig",
-    "Visualizer",
-    "attribution",
-    "checkpoint",
-    "cofiring",
-    "decompose",
-    "evaluation",
-    "figures",
-    "generation",
-    "interactions",
-    "load",
-    "load_sae",
-    "logit_effects",
-    "low_rank_correlation",
-    "spectra",
-    "summaries",
-    "top_activations",
-]
+if TYPE_CHECKING:
+    from bilinear_jax.facade import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from ``facade``. JAX is imported when the first is asked for: a command's help needs none."""
+    import importlib
+
+    if not name.startswith("__") or name == "__all__":
+        facade = importlib.import_module("bilinear_jax.facade")
+        found = vars(facade) if name in vars(facade) else globals()  # modules that it has imported are here by now
+        if name in found:
+            return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -36,6 +36,7 @@ __all__ = [
     "ModelFiles",
     "atomic_folder",
     "builtin_names",
+    "check_place",
     "corpus",
     "folder_of",
     "load_model",
@@ -182,20 +183,32 @@ def corpus(source: str | Path) -> np.ndarray:
     return tokens
 
 
-@contextlib.contextmanager
-def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place once the block has ended without an error.
-
-    A killed process leaves nothing at ``path`` but what was there before (and the hidden temporary folder, named
-    ``.<name>.partial-...``, which can be deleted). With ``force``, an older checkpoint is moved aside when the new
-    one is whole, and deleted when that is in its place.
-    """
+def check_place(path: str | Path, *, force: bool = False, record: str = "config.json") -> Path:
+    """Where ``atomic_folder`` would write, absolute; raises ``OSError`` if it can be seen that it couldn't."""
     path = Path(path).expanduser().resolve()
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and not force:
         raise FileExistsError(f"{path} exists: name another folder, or replace it with force (--force)")
-    if occupied and "format" not in (_read_json(path / "config.json") or {}):
-        raise FileExistsError(f"{path} isn't a checkpoint of this library, so not even force replaces it: move it away")
+    if occupied and "format" not in (_read_json(path / record) or {}):
+        raise FileExistsError(
+            f"{path} holds no {record} of this library, so it is something else and not even force replaces it: move "
+            "it away"
+        )
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(f"{path} can't be written: {above} is no folder that one may write to. Name another place")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, force: bool = False, record: str = "config.json") -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place once the block has ended without an error.
+
+    A killed process leaves nothing at ``path`` but what was there before (and the hidden temporary folder, named
+    ``.<name>.partial-...``, which can be deleted). With ``force``, an older folder of the same kind, known by the
+    ``format`` in its ``record``, is moved aside when the new one is whole, and deleted when that is in its place.
+    """
+    path = check_place(path, force=force, record=record)
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     partial, old = path.with_name(f".{path.name}.partial-{mark}"), path.with_name(f".{path.name}.old-{mark}")

@@ -1,134 +1,144 @@
-"""The command ``bilinear-jax``."""
+"""The command ``bilinear-jax``: which commands there are, and how they end.
 
-import argparse
-import inspect
-import sys
-from collections.abc import Sequence
-
-EXAMPLES = """examples:
-  bilinear-jax tour                 the language chapter on the model that ships with the package
-  bilinear-jax tour --out figures   the same, with its figures in figures/
-  bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/ts-nano    a language model
-  bilinear-jax train sae ts-nano --data stories.txt.gz --out runs/ts-nano   SAEs for it
+Exit status: 0; 1 if it ran and failed; 2 for wrong use, which is what the command line itself shows to be wrong before
+anything is loaded; 130 after Ctrl-C, 141 if the reader of the output has gone, as a shell reports these signals.
 """
 
-TRAIN = {
-    "lm": """examples:
-  bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/ts-nano
-      the text becomes tokens once; the same command again goes on where the run was interrupted;
-      then bilinear_jax.load("runs/ts-nano/model")
-  bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/small --model.n_layer 2 --recipe.steps 100
-      any field of the recipe can be given on the command line
-  bilinear-jax train lm ts --data part-*.jsonl.gz more.parquet --out runs/ts --model.gate silu --data.field story
-      several files, JSON lines or Parquet; a SwiGLU model
-  bilinear-jax train lm fw-small --data hub:HuggingFaceFW/fineweb-edu:sample-100BT --out runs/fw --wandb bilinear
-      a dataset of the hub, streamed; metrics to Weights & Biases as well as runs/fw/language/metrics.jsonl
-  bilinear-jax train lm to-bilinear --model runs/ts/model --data stories.txt.gz --out runs/ts-bilinear
-      fine-tuning after which the SwiGLU model is bilinear
-""",
-    "sae": """examples:
-  bilinear-jax train sae ts-nano --data stories.txt.gz --out runs/ts-nano
-      SAEs for the model in runs/ts-nano/model, saved in its folder scope/; their scores in runs/ts-nano/saes.json
-  bilinear-jax train sae ts --model owner/name --data stories.txt.gz --out runs/scope --saes.layers 0,1 --saes.ks 10,30
-      SAEs for any other model, saved in runs/scope/scope
-""",
-}
+import _thread
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from bilinear_jax.commands import common, train
+from bilinear_jax.version import library_version
+
+COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "train", "convert")
+EXAMPLES = """examples:
+  bilinear-jax tour                                      the whole method on the model that ships with the package
+  bilinear-jax generate --prompt "Once upon a time"      text from a model
+  bilinear-jax spectra --layer 2                         which output features have the largest eigenvalues
+  bilinear-jax trace --layer 2 --feature 7               why one of them fires, from the weights
+  bilinear-jax pages --layer 2 --features top:200 --out site    a page for each of many, to browse
+  bilinear-jax eval                                      the loss of a model, and the scores of its SAEs
+  bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/mine   a model of your own
+  bilinear-jax convert tdooms/fw-medium fw-medium        a published checkpoint, once and for all
+
+Each command has a --help with examples. Exit status: 0; 1 if it failed; 2 if it was used wrongly; 130 after Ctrl-C.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (it ran and failed) or 2 (wrong use)."""
-    parser = argparse.ArgumentParser(
-        prog="bilinear-jax",
-        description="Weight-based interpretability of bilinear networks.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True)
-    tour = commands.add_parser("tour", help="explain a feature of a language model from its weights")
-    tour.add_argument("--out", default="tour", help="folder for the figures (default: tour)")
-    tour.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
-    tour.add_argument("--layer", type=int, default=2, help="the layer whose MLP is explained (default: 2)")
-    tour.set_defaults(run=_tour)
-    train = commands.add_parser("train", help="train a language model, or SAEs for one")
-    kinds = train.add_subparsers(dest="kind", required=True, parser_class=_TrainParser)
-    for kind, what in {"lm": "a language model", "sae": "SAEs for a language model"}.items():
-        _add_train(kinds.add_parser(kind, help=what, description=f"Train {what} by a recipe.", kind=kind))
-    words, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments, parser)
-    options = vars(parser.parse_args(words))
-    run, debug, command = options.pop("run"), options.pop("debug"), options.pop("command")
-    if command == "train":
-        options["overrides"] = overrides
-    elif overrides:
-        parser.error(f"unrecognized arguments: {' '.join(f'--{name}' for name in overrides)}")
+    """Run the command line; returns the exit status. ``SystemExit`` for wrong use, ``--help`` and ``--version``."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((word for word in words if not word.startswith("-")), None)
+    parser = _parser(command)
     try:
-        run(**options)
-    except (OSError, ValueError, ImportError, ArithmeticError, RuntimeError) as error:
-        if debug:
-            raise
-        print(f"bilinear-jax: {inspect.cleandoc(str(error))}", file=sys.stderr)
-        return 1
+        try:
+            _run(parser, words, command)
+        finally:
+            print(end="", flush=True)  # while something can be done about an output that nobody reads
+        return 0
+    except common.WrongUse as error:
+        parser.error(str(error))
+    except BrokenPipeError:
+        _forget_output()
+        return 141
     except KeyboardInterrupt:
         print("bilinear-jax: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        print(f"bilinear-jax: error: {_in_one_line(error)}", file=sys.stderr)
+        try:
+            print(end="", flush=True)
+        except OSError:  # what couldn't be written can't be written at the exit either
+            _forget_output()
         return 1
-    return 0
 
 
-class _TrainParser(argparse.ArgumentParser):
-    """Its help lists the recipes and their fields, which takes an import of everything."""
-
-    def __init__(self, *, kind: str, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self._kind = kind
-
-    def format_help(self) -> str:
-        from bilinear_jax.training.recipes import describe, recipe_names
-
-        names = ", ".join(recipe_names(self._kind))
-        self.epilog = f"{TRAIN[self._kind]}\nrecipes: {names}\n\nfields of a recipe:\n{describe(self._kind)}\n"
-        return super().format_help()
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="the name of a recipe, or a file that ends in .toml")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="SOURCE",
-        help=".txt (documents separated by <|endoftext|>), .txt.gz, .jsonl, .jsonl.gz or .parquet files, or "
-        "hub:OWNER/NAME[:CONFIG[:SPLIT]]",
-    )
-    parser.add_argument("--out", required=True, help="folder of the run; with the same folder it goes on")
-    parser.add_argument("--model", help="model to start from (lm), or to train SAEs for (sae; default: OUT/model)")
-    parser.add_argument("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases as well")
-    parser.set_defaults(run=_train)
+def _parser(command: str | None) -> common.Parser:
+    """Only the arguments of this command are added: those of ``pages`` take an import of everything."""
+    about = "Weight-based interpretability of bilinear networks."
+    parser = common.Parser(prog="bilinear-jax", description=about, epilog=EXAMPLES)
+    common.add_debug(parser)
+    parser.add_argument("--version", action="version", version=f"bilinear-jax {library_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
+    for name in COMMANDS:
+        module = importlib.import_module(f"bilinear_jax.commands.{name}")
+        about = f"{module.HELP[0].upper()}{module.HELP[1:]}."
+        each = commands.add_parser(name, help=module.HELP, description=about, epilog=module.EXAMPLES)
+        common.add_debug(each)
+        each.set_defaults(module=module, json=False)
+        if name == command:
+            module.add_arguments(each)
+            parser.prog = each.prog  # whose help an error names
+    return parser
 
 
-def _split_overrides(arguments: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], dict[str, str]]:
-    """The arguments without those of the form ``--table.field VALUE`` or ``--table.field=VALUE``, and these."""
-    words, overrides, rest = [], {}, iter(arguments)
-    for word in rest:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in name:
-            words.append(word)
-            continue
-        given = value if equals else next(rest, None)
-        if given is None:
-            parser.error(f"--{name} needs a value")
-        overrides[name] = given
-    return words, overrides
+def _run(parser: common.Parser, words: list[str], command: str | None) -> None:
+    given, overrides = train.split_overrides(words) if command == "train" else (words, {})
+    options = parser.parse_args(given, argparse.Namespace(overrides=overrides, words=words))
+    # A program that reads the JSON must find nothing else.
+    with (
+        _plain_warnings(),
+        _heeding_interrupts(),
+        contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext(),
+    ):
+        result = options.module.run(options)
+    if result is not None:
+        shown = json.dumps(result, indent=2, allow_nan=False) if options.json else options.module.text(result)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(shown.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _tour(**options) -> None:
-    from bilinear_jax.tour import tour
+@contextlib.contextmanager
+def _plain_warnings():
+    """What the library warns of as a line on the standard error, without the place in the code."""
 
-    tour(**options)
+    def show(message: Any, *_, **__) -> None:
+        print(f"bilinear-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
-def _train(kind: str, **options) -> None:
-    from bilinear_jax.training import command
-    from bilinear_jax.training.mesh import join_processes
+@contextlib.contextmanager
+def _heeding_interrupts():
+    """Ctrl-C while a callback of the garbage collector runs, as JAX has one, is raised again: Python drops it there."""
+    before = sys.unraisablehook
 
-    join_processes()
-    (command.train_lm if kind == "lm" else command.train_sae)(**options)
+    def again(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _in_one_line(error: Exception) -> str:
+    """The message of an error that the library raises on purpose; of any other its kind too."""
+    message = " ".join(str(error).split())
+    expected = isinstance(error, OSError | ValueError | ImportError | ArithmeticError | RuntimeError | IndexError)
+    return message if expected and message else f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def _forget_output() -> None:
+    """Nobody reads the standard output any more: what is left in its buffer must not fail again at the exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

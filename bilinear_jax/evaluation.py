@@ -295,11 +295,12 @@ def _written(value: float | None) -> str:
 
 def to_json(metrics: Mapping[str, SAEMetrics]) -> str:
     """All metrics of all SAEs, ``{name: {"nmse": ..., ...}}``, as strict JSON: what is not a finite number is null."""
-    entries = {name: _finite(dataclasses.asdict(one)) for name, one in metrics.items()}
-    return json.dumps(entries, indent=2, allow_nan=False)
+    entries = {name: dataclasses.asdict(one) for name, one in metrics.items()}
+    return json.dumps(finite_or_null(entries), indent=2, allow_nan=False)
 
 
-def _finite(value):
+def finite_or_null(value):
+    """What strict JSON can say of a value, or of all values in dicts: None for a number that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

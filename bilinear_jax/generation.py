@@ -6,6 +6,7 @@ the new tokens so far, at the positions that it would have alone.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,7 +15,17 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from bilinear_jax.nn.transformer import Layer, TransformerConfig, embed, run_module, unembed
+from bilinear_jax.nn.sites import NO_EDITS, edits_by_layer
+from bilinear_jax.nn.transformer import (
+    Edit,
+    Layer,
+    Site,
+    TransformerConfig,
+    apply_edit,
+    embed,
+    run_module,
+    unembed,
+)
 
 if TYPE_CHECKING:
     from bilinear_jax.language import LanguageModel
@@ -31,6 +42,7 @@ def generate(
     top_k: int | None = None,
     key: Key[Array, ""] | None = None,
     stop_token: int | None = None,
+    edits: Mapping[Site, Edit] = NO_EDITS,
     compute_dtype=jnp.float32,
 ) -> Int[Array, "batch max_length"]:
     """The next ``max_length`` tokens of every prompt.
@@ -53,6 +65,8 @@ def generate(
         top_k: sample among so many of the most likely tokens; ``None``: among all.
         key: of the random numbers; ``jax.random.key(0)`` by default.
         stop_token: a row that has drawn this token goes on with nothing else, and when all rows have, the loop ends.
+        edits: as for ``nn.sites.forward``; they are compiled anew at every call. An edit is given the prompts, padded
+            to their bucket, and then one token at a time: it must treat every token by itself.
         compute_dtype: of activations, and of the weights as they are read.
 
     Raises:
@@ -71,7 +85,9 @@ def generate(
     """
     prompts, lengths = _checked(config, prompts, lengths, max_length, temperature, top_k, stop_token)
     width = bucket(prompts.shape[1], config.n_ctx)
-    return _generate(
+    by_layer = tuple(edits_by_layer(config, edits))
+    run = jax.jit(functools.partial(_tokens, edits=by_layer), **_STATIC) if edits else _generate
+    return run(
         config,
         params,
         jnp.pad(prompts, ((0, 0), (0, width - prompts.shape[1]))),
@@ -96,6 +112,7 @@ def generate_text(
     top_k: int | None = None,
     seed: int = 0,
     stop: bool = False,
+    edits: Mapping[Site, Edit] = NO_EDITS,
 ) -> str | list[str]:
     """A text, or each of a list of texts, continued by ``max_length`` sampled tokens: see ``generate``.
 
@@ -137,6 +154,7 @@ def generate_text(
         top_k=top_k,
         key=jax.random.key(seed),
         stop_token=end,
+        edits=edits,
         compute_dtype=lm.compute_dtype,
     )
     texts = []
@@ -179,8 +197,7 @@ def bucket(length: int, n_ctx: int) -> int:
     return min(-(-length // step) * step, n_ctx)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "greedy", "top_k", "compute_dtype"))
-def _generate(
+def _tokens(
     config: TransformerConfig,
     params: PyTree,
     prompts: Int[Array, "batch seq"],
@@ -194,6 +211,7 @@ def _generate(
     greedy: bool,
     top_k: int | None,
     compute_dtype,
+    edits: tuple[dict[str, Edit], ...] = (),
 ) -> Int[Array, "batch {slots}"]:
     batch, width = prompts.shape
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -217,17 +235,26 @@ def _generate(
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
         return sample(unembed(config, w_u, x), keys, 0 if greedy else temperature, top_k)
 
+    def through_layers(x, cached, *attention):
+        for i, weights in enumerate(layers):
+            edited = edits[i] if edits else {}
+
+            def tap(site, value, edited=edited):
+                if site in ("keys", "values"):
+                    return cached(value)
+                return apply_edit(site, edited[site], value) if site in edited else value
+
+            x = run_module(Layer(config), weights, x, tap, *attention)
+        return x
+
     def run_prompts():
         cache = []
 
-        def tap(site, value):
-            if site in ("keys", "values"):
-                cache.append(to_cache(jnp.pad(value, ((0, 0), (0, slots), (0, 0), (0, 0)))))
+        def cached(value):
+            cache.append(to_cache(jnp.pad(value, ((0, 0), (0, slots), (0, 0), (0, 0)))))
             return value
 
-        x = embed(params["w_e"], jnp.where(in_prompt, prompts, 0), compute_dtype)
-        for weights in layers:
-            x = run_module(Layer(config), weights, x, tap)
+        x = through_layers(embed(params["w_e"], jnp.where(in_prompt, prompts, 0), compute_dtype), cached)
         return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
     def step(state):
@@ -235,17 +262,14 @@ def _generate(
         t, token, finished, new, cache = state
         old, cache = iter(cache), []
 
-        def tap(site, value):
-            if site not in ("keys", "values"):
-                return value
+        def cached(value):
             cache.append(jax.lax.dynamic_update_slice_in_dim(next(old), to_cache(value), width + t - 1, axis=-1))
             return from_cache(cache[-1])
 
         in_new = jnp.broadcast_to(jnp.arange(slots)[None] < t, (batch, slots))
         seen = jnp.concatenate([in_prompt, in_new], axis=1)[:, None]
         x = embed(params["w_e"], token[:, None], compute_dtype)
-        for weights in layers:
-            x = run_module(Layer(config), weights, x, tap, (lengths + (t - 1))[:, None], seen)
+        x = through_layers(x, cached, (lengths + (t - 1))[:, None], seen)
         return emit(t, draw(x[:, 0], t), finished, new, cache)
 
     def emit(t, token, finished, new, cache):
@@ -261,6 +285,10 @@ def _generate(
     new = jnp.full((batch, slots), stop_token, jnp.int32)
     state = emit(jnp.int32(0), draw(x, 0), jnp.zeros(batch, bool), new, cache)
     return jax.lax.while_loop(going, step, state)[3]
+
+
+_STATIC: Any = {"static_argnums": 0, "static_argnames": ("slots", "greedy", "top_k", "compute_dtype")}
+_generate = jax.jit(_tokens, **_STATIC)
 
 
 def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_token) -> tuple[Array, Array]:

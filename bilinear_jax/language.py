@@ -93,12 +93,18 @@ class LanguageModel:
         return jnp.asarray([self.tokenizer(text)["input_ids"]], jnp.int32)
 
     def generate(
-        self, prompt, max_length: int = 30, temperature: float | int = 1.0, top_k: int | None = None, seed: int = 0
+        self,
+        prompt,
+        max_length: int = 30,
+        temperature: float | int = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        edits: Mapping[Site, Edit] = NO_EDITS,
     ):
         """The prompt continued by at most ``max_length`` sampled tokens: see ``generation.generate_text``."""
         from bilinear_jax.generation import generate_text
 
-        return generate_text(self, prompt, max_length, temperature=temperature, top_k=top_k, seed=seed)
+        return generate_text(self, prompt, max_length, temperature=temperature, top_k=top_k, seed=seed, edits=edits)
 
     def __getattr__(self, name: str):
         if name in _VIEWS:

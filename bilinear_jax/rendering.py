@@ -57,6 +57,22 @@ def pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
     return texts
 
 
+def shown_around(texts: Sequence[str], position: int, window: int, last: int) -> tuple[int, int]:
+    """``(start, stop)`` of the tokens to show around one of a row: ``window`` on either side, up to the ``last``.
+
+    Some more where the last of them is a part of a character: a character is shown whole. ``texts`` are the row's
+    ``pieces``; ``last`` is where its padding begins, less 1.
+
+    Example:
+        >>> shown_around(["a", "b", "c", "", "é", "d"], 2, 1, last=5)
+        (1, 5)
+    """
+    start, stop = max(position - window, 0), min(position + window, max(position, last)) + 1
+    while stop < len(texts) and not texts[stop - 1]:
+        stop += 1
+    return start, stop
+
+
 def token_label(tokenizer: Any, token: int) -> str:
     """One token by itself, for lists: a space is ``␣``, bytes that are no whole character are ``<0xE2>``.
 

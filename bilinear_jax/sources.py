@@ -246,7 +246,10 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
         raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put it there, or work with token ids")
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # of no kind of its own
+        raise ValueError(f"{path} is no tokenizer that can be read ({error}): restore it, or name another") from error
     usual = dict(zip(("bos_token", "eos_token", "pad_token"), known[1:], strict=True)) if known else {}
     usual = {key: token for key, token in usual.items() if tokenizer.token_to_id(token) is not None}
     padding = {key: token for key, token in usual.items() if key == "pad_token"}  # whatever the files say
@@ -259,7 +262,10 @@ def _special_tokens(path: Path) -> dict[str, str]:
     config_path = path.with_name("tokenizer_config.json")
     if not config_path.is_file():
         return {}
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path} is not JSON ({error}): restore it, or delete it") from error
     tokens = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)

@@ -13,9 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import sparse
 
-from bilinear_jax.attribution import TERMS
-from bilinear_jax.cofiring import CoFiringSums, Outputs, code_batches, entries, pair_weights
+from bilinear_jax.attribution import TERMS, encoder_constant
+from bilinear_jax.cofiring import (
+    CoFiring,
+    CoFiringSums,
+    Observed,
+    entries,
+    magnitudes,
+    observe,
+    pair_products,
+    pair_weights,
+)
 from bilinear_jax.correlation import check_tracer
 from bilinear_jax.interactions import Interactions
 from bilinear_jax.language import LanguageModel
@@ -98,8 +108,8 @@ def pair_summaries(
             that doesn't exist; if tokens or mask don't fit or leave nothing; or if an activation is not finite.
         IndexError: if there is no such output feature.
 
-    Memory: that of ``co_firing`` and of ``strongest_pairs``; ``batch seq (features + 7 d_hidden + 8 U)`` numbers for U
-    output features; and ``batch seq n`` for the pairs of one at a time.
+    Memory: that of ``co_firing`` and of ``strongest_pairs``; ``batch seq (features + 4 d_hidden + 12 U)`` numbers for U
+    output features; and 40 bytes for every token of a batch and pair of one output feature that fires there.
 
     Example:
         >>> import bilinear_jax as bj
@@ -115,65 +125,117 @@ def pair_summaries(
     if not pairs:
         raise ValueError("name at least one output feature, with its pairs, such as {7: [(3, 12)]}")
     check_tracer(tracer, lm)
-    chosen = {feature: _checked_pairs(tracer, feature, given) for feature, given in pairs.items()}
+    chosen = {feature: checked_pairs(tracer, feature, given) for feature, given in pairs.items()}
     weights = {feature: pair_weights(tracer, feature, some) for feature, some in chosen.items()}
-    outputs = Outputs.of(tracer, list(pairs))
-    fired, sums = CoFiringSums(tracer.basis.shape[1]), {}
-    for got in code_batches(tracer, lm, tokens, outputs, token_mask, batch_size, "pairs of input features"):
-        fired.add(got)
-        terms, z = got["terms"].astype(np.float64), got["z"].astype(np.float64)
-        found = {"terms": terms.sum(axis=0), "magnitude": np.abs(terms).sum(axis=0)}
-        dense = _dense(got["codes"], got["indices"], tracer.basis.shape[1])
+    fired, sums, found = CoFiringSums(), AccountSums(), {feature: PairSums() for feature in pairs}
+    options = {"token_mask": token_mask, "batch_size": batch_size, "description": "pairs of input features"}
+    for seen in observe(tracer, lm, tokens, list(pairs), **options):
+        fired.add(seen)
+        sums.add(seen)
+        codes = seen.counted.tocsc()
         for column, (feature, some) in enumerate(chosen.items()):
-            codes = dense[:, some[:, 0]] * dense[:, some[:, 1]]
-            left_over = z[:, column, None] - np.cumsum(codes * (entries(some) * weights[feature]), axis=1)
-            values = np.concatenate([z[:, column, None], left_over], axis=1)
-            found[f"moments of {feature}"] = np.stack([values.sum(axis=0), (values**2).sum(axis=0)])
-        sums = {name: array + sums.get(name, 0) for name, array in found.items()}
+            found[feature].add(pair_products(codes, some), seen.z[:, column])
 
-    co = fired.finished()
-    means = {name: array / co.tokens for name, array in sums.items()}
-    result = {}
-    for column, (feature, some) in enumerate(chosen.items()):
-        of_features = np.abs(_read_with_bias(tracer, feature)) @ fired.scaled / co.tokens
-        all_pairs = np.abs(entries(co.pairs) * pair_weights(tracer, feature, co.pairs)) @ co.magnitude / co.tokens
-        others = np.abs(outputs.encoder[column]) + means["magnitude"][column, 2:].sum()
-        here, left = co.find(some), co.find(np.repeat(some, 2, axis=1).reshape(-1, 2))
-        mean = entries(some) * weights[feature] * here.product / co.tokens
-        terms = dict(zip(TERMS, [*means["terms"][column], outputs.encoder[column]], strict=True))
-        terms = {"shown": mean.sum(), **terms, "pairs": terms["pairs"] - mean.sum()}
-        result[feature] = PairSummary(
-            pairs=some,
-            weight=weights[feature],
-            mean=mean,
-            mean_magnitude=np.abs(entries(some) * weights[feature]) * here.magnitude / co.tokens,
-            joint=here.count / co.tokens,
-            rates=left.count.reshape(-1, 2) / co.tokens,
-            r2=_r2(means[f"moments of {feature}"]),
-            terms={name: float(value) for name, value in terms.items()},
-            magnitude_pairs=float(all_pairs),
-            magnitude=float(all_pairs + of_features + others),
-            tokens=co.tokens,
-        )
+    co, result = fired.finished(), {}
+    totals = sums.finished(tracer, list(pairs), fired)
+    for total, (feature, some) in zip(totals, chosen.items(), strict=True):
+        whole = magnitudes(co, pair_weights(tracer, feature, co.pairs)).sum()
+        result[feature] = summary(some, weights[feature], found[feature], total, co, whole)
     return result
 
 
-def _dense(codes: np.ndarray, indices: np.ndarray, features: int) -> Float[np.ndarray, "tokens features"]:
-    dense = np.zeros((len(codes), features))
-    np.put_along_axis(dense, indices, codes.astype(np.float64), axis=1)
-    return dense
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What the terms of one output feature come to over a dataset, whatever pairs are shown of it."""
+
+    terms: dict[str, float]  # mean of each kind
+    others: float  # mean over tokens of the sum of all |terms| that are no pairs
+    z: Float[np.ndarray, "2"]  # mean of the pre-activation, and of its square
 
 
-def _read_with_bias(tracer: Tracer, feature: int) -> Float[np.ndarray, " features"]:
+class AccountSums:
+    """Sums over tokens of what the account of each of some output features is made of, batch by batch."""
+
+    def __init__(self):
+        self.terms: Any = 0  # [U, 6]
+        self.magnitude: Any = 0  # [U, 6]
+        self.z: Any = 0  # [2, U]
+
+    def add(self, seen: Observed) -> None:
+        self.terms, self.magnitude = self.terms + seen.terms, self.magnitude + seen.magnitude
+        squares = np.einsum("tu,tu->u", seen.z, seen.z, dtype=np.float64)
+        self.z = self.z + np.stack([seen.z.sum(axis=0, dtype=np.float64), squares])
+
+    def finished(self, tracer: Tracer, features: list[int], fired: CoFiringSums) -> list[Totals]:
+        """Of each output feature, in the order in which they were observed."""
+        encoder = np.asarray(encoder_constant(tracer.out, np.asarray(features, np.int32)), np.float64)
+        terms = np.concatenate([self.terms / fired.tokens, encoder[:, None]], axis=1)
+        others = np.abs(_read_with_bias(tracer, features)) @ fired.scaled + self.magnitude[:, 2:].sum(axis=1)
+        others = others / fired.tokens + np.abs(encoder)
+        return [
+            Totals(dict(zip(TERMS, map(float, terms[u]), strict=True)), float(others[u]), self.z[:, u] / fired.tokens)
+            for u in range(len(features))
+        ]
+
+
+class PairSums:
+    """Sums over tokens of the products c_i c_j of some pairs, batch by batch."""
+
+    def __init__(self):
+        self.product: Any = 0  # [n]
+        self.squares: Any = 0  # [n, n]: of each pair with each
+        self.with_z: Any = 0  # [n]
+
+    def add(self, products: sparse.csc_array, z: Float[np.ndarray, " tokens"]) -> None:
+        self.product = self.product + products.sum(axis=0)
+        self.squares = self.squares + (products.T @ products).toarray()
+        self.with_z = self.with_z + products.T @ z.astype(np.float64)
+
+
+def summary(
+    pairs: Int[np.ndarray, "n 2"],
+    weights: Float[np.ndarray, " n"],
+    sums: PairSums,
+    totals: Totals,
+    co: CoFiring,
+    whole: float,  # the sum of co's ``magnitudes``
+) -> PairSummary:
+    """What ``pair_summaries`` says of the pairs of one output feature, from sums over the dataset."""
+    here, alone = co.find(pairs), co.find(np.repeat(pairs, 2, axis=1).reshape(-1, 2))
+    acts = entries(pairs) * weights
+    mean = acts * here.product / co.tokens
+    # The first two moments of z, and of what is left of it without the first m pairs.
+    first = np.cumsum(acts * sums.product)
+    squares = np.diag(np.cumsum(np.cumsum(acts[:, None] * sums.squares * acts, axis=0), axis=1))
+    second = squares - 2 * np.cumsum(acts * sums.with_z)
+    moments = totals.z[:, None] + np.concatenate([np.zeros((2, 1)), np.stack([-first, second]) / co.tokens], axis=1)
+    return PairSummary(
+        pairs=pairs,
+        weight=weights,
+        mean=mean,
+        mean_magnitude=np.abs(acts) * here.magnitude / co.tokens,
+        joint=here.count / co.tokens,
+        rates=alone.count.reshape(-1, 2) / co.tokens,
+        r2=_r2(moments),
+        terms={"shown": float(mean.sum()), **totals.terms, "pairs": totals.terms["pairs"] - float(mean.sum())},
+        magnitude_pairs=float(whole / co.tokens),
+        magnitude=float(whole / co.tokens + totals.others),
+        tokens=co.tokens,
+    )
+
+
+def _read_with_bias(tracer: Tracer, features: list[int]) -> Float[np.ndarray, "U features"]:
     """``2 D^T Q b``: what each input feature makes together with the decoder bias."""
     config = tracer.inp.config
     bias = tracer.inp.decode(jnp.zeros(config.n_features), jnp.zeros(config.d_model))
     with jax.default_matmul_precision("highest"):
         bias = jnp.pad(bias, (0, tracer.tensor.n_in - config.d_model))
-        return np.asarray(2 * tracer.basis.T @ (tracer.q(feature) @ bias), np.float64)
+        directions = tracer.directions[np.asarray(features, np.int32)]
+        return np.asarray(2 * tracer.tensor.matvec(directions, bias) @ tracer.basis, np.float64)
 
 
-def _checked_pairs(tracer: Tracer, feature: int, pairs) -> Int[np.ndarray, "n 2"]:
+def checked_pairs(tracer: Tracer, feature: int, pairs) -> Int[np.ndarray, "n 2"]:
+    """The pairs that were given for an output feature, as int32; ``ValueError`` says what is wrong with them."""
     if isinstance(pairs, Interactions):
         other = np.asarray(pairs.out)[np.asarray(pairs.out) != feature]
         if other.size:

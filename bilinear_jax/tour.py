@@ -1,7 +1,9 @@
 """The language chapter in one call: find an output feature by its spectrum, and trace it to its input features."""
 
+import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -62,9 +64,11 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     matrix, inputs, explained = tracer.interaction_submatrix(feature, n=50)
     title = f"What makes output feature {feature}: its 50 largest interactions"
     _save(bj.figures.heat_map(matrix, inputs, title=title), out, "interactions")
-    visualizer = bj.Visualizer(lm, tracer.inp)
-    for row, column, entry in _largest_pairs(matrix, inputs, 5):
-        print(f"  {entry:+.3f}  {_describe(visualizer, row)}  x  {_describe(visualizer, column)}")
+    pairs = _largest_pairs(matrix, inputs, 5)
+    fires_on = top_tokens(bj.Visualizer(lm, tracer.inp), [feature for pair in pairs for feature in pair[:2]])
+    for *pair, entry in pairs:
+        both = (f"{feature} ({' '.join(fires_on[feature]) or 'dead'})" for feature in pair)
+        print(f"  {entry:+.3f}  {'  x  '.join(both)}")
 
     _heading("What was found")
     value, bound = float(jnp.abs(top.values[feature]).sum()), float(top.bounds[feature].sum())
@@ -87,7 +91,12 @@ def _heading(text: str) -> None:
 
 
 def _save(figure, out: Path, name: str) -> None:
-    figure.savefig(out / f"{name}.png", dpi=150)
+    partial = out / f".{name}.partial.png"
+    try:
+        figure.savefig(partial, dpi=150)
+        os.replace(partial, out / f"{name}.png")
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"saved {out / name}.png", file=sys.stderr)
 
 
@@ -99,8 +108,10 @@ def _largest_pairs(matrix, inputs, n: int) -> list[tuple[int, int, float]]:
     return [(int(inputs[rows[i]]), int(inputs[columns[i]]), float(both[i])) for i in largest]
 
 
-def _describe(visualizer: "bj.Visualizer", feature: int) -> str:
-    """A feature's number and the tokens that it fires on most."""
-    contexts = visualizer.contexts(feature, k=10)[feature]
-    tokens = Counter(text.strip() for context in contexts for text, _, focused in context.glyphs() if focused)
-    return f"{feature} ({' '.join(token for token, _ in tokens.most_common(3)) or 'dead'})"
+def top_tokens(visualizer: "bj.Visualizer", features: Sequence[int]) -> dict[int, list[str]]:
+    """The three tokens that each feature fires on most, among its ten largest activations; none of a dead one."""
+    found = {}
+    for feature, contexts in visualizer.contexts(*features, k=10).items():
+        tokens = Counter(text.strip() for context in contexts for text, _, focused in context.glyphs() if focused)
+        found[feature] = [token for token, _ in tokens.most_common(3)]
+    return found

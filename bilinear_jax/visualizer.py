@@ -8,13 +8,13 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bilinear_jax.activations import (
     RankedRows,
@@ -29,7 +29,20 @@ from bilinear_jax.activations import (
 )
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
-from bilinear_jax.rendering import DARK, LIGHT, Context, Palette, context_text, pieces, shaded, token_label
+from bilinear_jax.rendering import (
+    DARK,
+    LIGHT,
+    Context,
+    Palette,
+    context_text,
+    pieces,
+    shaded,
+    shown_around,
+    token_label,
+)
+
+if TYPE_CHECKING:
+    from bilinear_jax.pages.render import Html
 
 
 @functools.partial(
@@ -41,10 +54,10 @@ from bilinear_jax.rendering import DARK, LIGHT, Context, Palette, context_text, 
 class LogitEffects:
     """The tokens whose logits a feature moves most; ``by`` is in logits a unit of activation, before 1 / rms."""
 
-    raised: Int[Array, " k"]  # token ids, the most raised first
-    raised_by: Float[Array, " k"]
-    lowered: Int[Array, " k"]  # token ids, the most lowered first
-    lowered_by: Float[Array, " k"]
+    raised: Array | np.ndarray  # [k] int: token ids, the most raised first
+    raised_by: Array | np.ndarray  # [k]
+    lowered: Array | np.ndarray  # [k] int: token ids, the most lowered first
+    lowered_by: Array | np.ndarray  # [k]
 
 
 def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEffects:
@@ -77,12 +90,16 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
     """
     if not isinstance(feature, Tracer):
         feature = check_feature(sae, feature)
-    effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.w_dec[:, feature])
-    if sae.config.site == "attn_out":
-        effects = lm.config.attention_factor * effects
+    effects = direct_effects(lm, sae, feature)
     raised_by, raised = jax.lax.top_k(effects, min(k, len(effects)))
     lowered_by, lowered = jax.lax.top_k(-effects, min(k, len(effects)))
     return LogitEffects(raised, raised_by, lowered, -lowered_by)
+
+
+def direct_effects(lm: LanguageModel, sae: SAE, feature) -> Float[Array, " n_vocab"]:
+    """How much a feature raises every token's logit, see ``logit_effects``."""
+    effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.w_dec[:, feature])
+    return lm.config.attention_factor * effects if sae.config.site == "attn_out" else effects
 
 
 class Visualizer:
@@ -175,6 +192,17 @@ class Visualizer:
         found = self.contexts(*features, k=k, window=window)
         return "\n\n".join(self._block(feature, found[feature], palette, logits) for feature in found)
 
+    def html(self, *features: SupportsIndex, k: int = 5, window: int = 10, logits: int = 6) -> "Html":
+        """What ``__call__`` prints, as HTML that a notebook shows: the value of each token under the pointer."""
+        from bilinear_jax.pages.render import contexts_fragment
+
+        found, effects = self.contexts(*features, k=k, window=window), {}
+        for feature in found if logits else ():
+            moved = logit_effects(self.lm, self.sae, feature, k=logits)
+            sides = (moved.raised.tolist(), moved.lowered.tolist())
+            effects[feature] = tuple([token_label(self.tokenizer, token) for token in side] for side in sides)
+        return contexts_fragment(found, effects, self.sae.name)
+
     def contexts(self, *features: SupportsIndex, k: int = 5, window: int = 10) -> dict[int, list[Context]]:
         """The ``k`` largest activations of each feature with ``window`` tokens on either side; none of a dead one."""
         if k < 1:
@@ -218,10 +246,8 @@ class Visualizer:
         ids = np.asarray(self.tokens[row])
         texts = pieces(self.tokenizer, ids)
         counted = np.flatnonzero(np.asarray(self.lm.token_mask(ids[None]))[0])
-        last = max(position, int(counted[-1]) if counted.size else 0)  # padding isn't shown
-        start, stop = max(position - window, 0), min(position + window, last) + 1
-        while stop < len(texts) and not texts[stop - 1]:  # a character is shown whole
-            stop += 1
+        last = int(counted[-1]) if counted.size else 0  # padding isn't shown
+        start, stop = shown_around(texts, position, window, last)
         return Context(value, row, position, start, tuple(texts[start:stop]), activations[start:stop])
 
     def _block(self, feature: int, contexts: list[Context], palette: Palette | None, logits: int) -> str:

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from bilinear_jax.nn.transformer import Transformer
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+from bilinear_jax.tracer import Tracer
 
 TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
 MODEL, SCOPE = TS_MICRO / "model", TS_MICRO / "scope"
@@ -83,6 +86,22 @@ def make_params(config, seed: int = 0):
     shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(np.float32)), shapes)
+
+
+def biased_tracer() -> tuple[Tracer, LanguageModel, np.ndarray]:
+    """A random model with biases; its input SAE reads before the norm, and passes two coordinates through."""
+    config = TransformerConfig(1, 1, 8, 12, 16, 11, bias=True)
+    lm = LanguageModel(make_params(config), config)
+    saes = []
+    for seed, site in enumerate(("resid_mid", "mlp_out")):
+        passed = (2, 5) if site == "resid_mid" else ()
+        sae = SAE.init(SAEConfig(site, 0, 8, 3, 4, encoder_bias=True, passthrough=passed), jax.random.key(seed))
+        rng = np.random.default_rng(seed)
+        biases = {
+            name: jnp.asarray(rng.normal(size=sae.params[name].shape), jnp.float32) for name in ("b_dec", "b_enc")
+        }
+        saes.append(SAE(sae.params | biases, sae.config))
+    return Tracer(lm, 0, *saes), lm, np.random.default_rng(9).integers(0, 11, (6, 9))
 
 
 def same(left, right) -> bool:

@@ -95,10 +95,10 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert convert([str(tmp_path / "nowhere"), out]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: no folder ")
+    assert captured.err.startswith("bilinear-jax: error: no folder ")
     assert captured.err.count("\n") == 1
     assert convert([str(published.MODEL), out]) == 0
-    assert capsys.readouterr().err.startswith("warning: the files of tdooms/ts-micro don't say how")
+    assert capsys.readouterr().err.startswith("bilinear-jax: warning: the files of tdooms/ts-micro don't say how")
     assert convert([str(published.MODEL), out, "--scope", str(tmp_path)]) == 1
     assert "holds no SAEs: give --scope" in capsys.readouterr().err
     assert convert([out, str(tmp_path / "again")]) == 1

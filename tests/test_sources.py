@@ -66,6 +66,14 @@ def test_known_tokenizers_pad_as_published_and_gain_no_token(tmp_path):
     assert (other.bos_token, other.pad_token, len(other)) == (None, "[UNK]", 5)
 
 
+@pytest.mark.parametrize(("name", "mend"), [("tokenizer.json", "name another"), ("tokenizer_config.json", "delete it")])
+def test_a_damaged_tokenizer_is_named(tmp_path, name, mend):
+    published.write_tokenizer(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name} is .*: restore it, or {mend}"):
+        checkpoint.load_tokenizer(str(tmp_path), None)
+
+
 def test_a_model_without_a_tokenizer_says_so_when_it_is_needed():
     config = TransformerConfig(n_layer=1, n_head=2, d_model=8, d_hidden=8, n_ctx=8, n_vocab=5, tokenizer="mine")
     with pytest.raises(

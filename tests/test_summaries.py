@@ -20,26 +20,10 @@ from bilinear_jax.tracer import Tracer
 FEATURE = 3
 
 
-def biased() -> tuple[Tracer, LanguageModel, np.ndarray]:
-    """A random model with biases; its input SAE reads before the norm, and passes two coordinates through."""
-    config = TransformerConfig(1, 1, 8, 12, 16, 11, bias=True)
-    lm = LanguageModel(published.make_params(config), config)
-    saes = []
-    for seed, site in enumerate(("resid_mid", "mlp_out")):
-        passed = (2, 5) if site == "resid_mid" else ()
-        sae = SAE.init(SAEConfig(site, 0, 8, 3, 4, encoder_bias=True, passthrough=passed), jax.random.key(seed))
-        rng = np.random.default_rng(seed)
-        biases = {
-            name: jnp.asarray(rng.normal(size=sae.params[name].shape), jnp.float32) for name in ("b_dec", "b_enc")
-        }
-        saes.append(SAE(sae.params | biases, sae.config))
-    return Tracer(lm, 0, *saes), lm, np.random.default_rng(9).integers(0, 11, (6, 9))
-
-
 @pytest.fixture(scope="module", params=["micro", "biased"])
 def made(request, golden):
     if request.param == "biased":
-        return biased()
+        return published.biased_tracer()
     tokens = np.random.default_rng(0).integers(3, golden.lm.config.n_vocab, (6, 12))
     return Tracer(golden.lm, 1, scope=published.SCOPE), golden.lm, tokens
 

@@ -111,6 +111,12 @@ def test_colours_are_for_terminals(vis, monkeypatch):
     assert "\x1b" not in printed(Terminal()) and "\x1b" in printed(Terminal(), color=True)
 
 
+def test_a_notebook_gets_html_of_the_same(vis):
+    html = vis.html(NOT, DEAD, k=1, window=1)._repr_html_()
+    assert '<b class="p10" data-v=4.00> not</b>' in html and "dead" in html
+    assert html.count(">raises ") == 2 and "raises" not in vis.html(NOT, k=1, logits=0)
+
+
 def test_the_terminal_says_whether_it_is_dark(vis, monkeypatch):
     shade = ";".join(map(str, LIGHT.background(4.0, 4.0)))
     monkeypatch.setenv("COLORFGBG", "0;15")

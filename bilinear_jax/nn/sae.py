@@ -66,6 +66,8 @@ class SAEConfig:
         outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
         if outside:
             raise ValueError(f"passthrough coordinates {outside} lie outside 0 ... {self.d_model - 1}")
+        if self.tag is not None and (not self.tag or "/" in self.tag):
+            raise ValueError(f"a tag is a part of a folder's name, without '/', or None; got {self.tag!r}")
         if self.apply_normalize and not self.normalize:
             raise ValueError("apply_normalize needs a normalize other than None and 0")
 

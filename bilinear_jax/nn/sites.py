@@ -201,6 +201,16 @@ def _resolve(config: TransformerConfig, site: Site) -> tuple[str, range]:
     return name, range(int(layer), int(layer) + 1)
 
 
+def edits_by_layer(config: TransformerConfig, edits: Mapping[Site, Edit]) -> list[dict[str, Edit]]:
+    """The edits of each layer, by the names of its sites."""
+    edited: list[dict[str, Edit]] = [{} for _ in range(config.n_layer)]
+    for site in sorted(edits, key=lambda site: not isinstance(site, str)):  # a layer's own edit comes last, and wins
+        name, layers = _resolve(config, site)
+        for layer in layers:
+            edited[layer][name] = edits[site]
+    return edited
+
+
 def _run(config, params, tokens, sites, edits, depth, compute_dtype, beta=None, remat=None, unroll=False):
     """The residual stream after ``depth`` layers, and the captured values by (name, layer)."""
     wanted: list[set[str]] = [set() for _ in range(config.n_layer)]
@@ -208,12 +218,7 @@ def _run(config, params, tokens, sites, edits, depth, compute_dtype, beta=None, 
         name, layers = _resolve(config, site)
         for layer in layers:
             wanted[layer].add(name)
-    edited: list[dict[str, Edit]] = [{} for _ in range(config.n_layer)]
-    for site in sorted(edits, key=lambda site: not isinstance(site, str)):  # a layer's own edit comes last, and wins
-        name, layers = _resolve(config, site)
-        for layer in layers:
-            edited[layer][name] = edits[site]
-
+    edited = edits_by_layer(config, edits)
     x = embed(params["w_e"], tokens, compute_dtype)
     values = {}
     start = 0

@@ -285,7 +285,7 @@ def _scan_layers(
 
         def tap(site: str, value: Array) -> Array:
             if site in edits:
-                value = _edited(site, edits[site], value)
+                value = apply_edit(site, edits[site], value)
             if site in capture:
                 captured[site] = value
             return value
@@ -325,7 +325,8 @@ class LayerStack(nn.Module):
         return _scan_layers(self.config, self.length, x, capture, edits, beta, remat, unroll)
 
 
-def _edited(site: str, edit: Edit, value: Array) -> Array:
+def apply_edit(site: str, edit: Edit, value: Array) -> Array:
+    """``edit(value)`` in the dtype of the value; ``ValueError`` if it is no array of the same shape."""
     edited = edit(value)
     if isinstance(edited, tuple):
         raise ValueError(f"an edit returns the new value of {site} alone; of an SAE: lambda x: sae(x)[0]")

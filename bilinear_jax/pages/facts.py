@@ -2,6 +2,7 @@
 
 Every field is a number, a string or a list or dataclass of these, so that ``dataclasses.asdict`` of a ``Site`` is JSON.
 A number that doesn't exist (the R^2 of a feature that never varies) is None. Texts are raw: ``render`` escapes them.
+In a notebook, features and sites show themselves as HTML, by the same renderers.
 """
 
 import dataclasses
@@ -121,6 +122,11 @@ class OutputFeature:
     by_data: PairList  # the pairs that contribute most on the dataset
     heat_map: HeatMap
 
+    def _repr_html_(self) -> str:
+        from bilinear_jax.pages.render import output_fragment
+
+        return output_fragment(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Feeds:
@@ -137,6 +143,11 @@ class InputFeature:
 
     activity: Activity
     feeds: list[Feeds]  # the largest |weight| first
+
+    def _repr_html_(self) -> str:
+        from bilinear_jax.pages.render import input_fragment
+
+        return input_fragment(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,3 +177,8 @@ class Site:
     outputs: list[OutputFeature]  # in the order asked for
     inputs: list[InputFeature]  # every input feature that some output feature's page names, by number
     provenance: Provenance
+
+    def _repr_html_(self) -> str:
+        from bilinear_jax.pages.render import site_fragment
+
+        return site_fragment(self)

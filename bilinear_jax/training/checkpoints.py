@@ -91,7 +91,7 @@ class Checkpoints:
         checksums, not_finite = jax.device_get(_fingerprint(leaves))
         bad = sorted(name for name, found in not_finite.items() if found)
         if bad:
-            raise FloatingPointError(f"at step {step} these are not finite: {', '.join(bad)}")
+            raise self.not_finite(f"at step {step} these are not finite: {', '.join(bad)}")
         arrays = {name: _description(leaf) | {"checksum": int(checksums[name])} for name, leaf in leaves.items()}
         metadata: Any = {"record": record, "arrays": arrays}
         try:
@@ -140,6 +140,21 @@ class Checkpoints:
             f"none of the checkpoints in {self.directory / 'checkpoints'} can be read: {listing}. "
             "Restore one from a copy, or name another folder to train from the beginning"
         )
+
+    def not_finite(self, what: str) -> FloatingPointError:
+        """The error of a run that met such numbers: what they are, what is left, and what to do."""
+        with contextlib.suppress(OSError):
+            self.wait()
+        kept = self._last_good()
+        anew = "give the same command again with that" if kept == "none" else "begin anew with that in another folder"
+        return FloatingPointError(
+            f"{what}; the last good checkpoint in {self.directory / 'checkpoints'} is {kept}. Lower the learning rate, "
+            f"or lengthen the warm-up, and {anew}"
+        )
+
+    def _last_good(self, but: int | None = None) -> str:
+        steps = [checkpoint.step for checkpoint in self._orbax.checkpoints if checkpoint.step != but]
+        return f"of step {max(steps)}" if steps else "none"
 
     def _load(self, step: int, leaves: dict[str, Array]) -> tuple[dict[str, Array], dict]:
         abstract = {
@@ -218,10 +233,9 @@ class Checkpoints:
             self._orbax.wait()  # it keeps the same error, to raise it once more
         for partial in (self.directory / "checkpoints").glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
-        earlier = [checkpoint.step for checkpoint in self._orbax.checkpoints if checkpoint.step != step]
         return OSError(
             f"the checkpoint of step {step} could not be written to {self.directory / 'checkpoints'} "
-            f"({_reason(error)}); the last good one is {f'of step {max(earlier)}' if earlier else 'none'}. "
+            f"({_reason(error)}); the last good one is {self._last_good(but=step)}. "
             "Make room on the disk, then give the same command again"
         )
 

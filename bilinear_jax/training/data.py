@@ -19,10 +19,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int
 
-from bilinear_jax.training.documents import as_sources, is_hub, plain_tokenizer, read_documents
+from bilinear_jax.training.documents import as_sources, is_hub, plain_tokenizer, read_documents, too_few_documents
 from bilinear_jax.training.fit import BatchIterator
 
 FORMAT, VERSION = "bilinear_jax.tokens", 1
+
+_COUNTS = ("version", "n_vocab", "n_documents", "n_tokens", "n_held_out")
+_RECORD = dict.fromkeys(_COUNTS, int) | {"dtype": str, "tokenizer_hash": str, "made_from": dict}
 
 _CHARACTERS = 1 << 21  # of documents that are encoded at once
 _PREFETCHED = 8  # batches that are cut before they are asked for
@@ -80,6 +83,8 @@ def tokenize(
         >>> file.n_documents, tokenizer.decode(list(file.tokens), skip_special_tokens=False)
         (2, '<|endoftext|>A cat sat.<|endoftext|>A dog sat.')
     """
+    if held_out < 0 or (max_tokens is not None and max_tokens < 1):
+        raise ValueError(f"held_out counts from 0 and max_tokens from 1, got {held_out} and {max_tokens}")
     found, path = as_sources(sources), Path(path)
     made_from = {
         "sources": [str(s) if is_hub(s) else {"name": Path(s).name, "bytes": Path(s).stat().st_size} for s in found],
@@ -95,7 +100,7 @@ def tokenize(
             raise ValueError(f"{path} was made from another text ({'; '.join(changed)}): delete it, or name another")
         return there
 
-    encoder, n_vocab = plain_tokenizer(tokenizer), _vocabulary_size(tokenizer)
+    encoder, n_vocab = plain_tokenizer(tokenizer), vocabulary_size(tokenizer)
     dtype = np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
@@ -139,8 +144,8 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
     if not path.is_file() or not sidecar.is_file():
         there = path if path.is_file() else sidecar if sidecar.is_file() else "neither"
         raise FileNotFoundError(
-            f"a token file is {path} and {sidecar.name} beside it, of which there is {there}: tokenise the text, "
-            "and to a name that no other file has"
+            f"a token file is {path} and {sidecar.name} beside it, of which there is {there}: tokenise the text "
+            "again, to a name that no other file has, or delete this one first if it is of tokens"
         )
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -148,6 +153,9 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
         raise ValueError(f"{sidecar} is not JSON ({error}): delete {path} and tokenise the text again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{sidecar} doesn't describe a token file of this library: name another file")
+    missing = [name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)]
+    if missing:
+        raise ValueError(f"{sidecar} lacks {', '.join(missing)}: delete {path} and tokenise the text again")
     if record["version"] > VERSION:
         raise ValueError(
             f"{path} has format version {record['version']}, this bilinear_jax reads {VERSION}: upgrade it"
@@ -162,7 +170,7 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
     if tokenizer is not None and record["tokenizer_hash"] != tokenizer_hash(tokenizer):
         raise ValueError(
             f"{path} has the tokens of another tokenizer, {record['tokenizer_hash'][:12]} with {record['n_vocab']} "
-            f"tokens, and not of this one, {tokenizer_hash(tokenizer)[:12]} with {_vocabulary_size(tokenizer)}: "
+            f"tokens, and not of this one, {tokenizer_hash(tokenizer)[:12]} with {vocabulary_size(tokenizer)}: "
             "tokenise the text with this one, to another file"
         )
     if n_vocab is not None and record["n_vocab"] > n_vocab:
@@ -185,7 +193,7 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
-def _vocabulary_size(tokenizer) -> int:
+def vocabulary_size(tokenizer) -> int:
     """The largest token of a tokenizer, plus 1: some leave out numbers."""
     return 1 + max(getattr(tokenizer, "backend_tokenizer", tokenizer).get_vocab(with_added_tokens=True).values())
 
@@ -216,7 +224,7 @@ def _encode_into(
             if max_tokens is not None and n_tokens >= max_tokens:
                 break
     if n_documents <= held_out:
-        raise ValueError(f"{n_documents} documents are too few to hold out {held_out}: hold out fewer, or give more")
+        raise too_few_documents(n_documents, held_out, max_tokens)
     return {"n_documents": n_documents, "n_tokens": n_tokens - sum(last), "n_held_out": sum(last)}
 
 
@@ -233,7 +241,9 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def batches(tokens: np.ndarray, n_ctx: int, batch_size: int, seed: int = 0) -> BatchIterator:
+def batches(
+    tokens: np.ndarray, n_ctx: int, batch_size: int, seed: int = 0, *, n_vocab: int | None = None
+) -> BatchIterator:
     """Shuffled windows of a token stream, int32 ``[batch_size, n_ctx]``, without end.
 
     In every epoch the stream is cut at another offset, and its windows come in another order, each once. What comes
@@ -243,12 +253,14 @@ def batches(tokens: np.ndarray, n_ctx: int, batch_size: int, seed: int = 0) -> B
     Args:
         tokens: the stream, ``[tokens]``; may be memory-mapped.
         seed: of the offsets and the order, 0 to 2^32 - 1.
+        n_vocab: the vocabulary size of the model that shall read them; None: any.
 
     Returns:
         Grain's iterator: ``next(it)``, ``it.get_state()``, ``it.set_state(state)``.
 
     Raises:
-        ValueError: for a stream too short for one batch.
+        ValueError: for a stream too short for one batch, or one that isn't of whole numbers; from ``next``, for a
+            token that isn't one of ``n_vocab``.
 
     Example:
         >>> source = batches(np.arange(100), n_ctx=10, batch_size=4, seed=1)
@@ -259,11 +271,13 @@ def batches(tokens: np.ndarray, n_ctx: int, batch_size: int, seed: int = 0) -> B
     """
     import grain
 
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens are whole numbers [tokens], one stream; got {tokens.dtype} of shape {tokens.shape}")
     windows = len(tokens) // n_ctx - 1  # one less, so that every offset has as many
     if windows < batch_size:
         raise ValueError(
             f"{len(tokens)} tokens are too few for one batch of {batch_size} windows of {n_ctx}: "
-            "give more text, or lower batch_size or n_ctx"
+            "give more text, or lower batch_size (of SAEs: rows) or n_ctx"
         )
 
     @functools.lru_cache(maxsize=2)
@@ -272,7 +286,13 @@ def batches(tokens: np.ndarray, n_ctx: int, batch_size: int, seed: int = 0) -> B
 
     def cut(position: int, window: int) -> Int[np.ndarray, " n_ctx"]:
         start = offset(position // windows) + window * n_ctx
-        return tokens[start : start + n_ctx].astype(np.int32)
+        found = tokens[start : start + n_ctx]
+        if n_vocab is not None and not 0 <= found.min() <= found.max() < n_vocab:
+            raise ValueError(
+                f"tokens {found.min()} ... {found.max()} at {start:,} lie outside the vocabulary 0 ... {n_vocab - 1}: "
+                "tokenise the text again, with the model's own tokenizer"
+            )
+        return found.astype(np.int32)
 
     order = grain.MapDataset.range(windows).seed(seed).shuffle().repeat()
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED)

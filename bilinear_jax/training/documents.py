@@ -4,12 +4,13 @@ import gzip
 import importlib
 import io
 import json
-import os
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from bilinear_jax.training.folder import replace_file
 
 END_OF_TEXT = "<|endoftext|>"
 HUB = "hub:"
@@ -29,6 +30,9 @@ def as_sources(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
             _kind(Path(source))
             if not Path(source).is_file():
                 raise FileNotFoundError(f"there is no file {source}: {_EXPECTED}")
+    places = [str(source) if is_hub(source) else Path(source).resolve() for source in found]
+    if twice := [source for i, source in enumerate(found) if places[i] in places[:i]]:
+        raise ValueError(f"{twice[0]} is named twice, and would be trained on and held out: name it once")
     return found
 
 
@@ -136,8 +140,9 @@ def _from_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path} is not JSON ({error}): mend or remove it") from error
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"line {number} of {path} is not JSON ({reason}): mend or remove it") from error
         yield _text(record, field, f"line {number} of {path}")
 
 
@@ -183,6 +188,10 @@ def _text(record: Any, field: str, where: str) -> str:
         raise ValueError(_no_field(field, record, where))
     if not isinstance(record[field], str):
         raise ValueError(f"the field {field!r} of {where} is not text, but {type(record[field]).__name__}: remove it")
+    try:
+        record[field].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the field {field!r} of {where} is not Unicode text ({error}): mend or remove it") from error
     return record[field]
 
 
@@ -191,21 +200,35 @@ def _no_field(field: str, there: Iterable[str], where: str) -> str:
 
 
 def without_last(documents: Iterable[str], count: int) -> Iterator[str]:
-    """All documents but the last ``count``, which are held in memory."""
+    """All documents but the last ``count``, which are held in memory; ``ValueError`` if that leaves none."""
     held: deque[str] = deque()
+    some = False
     for document in documents:
         held.append(document)
         if len(held) > count:
             yield held.popleft()
+            some = True
+    if not some:
+        raise too_few_documents(len(held), count)
+
+
+def too_few_documents(there: int, held_out: int, limit: int | None = None) -> ValueError:
+    """The error of a text that has no documents besides those that are held out."""
+    stopped = "" if limit is None else f", or raise max_tokens, which is {limit}"
+    return ValueError(f"{there} documents are too few to hold out {held_out}: hold out fewer, or give more{stopped}")
 
 
 def train_tokenizer(documents: Iterable[str], n_vocab: int):
     """A lossless byte-level BPE tokenizer; ``<|endoftext|>`` is id 0 and is put first in every text.
 
-    Returns a ``tokenizers.Tokenizer``. Decoding gives back the text, byte for byte.
+    Returns a ``tokenizers.Tokenizer``. Decoding gives back the text, byte for byte. Raises ``ValueError`` for fewer
+    pieces than a byte each takes, 257, and for more than the text has.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if n_vocab < least:
+        raise ValueError(f"a tokenizer of bytes has at least {least} pieces: raise n_vocab, which is {n_vocab}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -217,7 +240,10 @@ def train_tokenizer(documents: Iterable[str], n_vocab: int):
     )
     tokenizer.train_from_iterator(documents, trainer)
     if tokenizer.get_vocab_size() != n_vocab:
-        raise ValueError(f"the text supports only {tokenizer.get_vocab_size()} pieces; ask for at most that many")
+        raise ValueError(
+            f"the text supports only {tokenizer.get_vocab_size()} pieces: lower n_vocab, which is {n_vocab}, to that "
+            "or less, or give more text"
+        )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
     )
@@ -228,14 +254,14 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
     """Write ``tokenizer.json``, and ``tokenizer_config.json``, which names the tokens that begin, end and pad.
 
     Those of a ``transformers`` tokenizer are its own; of a ``tokenizers.Tokenizer`` all three are ``<|endoftext|>``.
+    Each file is whole or not there; ``OSError``, which names it, if it can't be written.
     """
     folder = Path(folder)
     names = ("bos_token", "eos_token", "pad_token")
     special = {name: getattr(tokenizer, name, END_OF_TEXT) for name in names}
     given = {name: token for name, token in special.items() if token is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(given, indent=2) + "\n")
-    plain_tokenizer(tokenizer).save(str(folder / ".tokenizer.partial"))
-    os.replace(folder / ".tokenizer.partial", folder / "tokenizer.json")
+    replace_file(folder / "tokenizer_config.json", json.dumps(given, indent=2) + "\n")
+    replace_file(folder / "tokenizer.json", plain_tokenizer(tokenizer).to_str(pretty=True))
 
 
 def plain_tokenizer(tokenizer):

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,16 @@ class ByStep:
         self._step = state["step"]
 
 
+class FitOptions(TypedDict, total=False):
+    """What the recipes hand on to ``fit``, whose docstring says what each is."""
+
+    save_every: int
+    keep: int
+    keep_every: int | None
+    log_every: int
+    log: Callable[[int, dict[str, Any]], None] | None
+
+
 def fit(
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
@@ -130,7 +140,8 @@ def fit(
         name: what the progress bar is called.
 
     Raises:
-        ValueError: for another config, a checkpoint of another run, if no checkpoint can be read, or if the data ends.
+        ValueError: for another config, a checkpoint of another run, if no checkpoint can be read, if the data ends, or
+            for a number of steps that isn't at least 1.
         FloatingPointError: if a metric or a parameter is not finite; the last good checkpoint stays.
         OSError: if the disk is full; the last good checkpoint stays.
         RuntimeError: if another process trains in the folder.
@@ -146,6 +157,12 @@ def fit(
     """
     from tqdm.auto import tqdm
 
+    for count in (steps, save_every, keep_every, log_every, evaluate_every):
+        if count is not None and count < 1:
+            raise ValueError(
+                "steps, save_every, keep_every, log_every and evaluate_every must be at least 1, got "
+                f"{steps}, {save_every}, {keep_every}, {log_every} and {evaluate_every}"
+            )
     directory = Path(directory).resolve()
     metrics_path = directory / "metrics.jsonl"
     first = jax.process_index() == 0
@@ -178,7 +195,7 @@ def fit(
             log_due = evaluate_due or done == steps or done % log_every == 0
             stop = largest(max(received, default=0)) if log_due or jax.process_count() == 1 else 0
             save_due = stop or done == steps or done % save_every == 0
-            report = _report(metrics, trouble, done, directory) if log_due or save_due else {}
+            report = _report(metrics, trouble, done, checkpoints) if log_due or save_due else {}
             if log_due:
                 if evaluate is not None and evaluate_due:
                     report |= {key: float(value) for key, value in evaluate(state).items()}
@@ -244,14 +261,13 @@ def _next(data: BatchIterator, step: int, steps: int) -> Any:
         raise ValueError(f"the data ended before step {step} of {steps}: give more of it, or fewer steps") from None
 
 
-def _report(metrics: dict[str, jax.Array], trouble: jax.Array, step: int, directory: Path) -> dict[str, float]:
+def _report(metrics: dict[str, jax.Array], trouble: jax.Array, step: int, checkpoints: Checkpoints) -> dict[str, float]:
     """The metrics as numbers; raises ``FloatingPointError`` if one of them is not finite, or was not."""
     report = {key: float(value) for key, value in jax.device_get(metrics).items()}
     if int(trouble):
         bad = {key: value for key, value in report.items() if not np.isfinite(value)}
-        raise FloatingPointError(
-            f"a metric was not finite at step {int(trouble)} (those of step {step}: {bad or 'all finite'}); the last "
-            f"good checkpoint is in {directory / 'checkpoints'}. Lower the learning rate, or lengthen the warm-up"
+        raise checkpoints.not_finite(
+            f"a metric was not finite at step {int(trouble)} (those of step {step}: {bad or 'all finite'})"
         )
     return report
 
@@ -280,11 +296,12 @@ def _signals() -> Iterator[list[int]]:
 
 def _leave(number: int, message: str) -> None:
     """What the signal of this number, if there was one, asks for."""
-    if number == signal.SIGTERM:
+    if number:
         print(message, file=sys.stderr)
+    if number == signal.SIGTERM:
         raise SystemExit(128 + number)
     if number:
-        raise KeyboardInterrupt(message)
+        raise KeyboardInterrupt
 
 
 def apply_optimizer(optimizer, gradient: PyTree, state: TrainState) -> tuple[PyTree, PyTree]:

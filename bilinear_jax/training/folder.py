@@ -8,12 +8,13 @@ lock            locked while a process trains here; the lock ends with the proce
 
 import contextlib
 import json
-import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from bilinear_jax.evaluation import finite_or_null
 
 
 @contextlib.contextmanager
@@ -45,25 +46,47 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def claim(directory: Path, config: dict) -> None:
-    """Write ``config.json``; raises ``ValueError``, listing the changes, if the folder has another config."""
-    path = directory / "config.json"
+    """Write ``config.json``; raises ``ValueError``, listing the changes, if the folder has checkpoints of another."""
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
-    if not path.exists():
-        _replace(path, text)
+    if not any(path.name.isdigit() for path in directory.glob("checkpoints/*")):  # nothing is lost by another config
+        replace_file(directory / "config.json", text)
         return
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(text))
+    recorded = read_config(directory)
+    if recorded is None:
+        raise ValueError(
+            f"{directory} has checkpoints, but no config.json, which says what they are of: restore it, or name "
+            "another folder"
+        )
+    before, now = _flat(recorded), _flat(json.loads(text))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise ValueError(f"{directory} holds a run with another config ({listing}): restore it, or name another folder")
+        raise ValueError(
+            f"{directory} holds a run with another config ({listing}): restore it, or name another folder, or delete "
+            "this one to lose that run and begin anew"
+        )
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    """``{"recipe": {"lr": 1}}`` as ``{"recipe.lr": 1}``."""
-    flat = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def read_config(directory: Path) -> dict | None:
+    """What ``claim`` wrote; None if there is nothing. Raises ``ValueError`` for a file that is damaged."""
+    path = directory / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: restore it, or name another folder")
+    return config
+
+
+def _flat(value, name: str = "") -> dict:
+    """``{"recipe": {"lr": 1}, "saes": [{"k": 2}]}`` as ``{"recipe.lr": 1, "saes.0.k": 2}``."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        return {name: value}
+    return {key: leaf for at, part in parts for key, leaf in _flat(part, f"{name}.{at}" if name else str(at)).items()}
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -71,19 +94,19 @@ def forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line that a crash cut short
+            late = json.loads(line)["step"] > step
+        except (ValueError, TypeError, KeyError):  # a line that a crash cut short, or that isn't of a run
             continue
-        if entry["step"] <= step:
+        if not late:
             kept.append(line + "\n")
-    _replace(path, "".join(kept))
+    replace_file(path, "".join(kept))
 
 
 def append(path: Path, entry: dict) -> None:
     """Add a line to a metrics file, whole before this returns; values that are not finite become null."""
-    line = json.dumps({key: _finite(value) for key, value in entry.items()}, allow_nan=False)
+    line = json.dumps(finite_or_null(entry), allow_nan=False)
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -91,15 +114,13 @@ def append(path: Path, entry: dict) -> None:
         raise OSError(error.errno, f"could not write to {path} ({error.strerror}): make room on the disk") from error
 
 
-def _finite(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there; raises ``OSError`` naming it if that can't be done."""
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"could not write {path} ({error.strerror}): make room on the disk") from error
+        mend = "make room on the disk, or see what is in the way"
+        raise OSError(error.errno, f"could not write {path} ({error.strerror}): {mend}") from error

@@ -125,7 +125,10 @@ class Harvest:
     def _fill(self) -> dict[str, Any]:
         """Harvest the chunk that ``self._at`` names; returns where the next one begins."""
         if not self._buffers:
-            self._buffers = _empty(self._sites, (self.size, self._lm.config.d_model), self._sharding)
+            try:
+                self._buffers = _empty(self._sites, (self.size, self._lm.config.d_model), self._sharding)
+            except jax.errors.JaxRuntimeError as error:
+                raise RuntimeError(f"a buffer of {self.nbytes:,} bytes: {error} Lower buffer_tokens") from error
         self._rows.set_state(self._at["rows"])
         start, before = self._at["rows"], 0
         filled: Any = np.int32(-self._at["skip"])
@@ -182,8 +185,7 @@ def _write(
     What lies before 0 or beyond the buffers' end is left out.
     """
     counted = lm.token_mask(tokens) if mask is None else mask(tokens)
-    if counted.shape != tokens.shape:
-        raise ValueError(f"the mask has shape {counted.shape}, the tokens {tokens.shape}: they must agree")
+    nn_sites.check_token_mask(tokens, counted)
     counted = counted.reshape(-1).astype(bool)
     place = filled + jnp.cumsum(counted.astype(jnp.int32)) - 1
     values = nn_sites.capture(lm.config, lm.params, tokens, tuple(buffers), compute_dtype=lm.compute_dtype)

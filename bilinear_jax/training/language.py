@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from bilinear_jax.checkpoint import load_tokenizer
+from bilinear_jax.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import loss as summed_loss
 from bilinear_jax.nn.transformer import REMAT, Transformer, TransformerConfig
 from bilinear_jax.training import folder
 from bilinear_jax.training.data import batches
-from bilinear_jax.training.fit import TrainState, apply_optimizer, cosine_with_warmup, fingerprint, fit, sum_over_rows
+from bilinear_jax.training.fit import (
+    FitOptions,
+    TrainState,
+    apply_optimizer,
+    cosine_with_warmup,
+    fingerprint,
+    fit,
+    sum_over_rows,
+)
 from bilinear_jax.training.mesh import OnMesh, on_first_process, one_copy, place, place_rows
 
 
@@ -58,16 +68,17 @@ class LanguageRecipe:
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {getattr(self, name)!r}")
-        for name in ("steps", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, COUNT, "steps", "batch_size", "accumulation")
+        check_fields(self, NOT_NEGATIVE, "lr", "embed_lr", "weight_decay", "warmup")
+        check_fields(self, Rule("must lie in 0 ... 1, and below 1", lambda b: all(0 <= x < 1 for x in b)), "betas")
+        check_fields(self, Rule("must be a share, 0 ... 1", lambda x: 0 <= x <= 1), "final", "anneal")
+        check_fields(self, Rule("must be greater than 0", lambda x: x > 0), "clip")
+        check_fields(self, SEED, "seed")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation cuts a batch into equal parts: {self.accumulation} is no divisor of "
                 f"batch_size {self.batch_size}"
             )
-        if not 0 <= self.anneal <= 1:
-            raise ValueError(f"anneal is a share of the steps, 0 ... 1; got {self.anneal}")
 
     def rate(self, peak: float) -> optax.Schedule:
         """The learning rate by step: up to ``peak`` over ``warmup`` steps, then down to ``final * peak`` at the end."""
@@ -214,9 +225,8 @@ def train_language(
     tokenizer: str | Path | None = None,
     prompts: Sequence[str] = ("Once upon a time",),
     mesh: jax.sharding.Mesh | None = None,
-    save_every: int = 200,
     evaluate_every: int = 200,
-    log: Callable[[int, dict[str, Any]], None] | None = None,
+    **options: Unpack[FitOptions],
 ) -> tuple[TransformerConfig, PyTree]:
     """Train a transformer on a flat token stream; the same call again goes on where it was interrupted, see ``fit``.
 
@@ -230,19 +240,22 @@ def train_language(
             ``prompts`` is continued by up to 60 tokens, and the text added to ``samples.jsonl``; not while a gate
             is being annealed.
         mesh: of ``training.mesh.make_mesh``: rows of the batch and weights are shared out over its devices.
-        save_every, log: as for ``fit``.
         evaluate_every: steps from one evaluation to the next; there is one at the end as well.
+        options: ``save_every``, ``keep``, ``keep_every``, ``log_every`` and ``log``, as for ``fit``.
 
     Returns:
         The config and the parameters; with ``recipe.anneal`` those of a bilinear model, ``gate=None``.
 
     Raises:
-        ValueError: for ``recipe.anneal`` with another gate, or a directory that holds a run with another config,
+        ValueError: for ``recipe.anneal`` with another gate, rows of a single token, tokens that the model doesn't
+            have, a prompt that leaves no room for another token, or a directory that holds a run with another config,
             recipe, text or start.
         FloatingPointError: for a loss that isn't finite; the last good checkpoint stays.
     """
-    if recipe.anneal:
-        _check_swiglu(config)
+    check_language_run(config, recipe)
+    _check_rows(config, held_out)
+    if tokenizer is not None:
+        _check_prompts(config, tokenizer, prompts)
     dtype = jnp.dtype(recipe.compute_dtype)
 
     @jax.jit
@@ -265,7 +278,7 @@ def train_language(
     state = fit(
         language_update(config, recipe),
         place(initial_state(config, recipe, params), mesh),
-        OnMesh(batches(tokens, config.n_ctx, recipe.batch_size, recipe.seed), mesh),
+        OnMesh(batches(tokens, config.n_ctx, recipe.batch_size, recipe.seed, n_vocab=config.n_vocab), mesh),
         steps=recipe.steps,
         directory=directory,
         config={
@@ -274,13 +287,42 @@ def train_language(
             "tokens": len(tokens),
             "start": None if params is None else fingerprint(params),
         },
-        save_every=save_every,
-        log=log,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         name="language model",
+        **options,
     )
     return without_gate(config, state.params) if recipe.anneal else (config, state.params)
+
+
+def check_language_run(config: TransformerConfig, recipe: LanguageRecipe) -> None:
+    """Raises ``ValueError`` for a model that can't be trained by the recipe."""
+    if config.n_ctx < 2:
+        raise ValueError("n_ctx must be at least 2: in a row of 1 token there is none to predict")
+    if config.pad_id is not None and not 0 <= config.pad_id < config.n_vocab:
+        raise ValueError(f"pad_id is a token, 0 ... {config.n_vocab - 1}, or none; got {config.pad_id}")
+    if recipe.anneal:
+        _check_swiglu(config)
+
+
+def _check_rows(config: TransformerConfig, rows: np.ndarray) -> None:
+    whole = rows.ndim == 2 and rows.size and np.issubdtype(rows.dtype, np.integer)
+    if not whole or not 2 <= rows.shape[1] <= config.n_ctx or not 0 <= rows.min() <= rows.max() < config.n_vocab:
+        found = f" from {rows.min()} to {rows.max()}" if rows.size else ""
+        raise ValueError(
+            f"held_out is tokens [rows, n_ctx] in 0 ... {config.n_vocab - 1}, of 2 ... {config.n_ctx} a row; got "
+            f"{rows.dtype} of shape {rows.shape}{found}"
+        )
+
+
+def _check_prompts(config: TransformerConfig, tokenizer: str | Path, prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        length = len(load_tokenizer(str(tokenizer), config.tokenizer)(prompt)["input_ids"])
+        if not 1 <= length < config.n_ctx:
+            raise ValueError(
+                f"prompts of 1 ... {config.n_ctx - 1} tokens can be continued in a context of {config.n_ctx}, and "
+                f"{prompt!r} has {length}: name another, or none"
+            )
 
 
 def _add_samples(path: Path, step: int, lm: LanguageModel, prompts: Sequence[str]) -> None:
@@ -288,5 +330,5 @@ def _add_samples(path: Path, step: int, lm: LanguageModel, prompts: Sequence[str
     folder.forget_after(path, step - 1)
     for prompt in prompts:
         room = lm.config.n_ctx - lm.encode(prompt).shape[1]
-        text = lm.generate(prompt, max_length=max(1, min(60, room)), seed=step)
+        text = lm.generate(prompt, max_length=min(60, room), seed=step)
         folder.append(path, {"step": step, "text": text})

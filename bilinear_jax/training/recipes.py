@@ -12,9 +12,7 @@ Each table of a file is a dataclass, and each key a field of it, by the same nam
 """
 
 import dataclasses
-import inspect
 import itertools
-import re
 import tomllib
 import types
 import typing
@@ -22,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilinear_jax.nn.sae import SAEConfig
+from bilinear_jax.fields import COUNT, Rule, check_fields, field_comments
+from bilinear_jax.nn.sae import SAEConfig, site_name
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.training.language import LanguageRecipe
 from bilinear_jax.training.sae import SAERecipe
@@ -40,12 +39,18 @@ class DataOptions:
     held_out: int = 500  # documents at the end that are not trained on
     max_tokens: int | None = None  # stop reading at so many
 
+    def __post_init__(self):
+        check_fields(self, COUNT, "held_out", "max_tokens")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """What is kept of a run, and how often it is looked at."""
 
     save_every: int = 200  # steps from checkpoint to checkpoint
+    keep: int = 2  # checkpoints that stay, the newest
+    keep_every: int | None = None  # besides, those of steps that are multiples of this; None: no others
+    log_every: int = 20  # steps from one line of metrics.jsonl to the next
     evaluate_every: int = 200  # steps from one evaluation on held-out text to the next
     held_out_rows: int | None = None  # rows of n_ctx tokens to evaluate on; None: all that are held out
     prompts: tuple[str, ...] = ("Once upon a time",)  # continued at each evaluation of a language model, as samples
@@ -55,9 +60,8 @@ class RunOptions:
     def __post_init__(self):
         if self.weights not in ("float32", "bfloat16"):
             raise ValueError(f"weights are saved in 'float32' or 'bfloat16', not {self.weights!r}")
-        for name in ("save_every", "evaluate_every", "held_out_rows"):
-            if (getattr(self, name) or 1) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, COUNT, "save_every", "keep", "keep_every", "log_every", "evaluate_every", "held_out_rows")
+        check_fields(self, Rule("must be two numbers of at least 1", lambda mesh: min(mesh) >= 1), "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,11 @@ class SAEGrid:
     ks: tuple[int, ...]  # active features a token
     layers: tuple[int, ...] | None = None  # None: all
     tag: str | None = None  # tells them apart from others that are alike
+
+    def __post_init__(self):
+        object.__setattr__(self, "sites", tuple(site_name(site) for site in self.sites))
+        each_once = Rule("must name at least one, and none twice", lambda them: 0 < len(them) == len(set(them)))
+        check_fields(self, each_once, "sites", "expansions", "ks", "layers")
 
     def configs(self, model: TransformerConfig) -> list[SAEConfig]:
         """Their configs; raises ``ValueError`` for a layer that the model doesn't have.
@@ -167,7 +176,7 @@ def describe(kind: str) -> str:
     lines = []
     for table, cls in _TABLES[kind].items():
         lines.append(f"[{table}]")
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+        comments = field_comments(cls)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             default = "" if field.default is dataclasses.MISSING else f"; {_as_typed(field.default)}"

@@ -24,11 +24,10 @@ gradients of all SAEs are kept, but not their pre-activations. None of it has be
 """
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +36,23 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from bilinear_jax.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
 from bilinear_jax.nn.sites import capture
 from bilinear_jax.nn.sparse import FORMS, check_form, fastest_form
 from bilinear_jax.nn.transformer import run_module
+from bilinear_jax.training import folder
 from bilinear_jax.training.data import batches
-from bilinear_jax.training.fit import BatchIterator, TrainState, apply_optimizer, cosine_with_warmup, fingerprint, fit
+from bilinear_jax.training.fit import (
+    BatchIterator,
+    FitOptions,
+    TrainState,
+    apply_optimizer,
+    cosine_with_warmup,
+    fingerprint,
+    fit,
+)
 from bilinear_jax.training.harvest import Harvest
 from bilinear_jax.training.mesh import one_copy, place
 from bilinear_jax.training.unit_decoder import unit_decoder
@@ -70,14 +79,9 @@ class SAERecipe:
     form: str | None = None  # of the sparse products, one of nn.sparse.FORMS; None: the fastest, measured at the start
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "buffer_tokens", "rows", "dead_after"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.k_aux, self.warmup, self.aux_coefficient) < 0:
-            raise ValueError(
-                "k_aux, warmup and aux_coefficient must not be negative, got "
-                f"{self.k_aux}, {self.warmup} and {self.aux_coefficient}"
-            )
+        check_fields(self, COUNT, "steps", "batch_size", "buffer_tokens", "rows", "dead_after")
+        check_fields(self, NOT_NEGATIVE, "lr", "k_aux", "warmup", "aux_coefficient")
+        check_fields(self, SEED, "seed")
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"final_lr must lie in 0 ... lr ({self.lr}), got {self.final_lr}")
         if self.dead_after + self.batch_size >= 2**31:
@@ -227,9 +231,8 @@ def train_saes(
     *,
     held_out: np.ndarray | None = None,
     mesh: Mesh | None = None,
-    save_every: int = 200,
     evaluate_every: int | None = None,
-    log: Callable[[int, dict[str, Any]], None] | None = None,
+    **options: Unpack[FitOptions],
 ) -> list[SAE]:
     """Train all SAEs in ``configs`` at once on a flat token stream; the same call again goes on where it stopped.
 
@@ -241,19 +244,23 @@ def train_saes(
         directory: of checkpoints and ``metrics.jsonl``, see ``fit``, which logs what ``sae_update`` returns.
         held_out: ``[rows, seq]``; with them, ``evaluate_saes`` is logged as ``held_out_<metric>.<name>``.
         mesh: of ``training.mesh.make_mesh``: tokens and features are shared out over its devices.
-        save_every, log: as for ``fit``.
         evaluate_every: steps from one evaluation to the next; there is one at the end as well.
+        options: ``save_every``, ``keep``, ``keep_every``, ``log_every`` and ``log``, as for ``fit``.
 
     Returns:
         The SAEs, in the order of ``configs``.
 
     Raises:
-        ValueError: for no SAE, two of one name, a site that the model doesn't have, a buffer or a text too small, or
-            a directory that holds a run with another config, recipe, model or text.
+        ValueError: for no SAE, two of one name, one of another width than the model or at a site that it doesn't
+            have, a buffer or a text too small, or a directory that holds a run with another config, recipe, model or
+            text.
         FloatingPointError: for a loss that isn't finite; the last good checkpoint stays.
     """
     from bilinear_jax.evaluation import evaluate_saes
 
+    stacks(configs)  # raises, or not
+    if other := [config.name for config in configs if config.d_model != lm.config.d_model]:
+        raise ValueError(f"the model has d_model {lm.config.d_model}, and these SAEs another: {', '.join(other)}")
     sites = list(dict.fromkeys((config.site, config.layer) for config in configs))
     placed = place(lm, mesh)
     rows = batches(tokens, lm.config.n_ctx, recipe.rows, recipe.seed)
@@ -275,8 +282,7 @@ def train_saes(
         mesh=mesh,
         evaluate=None if held_out is None else evaluate,
         evaluate_every=evaluate_every,
-        save_every=save_every,
-        log=log,
+        **options,
     )
 
 
@@ -291,8 +297,7 @@ def train_on_activations(
     mesh: Mesh | None = None,
     evaluate: Callable[[list[SAE]], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
-    save_every: int = 200,
-    log: Callable[[int, dict[str, Any]], None] | None = None,
+    **options: Unpack[FitOptions],
 ) -> list[SAE]:
     """Train SAEs on batches of activations ``{(site, layer): [batch, d_model]}``, as ``train_saes`` does, on any.
 
@@ -303,7 +308,7 @@ def train_on_activations(
         means: the mean activation of each site, where decoder biases start.
         identity: what else makes the run what it is; a run that goes on must have the same.
         evaluate: called with the SAEs every ``evaluate_every`` steps and at the end; its numbers are logged.
-        mesh, save_every, log: as for ``train_saes``; with a mesh, ``data`` gives batches that are laid out over it.
+        mesh, options: as for ``train_saes``; with a mesh, ``data`` gives batches that are laid out over it.
     """
     form = recipe.form or _recorded_form(Path(directory)) or _measured_form(configs, recipe, mesh)
 
@@ -322,11 +327,10 @@ def train_on_activations(
             "form": form,
         }
         | (identity or {}),
-        save_every=save_every,
-        log=log,
         evaluate=None if evaluate is None else lambda state: evaluate(trained(state)),
         evaluate_every=evaluate_every,
         name="SAEs",
+        **options,
     )
     return trained(state)
 
@@ -373,8 +377,7 @@ def _means(lm: LanguageModel, sites: Sequence[tuple[str, int]], rows) -> dict[tu
 
 
 def _recorded_form(directory: Path) -> str | None:
-    path = directory / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("form") if path.exists() else None
+    return (folder.read_config(directory) or {}).get("form")
 
 
 def _measured_form(configs: Sequence[SAEConfig], recipe: SAERecipe, mesh: Mesh | None) -> str:

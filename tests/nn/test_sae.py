@@ -115,6 +115,8 @@ def test_names_are_the_published_ones():
         (dict(k=0), r"k must lie in 1 ... 8"),
         (dict(k=9), r"k must lie in 1 ... 8"),
         (dict(passthrough=(4,)), r"passthrough coordinates \[4\] lie outside 0 ... 3"),
+        (dict(tag=""), "a tag is a part of a folder's name, without '/', or None; got ''"),
+        (dict(tag="../v1"), r"got '\.\./v1'"),
         (dict(apply_normalize=True), "apply_normalize needs a normalize"),
     ],
 )

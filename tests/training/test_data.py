@@ -56,8 +56,20 @@ class TestTokenizer:
         assert loaded(TEXT[0])["input_ids"] == tokenizer.encode(TEXT[0]).ids
 
     def test_a_vocabulary_that_the_text_cannot_fill_is_an_error(self):
-        with pytest.raises(ValueError, match="the text supports only"):
+        with pytest.raises(ValueError, match=r"the text supports only \d+ pieces: lower n_vocab, which is 5000"):
             train_tokenizer(["ab"], n_vocab=5000)
+        with pytest.raises(ValueError, match="has at least 257 pieces: raise n_vocab, which is 256"):
+            train_tokenizer(["ab"], n_vocab=256)
+
+    def test_a_full_disk_leaves_no_part_of_one(self, tokenizer, tmp_path):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with pytest.raises(OSError, match=r"could not write .*tokenizer.json \(File too large\): make room"):
+                save_tokenizer(tokenizer, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert names(tmp_path) == ["tokenizer_config.json"]
 
 
 class TestDocuments:
@@ -142,9 +154,11 @@ class TestDocuments:
             ("a.jsonl", b'{"txt": "a", "id": 1}\n', "line 1 of .*a.jsonl has no field 'text'; it has: id, txt"),
             ("a.jsonl", b'"text"\n', "line 1 of .*a.jsonl is not an object"),
             ("a.jsonl", b'{"text": 3}\n', "'text' of line 1 of .*a.jsonl is not text, but int"),
+            ("a.jsonl", b'{"text": "a"}\n' + b"[" * 99_999, "line 2 of .*a.jsonl is not JSON"),
+            ("a.jsonl", b'{"text": "a \\ud800"}\n', "'text' of line 1 of .*a.jsonl is not Unicode text"),
             ("a.csv", b"text\n", r"a.csv is of no kind that is read: name a .txt, .*hub:OWNER/NAME"),
         ],
-        ids=range(9),
+        ids=range(11),
     )
     def test_what_cannot_be_read_is_named(self, tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
@@ -160,7 +174,13 @@ class TestDocuments:
     def test_all_but_the_last(self):
         assert list(without_last("abcde", 2)) == ["a", "b", "c"]
         assert list(without_last("ab", 0)) == ["a", "b"]
-        assert list(without_last("ab", 3)) == []
+        with pytest.raises(ValueError, match=r"2 documents are too few to hold out 2: hold out fewer, or give more$"):
+            list(without_last("ab", 2))
+
+    def test_no_text_is_taken_twice(self, tmp_path, text_file):
+        """Else its last documents would be held out, and trained on."""
+        with pytest.raises(ValueError, match=r"text.txt is named twice"):
+            read_documents([text_file, tmp_path / ".." / tmp_path.name / "text.txt"])
 
 
 class TestTokenFile:
@@ -247,6 +267,14 @@ class TestTokenFile:
         with pytest.raises(ValueError, match="doesn't describe a token file of this library"):
             open_tokens(text_file)
 
+    @pytest.mark.parametrize("change", [{"dtype": None}, {"version": "1"}, {"made_from": []}, {"n_tokens": 2.5}])
+    def test_a_damaged_side_car_is_named(self, tokenizer, text_file, tmp_path, change):
+        tokenize(text_file, tokenizer, tmp_path / "tokens")
+        side_car = tmp_path / "tokens.json"
+        side_car.write_text(json.dumps(json.loads(side_car.read_text()) | change))
+        with pytest.raises(ValueError, match=rf"tokens.json lacks {next(iter(change))}: delete .*tokens and tokenise"):
+            open_tokens(tmp_path / "tokens")
+
     def test_a_full_disk_leaves_nothing_and_says_so(self, tokenizer, text_file, tmp_path):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
@@ -267,6 +295,10 @@ class TestTokenFile:
     def test_too_few_documents_to_hold_out(self, tokenizer, text_file, tmp_path):
         with pytest.raises(ValueError, match="15 documents are too few to hold out 15"):
             tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=15)
+        with pytest.raises(ValueError, match=r"3 documents are too few .* or raise max_tokens, which is 30"):
+            tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=3, max_tokens=30)
+        with pytest.raises(ValueError, match="max_tokens from 1, got -1 and 0"):
+            tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=-1, max_tokens=0)
         assert names(tmp_path) == ["text.txt"]
 
     def test_a_killed_process_leaves_nothing_that_looks_whole(self, tokenizer, tmp_path):
@@ -346,6 +378,18 @@ class TestBatches:
             timeout=60,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "{'next_index': 1}\n", "")
+
+    def test_tokens_that_the_model_lacks_are_an_error(self):
+        """JAX would read another row of the embedding for one below 0, and NaN for one beyond the end."""
+        for bad in (-1, 10):
+            tokens = np.zeros(100, np.int32)
+            tokens[[9, 19, 29]] = bad
+            source = batches(tokens, n_ctx=10, batch_size=9, n_vocab=10)
+            with pytest.raises(ValueError, match=r"lie outside the vocabulary 0 ... 9: tokenise the text again"):
+                next(source)
+        for bad in (np.zeros(100), np.zeros((50, 2), np.int32)):
+            with pytest.raises(ValueError, match=r"whole numbers \[tokens\], one stream; got"):
+                batches(bad, n_ctx=2, batch_size=2)
 
     def test_too_little_text_is_an_error(self):
         with pytest.raises(ValueError, match="40 tokens are too few for one batch of 4 windows of 10"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tokenizers import processors
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import forward
@@ -246,6 +247,36 @@ def test_only_a_swiglu_can_be_annealed(change, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"held_out": HELD_OUT[:0]}, r"held_out is tokens \[rows, n_ctx\] .* of shape \(0, "),
+        ({"held_out": HELD_OUT[:, :1]}, r"of 2 \.\.\. \d+ a row"),
+        ({"held_out": HELD_OUT.astype(float)}, "got float64"),
+        ({"held_out": HELD_OUT - 1000}, "from -"),
+        ({"tokens": TRAINING + 1000}, "lie outside the vocabulary"),
+        ({"save_every": 0}, "save_every, .* must be at least 1"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_told_before_a_step(tmp_path, change, message):
+    """And not as a loss that is NaN, or null on held-out text."""
+    given = {"config": CONFIG, "tokens": TRAINING, "held_out": HELD_OUT} | change
+    with pytest.raises(ValueError, match=message):
+        train_language(recipe=LanguageRecipe(steps=2, batch_size=2), directory=tmp_path, **given)
+
+
+@pytest.mark.parametrize("prompt", ["once " * 20, ""])
+def test_a_prompt_that_cannot_be_continued_is_told_before_a_step(tmp_path, prompt):
+    """And not at the first evaluation, where what was trained until then would be lost."""
+    tokenizer = train_tokenizer(["once upon a time"] * 3, n_vocab=257)
+    tokenizer.post_processor = processors.Sequence([])
+    save_tokenizer(tokenizer, tmp_path)
+    recipe, prompts = LanguageRecipe(steps=2, batch_size=2), ["o", prompt]
+    with pytest.raises(ValueError, match=rf"tokens can be continued .* {prompt!r} has {len(prompt)}: name another"):
+        train_language(CONFIG, recipe, TRAINING, HELD_OUT, tmp_path / "run", tokenizer=tmp_path, prompts=prompts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"optimizer": "sgd"}, "optimizer is one of 'adamw', 'muon'; got 'sgd'"),
@@ -254,7 +285,13 @@ def test_only_a_swiglu_can_be_annealed(change, tmp_path):
         ({"compute_dtype": "float16"}, "compute_dtype is one of 'float32', 'bfloat16'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 10, "accumulation": 4}, "4 is no divisor of batch_size 10"),
-        ({"anneal": 30.0}, "anneal is a share of the steps, 0 ... 1; got 30"),
+        ({"anneal": 30.0}, "anneal must be a share, 0 ... 1, got 30"),
+        ({"final": -0.5}, "final must be a share"),
+        ({"lr": -1e-3}, "lr must be a number that is not negative, got -0.001"),
+        ({"embed_lr": float("nan")}, "embed_lr must be a number that is not negative, got nan"),
+        ({"betas": (0.9, 1.0)}, "betas must lie in 0 ... 1, and below 1, got"),
+        ({"clip": 0.0}, "clip must be greater than 0, got 0"),
+        ({"seed": -1}, "seed must lie in 0 ... 2.32 - 1, got -1"),
     ],
 )
 def test_recipes_that_make_no_sense_are_named(fields, message):

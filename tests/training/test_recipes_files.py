@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import bilinear_jax as bj
 from bilinear_jax.checkpoint import sae_names
 from bilinear_jax.cli import main
+from bilinear_jax.evaluation import evaluate_saes, to_json
 from bilinear_jax.tracer import mlp_tensor
 from bilinear_jax.training.command import held_out_loss, train_lm, train_sae
 from bilinear_jax.training.data import held_out_rows, open_tokens
+from bilinear_jax.training.documents import save_tokenizer, train_tokenizer
 from bilinear_jax.training.recipes import RECIPES, describe, read_recipe, recipe_names
 
 TINY = {
@@ -24,6 +27,7 @@ TINY = {
     "model.n_vocab": "270",
     "model.pad_id": "0",
     "data.tokenizer": "new",
+    "run.prompts": "the cat",
 }
 RUN = {"recipe.steps": "3", "recipe.batch_size": "4", "data.held_out": "10", "data.max_tokens": "none"}
 NO_SAMPLES = {"run.prompts": "[]"}
@@ -43,7 +47,8 @@ def text(tmp_path_factory):
 def run(text, tmp_path_factory):
     """A run of ts-nano, tiny."""
     out = tmp_path_factory.mktemp("run")
-    train_lm("ts-nano", text, out, overrides=TINY | RUN | {"run.prompts": "the cat"})
+    kept = {"run.save_every": "1", "run.keep": "1", "run.keep_every": "2", "run.log_every": "2"}
+    train_lm("ts-nano", text, out, overrides=TINY | RUN | kept)
     return out
 
 
@@ -99,6 +104,8 @@ class TestLanguageModel:
         assert scores["held_out_tokens"] == len(rows) * 15
         assert scores["trained_tokens"] == 3 * 4 * 16
         lines = [json.loads(line) for line in (run / "language" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [2, 3]
+        assert {path.name for path in (run / "language" / "checkpoints").iterdir()} == {"2", "3"}
         assert lines[-1]["held_out_loss"] == pytest.approx(scores["held_out_loss"], rel=1e-2)  # saved in bfloat16
         assert json.loads((run / "language" / "samples.jsonl").read_text())["text"].startswith("the cat")
 
@@ -116,6 +123,58 @@ class TestLanguageModel:
     def test_another_recipe_in_its_folder_is_refused(self, run, text, capsys, name, value, message):
         assert command("lm", "ts-nano", "--data", text, "--out", run, *options(TINY | RUN | {name: value})) == 1
         assert message in capsys.readouterr().err
+
+    def test_another_tokenizer_in_its_folder_is_refused(self, run, text, tmp_path):
+        """Whichever way it is named; and what is there stays as it is."""
+        before = (run / "tokenizer.json").read_bytes()
+        save_tokenizer(train_tokenizer(text.read_text().split("<|endoftext|>"), 265), tmp_path)
+        named = {"data.tokenizer": str(tmp_path / "tokenizer.json")}
+        with pytest.raises(
+            ValueError, match=r"tokenizer.json is another tokenizer than this run's: name another --out"
+        ):
+            train_lm("ts-nano", text, run, overrides=TINY | RUN | named)
+        with pytest.raises(ValueError, match=r"tokenizer.json is another tokenizer than this run's"):
+            train_sae("ts-nano", text, run, model="ts-nano", overrides=RUN)
+        assert (run / "tokenizer.json").read_bytes() == before
+
+    def test_a_model_of_another_run_is_not_taken_for_this_ones(self, run, text, tmp_path):
+        """Else its score would be written down as that of what was trained now."""
+        shutil.copytree(run, tmp_path / "run")
+        model, given = tmp_path / "run" / "model", TINY | RUN | NO_SAMPLES
+        with pytest.raises(ValueError, match=r"model isn't what was trained here, in float32: move .*model away"):
+            train_lm("ts-nano", text, tmp_path / "run", overrides=given | {"run.weights": "float32"})
+        (model / "config.json").unlink()
+        with pytest.raises(ValueError, match=r"what is saved can't be read \(.*: move .*model away and give the"):
+            train_lm("ts-nano", text, tmp_path / "run", overrides=given)
+        shutil.rmtree(model)
+        model.mkdir()
+        train_lm("ts-nano", text, tmp_path / "run", overrides=given)
+        assert (tmp_path / "run" / "model.json").read_bytes() == (run / "model.json").read_bytes()
+
+    @pytest.mark.parametrize("place", ["model", "model/x", "language", "language/checkpoints/3", "tokens", "tokens/x"])
+    def test_no_run_within_another(self, run, text, place):
+        """It would replace the tokenizer of a model, or be deleted with an old checkpoint."""
+        before = sorted(run.rglob("*"))
+        with pytest.raises((ValueError, OSError), match=r"is, or lies in, a part of another run|tokens is a file"):
+            train_lm("ts-nano", text, run / place, overrides=TINY | RUN)
+        assert sorted(run.rglob("*")) == before
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ({"recipe.anneal": "0.5"}, "it needs gate='silu'"),
+            ({"run.mesh": "3,1"}, "3 parts of a batch"),
+            ({"model.n_ctx": "1"}, "n_ctx must be at least 2"),
+            ({"model.pad_id": "270"}, "pad_id is a token, 0 ... 269, or none; got 270"),
+            ({"data.held_out": "150"}, "150 documents are too few to hold out 150"),
+            ({"data.max_tokens": "30"}, "raise max_tokens, which is 30"),
+            ({"data.tokenizer": "nope"}, "no folder nope, and no model of that name"),
+        ],
+    )
+    def test_what_cannot_be_trained_is_told_before_the_text_is_tokenised(self, text, tmp_path, overrides, message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train_lm("ts-nano", text, tmp_path, overrides=TINY | RUN | overrides)
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("name", ["fw-medium", "fw-small"])
     def test_a_large_recipe_trains(self, text, tmp_path, name):
@@ -150,6 +209,7 @@ class TestLanguageModel:
         given = {"data.tokenizer": str(run / "tokenizer.json"), "model.n_vocab": "269"}
         with pytest.raises(ValueError, match="a vocabulary of 270 tokens and the model one of 269"):
             train_lm("ts", text, tmp_path, overrides=TINY | RUN | given)
+        assert list(tmp_path.iterdir()) == []
 
     def test_another_size_of_a_new_tokenizer_is_refused(self, run, text):
         """Else the one that is there is taken, and the model has tokens that never come."""
@@ -194,8 +254,11 @@ class TestSAEs:
         assert not (run / "scope").exists()
         tracer = bj.Tracer(bj.load(run / "model"), layer=0)
         assert (tracer.inp.name, tracer.out.name) == ("0-mlp-in-x4-k2", "0-mlp-out-x4-k2")
-        scores = json.loads((run / "saes.json").read_text())
-        assert 0 < scores["0-mlp-in-x4-k2"]["nmse"] < 2
+        rows = held_out_rows(open_tokens(run / "tokens").held_out, 16)
+        by_hand = evaluate_saes(bj.load(run / "model"), [tracer.inp, tracer.out], rows)
+        assert (run / "saes.json").read_text() == to_json(by_hand) + "\n"
+        with pytest.raises(ValueError, match=r"0-mlp-in-x4-k2 isn't what was trained here, in float32"):
+            train_sae("ts-nano", text, run, overrides=overrides | {"run.weights": "float32"})
 
     def test_a_model_is_needed(self, text, tmp_path, capsys):
         assert command("sae", "ts-nano", "--data", text, "--out", tmp_path) == 1
@@ -252,6 +315,11 @@ class TestFiles:
             ({"data.max_tokens": "many"}, 'data.max_tokens is a whole number or "none", not many'),
             ({"model.n_head": "3"}, "d_model .512. must be a multiple of"),
             ({"run.weights": "int8"}, "weights are saved in 'float32' or 'bfloat16'"),
+            ({"run.save_every": "0"}, "ts.toml: save_every must be at least 1, got 0"),
+            ({"run.held_out_rows": "0"}, "held_out_rows must be at least 1, got 0"),
+            ({"run.mesh": "-1,-1"}, "mesh must be two numbers of at least 1"),
+            ({"data.held_out": "0"}, "held_out must be at least 1, got 0"),
+            ({"data.max_tokens": "-5"}, "max_tokens must be at least 1, got -5"),
         ],
     )
     def test_what_does_not_fit_is_named(self, overrides, message):
@@ -273,6 +341,20 @@ class TestFiles:
         (tmp_path / "own.toml").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_recipe("lm", tmp_path / "own.toml")
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ({"saes.ks": "[]"}, "ks must name at least one, and none twice"),
+            ({"saes.layers": "[]"}, "layers must name at least one"),
+            ({"saes.expansions": "4,4"}, r"expansions must name at least one, and none twice, got \(4, 4\)"),
+            ({"saes.sites": "mlp_in,mlp-in"}, r"and none twice, got \('mlp_in', 'mlp_in'\)"),
+            ({"saes.sites": "mlp"}, "unknown SAE site 'mlp'; choose one of"),
+        ],
+    )
+    def test_a_grid_of_saes_names_each_once(self, overrides, message):
+        with pytest.raises(ValueError, match=message):
+            read_recipe("sae", "ts", overrides)
 
     def test_a_file_without_a_model_is_for_fine_tuning(self, tmp_path, text, capsys):
         (tmp_path / "own.toml").write_text("[recipe]\nsteps = 3")
@@ -309,7 +391,8 @@ class TestCommand:
 
     def test_overrides_stand_anywhere(self, text, tmp_path, capsys):
         words = ["--recipe.lr=nan", "lm", "--model.gate", "wrong", "--data", text, "--out", tmp_path, "--", "ts"]
-        assert command(*words) == 1
+        with pytest.raises(SystemExit):
+            command(*words)
         assert "unknown gate 'wrong'" in capsys.readouterr().err
 
     def test_metrics_go_to_weights_and_biases_too(self, swiglu):
@@ -326,3 +409,4 @@ class TestCommand:
         monkeypatch.setitem(sys.modules, "wandb", None)
         with pytest.raises(ImportError, match=r"pip install 'bilinear-jax\[wandb\]'"):
             train_lm("ts", text, tmp_path, overrides=TINY | RUN, wandb="project")
+        assert list(tmp_path.iterdir()) == []

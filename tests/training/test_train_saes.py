@@ -330,6 +330,32 @@ def test_training_on_text_goes_on_with_the_same_bits(lm, tmp_path):
             np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"configs": []}, "name at least one SAE to train"),
+        (
+            {"configs": [SAEConfig("mlp_in", 0, 2 * D_MODEL, 2, 2)]},
+            "has d_model 8, and these SAEs another: 0-mlp-in-x2",
+        ),
+        ({"tokens": np.arange(3000)}, "outside the vocabulary"),
+        ({"tokens": np.zeros(3000)}, "got float64 of shape"),
+        ({"keep_every": 0}, "keep_every, .* must be at least 1"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named(lm, tmp_path, change, message):
+    recipe = SAERecipe(steps=1, batch_size=60, buffer_tokens=60, rows=4, form="scan")
+    given = {"configs": configs_of()[:1], "tokens": np.zeros(3000, np.int32)} | change
+    with pytest.raises(ValueError, match=message):
+        train_saes(lm, recipe=recipe, directory=tmp_path, **given)
+
+
+def test_a_buffer_larger_than_the_memory_names_the_mend(lm, tmp_path):
+    recipe = SAERecipe(steps=1, batch_size=60, buffer_tokens=10**12, rows=4, form="scan")
+    with pytest.raises(RuntimeError, match=r"a buffer of \d\d,[\d,]+ bytes: RESOURCE_EXHAUSTED.* Lower buffer_tokens"):
+        train_saes(lm, configs_of()[:1], recipe, np.zeros(3000, np.int32), tmp_path)
+
+
 def test_decoder_biases_start_at_the_mean_activation(lm, tmp_path, monkeypatch):
     """Of the tokens that count, so without position 0; and nothing of the data is used up by it."""
     given: list = []
@@ -373,7 +399,10 @@ def test_the_optimisers_state_has_one_count_and_two_moments():
     [
         (dict(steps=0), "steps must be at least 1, got 0"),
         (dict(batch_size=0), "batch_size must be at least 1"),
-        (dict(k_aux=-1), "must not be negative, got -1"),
+        (dict(k_aux=-1), "k_aux must be a number that is not negative, got -1"),
+        (dict(aux_coefficient=float("nan")), "aux_coefficient must be a number that is not negative"),
+        (dict(lr=float("inf")), "lr must be a number that is not negative, got inf"),
+        (dict(seed=2**32), "seed must lie in 0 ... 2.32 - 1"),
         (dict(final_lr=1.0), r"final_lr must lie in 0 ... lr \(0.0001\), got 1.0"),
         (dict(dead_after=2**31), "dead_after must stay below"),
         (dict(form="fast"), "unknown form 'fast'"),

@@ -1,0 +1,186 @@
+"""What several commands share: options, what they load, and how they print a table."""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class WrongUse(Exception):
+    """The command line itself is wrong, as can be seen without loading anything: exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Examples as they are written, no abbreviated options, and errors of one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bilinear-jax: error: {message} (see {self.prog} --help)\n")
+
+
+# Options
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """It may stand before the command, and after it."""
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to the standard output")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
+    parser.add_argument(
+        "--attn-scale", type=float, metavar="X", help="factor on the attention's output, over what the files say"
+    )
+
+
+def add_tracer(parser: argparse.ArgumentParser, *, use_encoder: bool = True) -> None:
+    """The arguments of ``Tracer``; its ``inp`` and ``out`` are --inp-sae and --out-sae, for --out names a folder."""
+    parser.add_argument("--layer", type=natural, required=True, help="the layer whose MLP is explained, from 0")
+    choice = "site=SITE,expansion=X,k=K,tag=TAG, each only where several SAEs would fit"
+    parser.add_argument("--inp-sae", type=sae_choice, metavar="CHOICE", help=f"the input SAE: {choice}")
+    parser.add_argument("--out-sae", type=sae_choice, metavar="CHOICE", help=f"the output SAE: {choice}")
+    parser.add_argument("--scope", help="folder or hub name of the SAEs (default: where the model's own are)")
+    if use_encoder:
+        parser.add_argument(
+            "--use-encoder",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="explain what makes a feature fire (its encoder row), or what it stands for (its decoder column)",
+        )
+
+
+def add_features(parser: argparse.ArgumentParser, default: str) -> None:
+    help = f"output features: top:200 (the strongest), 3,17,20-30, or all (default: {default})"
+    parser.add_argument("--features", type=features, default=default, help=help)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="text: .txt (documents separated by <|endoftext|>), .txt.gz, .jsonl, .jsonl.gz or .parquet files or "
+        "hub:OWNER/NAME[:CONFIG[:SPLIT]]; or token ids [rows, seq] in one .npy file (default: the corpus that lies "
+        "beside the model)",
+    )
+    parser.add_argument("--field", default="text", help="where JSONL, Parquet and hub datasets have it (default: text)")
+
+
+def natural(text: str) -> int:
+    return _whole(text, 0)
+
+
+def positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _whole(text: str, least: int) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return int(text)
+
+
+def features(text: str) -> str:
+    """A text of the form that ``pages.options.select_features`` reads, once there are features to choose from."""
+    if not re.fullmatch(r"all|top:\d+|\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"name features as top:200, 3,17,20-30 or all, not {text!r}")
+    return text
+
+
+def sae_choice(text: str) -> dict[str, Any]:
+    """``site=resid-mid,expansion=4,k=20`` as the ``inp`` or ``out`` of a ``Tracer``.
+
+    Example:
+        >>> sae_choice("site=resid-mid,k=20")
+        {'site': 'resid-mid', 'k': 20}
+    """
+    kinds = {"site": str, "expansion": positive, "k": positive, "tag": str}
+    choice: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or name not in kinds or name in choice:
+            raise argparse.ArgumentTypeError(f"{text!r} names no SAE: write for instance site=resid-mid,k=20")
+        choice[name] = kinds[name](value)
+    return choice
+
+
+# What is loaded
+
+
+def load_model(options: argparse.Namespace):
+    from bilinear_jax.language import load
+
+    return load(options.model, attn_scale=options.attn_scale)
+
+
+def load_tracer(options: argparse.Namespace, lm):
+    from bilinear_jax.tracer import Tracer
+
+    use_encoder = getattr(options, "use_encoder", True)
+    return Tracer(lm, options.layer, options.inp_sae, options.out_sae, use_encoder, options.scope)
+
+
+def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> tuple[Any, str]:
+    """The token ids ``[rows, seq]`` that ``--data`` stands for, at most so many rows, and a name for them.
+
+    Text is read and encoded as for training, and cut into full rows; a text that doesn't fill one is one shorter row.
+    """
+    import numpy as np
+
+    if options.data is None:
+        from bilinear_jax.checkpoint import corpus
+
+        return corpus(options.model)[:rows], f"corpus.npy of {options.model}"
+    arrays = [source for source in options.data if source.endswith(".npy")]
+    name = ", ".join(source if source.startswith("hub:") else Path(source).name for source in options.data)
+    if not arrays:
+        stream = _tokenized(options, lm, rows)
+        width = min(lm.config.n_ctx, len(stream))
+        return stream[: len(stream) // width * width].reshape(-1, width)[:rows], name
+    if len(options.data) > 1:
+        raise WrongUse("--data takes one .npy file, or texts")
+    if not Path(arrays[0]).is_file():
+        raise FileNotFoundError(f"there is no file {arrays[0]}: name token ids [rows, seq], saved by numpy.save")
+    try:
+        return np.load(arrays[0], mmap_mode="r")[:rows], name
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{arrays[0]} is no array of numbers ({error}): save token ids with numpy.save") from error
+
+
+def _tokenized(options: argparse.Namespace, lm, rows: int | None):
+    import tempfile
+
+    import numpy as np
+
+    from bilinear_jax.training.data import tokenize
+
+    limit = None if rows is None else rows * lm.config.n_ctx
+    with tempfile.TemporaryDirectory(prefix="bilinear-jax-") as folder:
+        path = Path(folder) / "tokens"
+        return np.array(tokenize(options.data, lm.tokenizer, path, field=options.field, max_tokens=limit).tokens)
+
+
+# What is printed
+
+
+def columns(titles: Sequence[str], rows: Iterable[Sequence[Any]], left: Iterable[str] = ()) -> str:
+    """Rows as aligned text; the columns named in ``left`` are flush left, all others flush right.
+
+    Example:
+        >>> print(columns(["feature", "value"], [[7, "0.25"], [12, "-10.00"]]))
+        feature   value
+              7    0.25
+             12  -10.00
+    """
+    table = [list(titles), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    flush = [str.ljust if title in left else str.rjust for title in titles]
+    lines = ("  ".join(f(cell, width) for f, cell, width in zip(flush, row, widths, strict=True)) for row in table)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,45 @@
+"""``bilinear-jax generate``: text from a language model."""
+
+import argparse
+from typing import Any
+
+from bilinear_jax.commands import common
+
+HELP = "continue a prompt"
+EXAMPLES = """examples:
+  bilinear-jax generate --prompt "Once upon a time"
+      60 tokens by the model that ships with the package
+  bilinear-jax generate --model tdooms/fw-medium --prompt "The sea is" --temperature 0.7 --top-k 50 --seed 1
+      a published model; another seed gives another text, the same seed the same
+  bilinear-jax generate --prompt "Tom said" --prompt "Lily said" --max-length 20 --temperature 0 --stop --json
+      two prompts at once, the most likely token each time, up to the end of the text, as JSON
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="give it again for several")
+    parser.add_argument(
+        "--max-length", type=common.positive, default=60, metavar="N", help="new tokens at most (default: 60)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0: the most likely (default: 1)")
+    parser.add_argument("--top-k", type=common.positive, metavar="N", help="sample among so many of the most likely")
+    parser.add_argument("--seed", type=common.natural, default=0, metavar="N", help="of what is random (default: 0)")
+    parser.add_argument("--stop", action="store_true", help="end where the model ends the text")
+    common.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    from bilinear_jax.generation import generate_text
+
+    if not options.temperature >= 0:
+        raise common.WrongUse(f"--temperature is 0 or more, not {options.temperature}")
+    names = ("max_length", "temperature", "top_k", "seed", "stop")
+    sampling = {name: getattr(options, name) for name in names}
+    texts = generate_text(common.load_model(options), options.prompt, **sampling)
+    found = [{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)]
+    return {"model": options.model, **sampling, "texts": found}
+
+
+def text(result: dict[str, Any]) -> str:
+    return "\n\n".join(entry["text"] for entry in result["texts"])

@@ -1,0 +1,61 @@
+"""``bilinear-jax pages``: a static site of feature pages."""
+
+import argparse
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from bilinear_jax.commands import common
+
+HELP = "write a page for each of many output features, and an index, to open in a browser"
+EXAMPLES = """examples:
+  bilinear-jax pages --layer 2 --features top:200 --out site
+      the 200 strongest output features of the model that ships with the package; open site/index.html
+  bilinear-jax pages --model runs/mine/model --layer 1 --features 3,17,20-30 --data stories.txt.gz --out site --force
+      some features of your own model, on your own text; an older site there is replaced
+  bilinear-jax pages --layer 2 --features all --rows 2048 --contexts 20 --out site
+      more of the dataset, and more of it on each page
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from bilinear_jax.fields import field_comments
+    from bilinear_jax.pages.options import PageOptions
+
+    common.add_model(parser)
+    common.add_tracer(parser, use_encoder=False)
+    common.add_data(parser)
+    common.add_features(parser, "top:200")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write; it appears when it is whole")
+    parser.add_argument("--force", action="store_true", help="replace OUT, if it is such a site")
+    group, comments = parser.add_argument_group("how much the pages show"), field_comments(PageOptions)
+    for field in dataclasses.fields(PageOptions):
+        help = f"{comments[field.name]} (default: {field.default})"
+        group.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, metavar="N", help=help)
+    common.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    from bilinear_jax.pages.options import PageOptions, select_features
+
+    try:
+        shown = PageOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PageOptions)})
+    except ValueError as error:
+        raise common.WrongUse(str(error)) from error
+    from bilinear_jax.checkpoint import check_place
+    from bilinear_jax.pages import gather, site
+
+    check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work, rather than after
+    lm = common.load_model(options)
+    tracer = common.load_tracer(options, lm)
+    features = select_features(options.features, tracer)
+    tokens, dataset = common.load_tokens(options, lm)
+    command = shlex.join(["bilinear-jax", *options.words])
+    found = gather.gather(lm, tracer, features, tokens=tokens, options=shown, command=command, dataset=dataset)
+    index = site.write_site(found, options.out, force=options.force)
+    return {"index": str(index), "outputs": len(found.outputs), "inputs": len(found.inputs)}
+
+
+def text(result: dict[str, Any]) -> str:
+    return f"{result['index']}: pages of {result['outputs']} output and {result['inputs']} input features"

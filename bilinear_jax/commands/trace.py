@@ -1,0 +1,229 @@
+"""``bilinear-jax trace``: why an output feature fires, from the weights, and at the tokens of a text exactly."""
+
+import argparse
+from typing import Any
+
+from bilinear_jax.commands import common
+
+HELP = "explain one output feature: its eigenvalues, its interactions, the exact account at a token"
+EXAMPLES = """examples:
+  bilinear-jax trace --layer 2 --feature 7
+      from the weights: its eigenvalues, and its 20 largest interactions with what their input features fire on
+  bilinear-jax trace --layer 2 --feature 7 --text "Once upon a time, there was a little girl."
+      also every term of its pre-activation at each token, and the pairs of input features at the strongest one
+  bilinear-jax trace --layer 2 --feature 7 --text "Once upon a time" --position 3 --n 5 --json
+      at the fourth token, five pairs, as JSON
+"""
+EIGENVECTOR = "its eigenvector: cosine with input features"
+TERMS = {
+    "pairs": "pairs of input features",
+    "feature_bias": "input features with the decoder bias",
+    "bias": "the decoder bias",
+    "passthrough": "coordinates passed through",
+    "error_cross": "the input SAE's error with the rest",
+    "error_error": "the input SAE's error with itself",
+    "encoder": "the output SAE's biases",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    common.add_tracer(parser)
+    common.add_data(parser)
+    parser.add_argument("--feature", type=common.natural, required=True, help="the output feature")
+    parser.add_argument("--n", type=common.positive, default=20, help="pairs of input features (default: 20)")
+    parser.add_argument("--k", type=common.positive, default=6, help="eigenvalues (default: 6)")
+    parser.add_argument("--text", help="the exact account of the feature at the tokens of this text")
+    parser.add_argument(
+        "--position", type=common.natural, help="the token, from 0, that is accounted for (default: the strongest)"
+    )
+    common.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.text is None and options.position is not None:
+        raise common.WrongUse("--position is one of a text: give --text too")
+    lm = common.load_model(options)
+    tracer = common.load_tracer(options, lm)
+    result = {
+        "model": options.model,
+        "layer": options.layer,
+        "inp": tracer.inp.name,
+        "out": tracer.out.name,
+        "use_encoder": options.use_encoder,
+        "feature": options.feature,
+    }
+    result |= from_weights(tracer, options.feature, options.k, options.n)
+    if options.text is not None:
+        tokens = lm.encode(options.text)
+        result["account"] = at_tokens(tracer, lm, tokens, options.feature, options.n, options.position)
+    return result | _fires_on(options, lm, tracer, result)
+
+
+def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
+    """Its k largest |eigenvalues| with what their eigenvectors read, and its n largest interactions."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from bilinear_jax.cofiring import entries
+    from bilinear_jax.pages.options import PageOptions
+    from bilinear_jax.pages.pairs import spectra
+
+    spectrum = spectra(tracer, [feature], PageOptions(eigenpairs=k, reads=3))[feature]
+    top = tracer.top_interactions(n, feature)
+    pairs, weights = np.stack([top.i, top.j], axis=-1), np.asarray(top.value, np.float64)
+    with jax.default_matmul_precision("highest"):
+        product = tracer.q(feature) @ (tracer.basis @ tracer.basis.T)
+    square = float((product * product.T).sum())  # |D^T Q D|_F^2
+    shares = entries(pairs) * weights**2 / square if square else np.zeros(n)
+    listed = [
+        {"i": int(i), "j": int(j), "weight": float(weight), "share": float(share)}
+        for (i, j), weight, share in zip(pairs, weights, shares, strict=True)
+    ]
+    return {
+        "norm": spectrum.norm,
+        "effective_rank": spectrum.effective_rank,
+        "eigenpairs": [dataclasses.asdict(pair) for pair in spectrum.eigenpairs],
+        "explained": spectrum.explained,
+        "interactions": listed,
+        "interactions_share": float(shares.sum()),
+    }
+
+
+def at_tokens(tracer, lm, tokens, feature: int, n: int, position: int | None) -> dict[str, Any]:
+    """The account of the pre-activation at each token, and at one of them its parts."""
+    import numpy as np
+
+    from bilinear_jax.attribution import account
+    from bilinear_jax.rendering import token_label
+
+    found = account(tracer, lm, tokens, feature)
+    site = "mlp_out", tracer.layer
+    codes = tracer.out.encode(lm.capture(tokens, [site])[site], sparse=True)
+    active = np.where(np.asarray(codes.indices) == feature, codes.values, 0).sum(axis=-1)[0]
+    preactivation, counts = np.asarray(found.preactivation)[0], np.asarray(lm.token_mask(tokens))[0]
+    if position is None:
+        position = int(np.argmax(np.where(counts | ~counts.any(), preactivation, -np.inf)))
+    if position >= len(preactivation):
+        raise ValueError(f"the text has the tokens 0 ... {len(preactivation) - 1}, --position is {position}")
+    terms = {name: np.asarray(value)[0] for name, value in found.terms.items()}
+    rows = [
+        {
+            "position": place,
+            "token": token_label(lm.tokenizer, token),
+            "preactivation": float(preactivation[place]),
+            "activation": float(active[place]),
+            "terms": {name: float(value[place]) for name, value in terms.items()},
+        }
+        for place, token in enumerate(tokens[0].tolist())
+    ]
+    one = {name: np.asarray(getattr(found, name), np.float64)[0, position] for name in TERMS}
+    sizes = {name: float(np.abs(value).sum()) for name, value in one.items()}
+    whole = sum(sizes.values()) or 1.0
+    pairs = _largest(one["pairs"], np.asarray(found.indices)[0, position], np.asarray(found.codes)[0, position])
+    pairs = [pair | {"share": abs(pair["contribution"]) / whole} for pair in pairs[:n]]
+    return {
+        "tokens": rows,
+        "position": position,
+        "shares": {name: size / whole for name, size in sizes.items()},
+        "pairs": pairs,
+    }
+
+
+def _largest(block, indices, codes) -> list[dict[str, Any]]:
+    """The pairs of one token's account that contribute, the largest first; both orders of two features are one pair."""
+    import numpy as np
+
+    rows, columns = np.tril_indices(len(block))
+    both = block[rows, columns] * np.where(rows == columns, 1, 2)
+    order = np.argsort(-np.abs(both), kind="stable")
+    found = []
+    for place in order[both[order] != 0]:
+        i, j = sorted((rows[place], columns[place]), key=lambda each: indices[each])
+        features = {"i": int(indices[i]), "j": int(indices[j])}
+        found.append({**features, "codes": [float(codes[i]), float(codes[j])], "contribution": float(both[place])})
+    return found
+
+
+def _fires_on(options: argparse.Namespace, lm, tracer, result: dict[str, Any]) -> dict[str, Any]:
+    """What each feature named so far fires on; nothing where there is no dataset to tell."""
+    from bilinear_jax.tour import top_tokens
+    from bilinear_jax.visualizer import Visualizer
+
+    pairs = result["interactions"] + result.get("account", {}).get("pairs", [])
+    named = {pair[side] for pair in pairs for side in "ij"}
+    named |= {feature for each in result["eigenpairs"] for feature, _ in each["reads"]}
+    try:
+        tokens = None if options.data is None else common.load_tokens(options, lm)[0]
+        inp, out = (Visualizer(lm, sae, tokens) for sae in (tracer.inp, tracer.out))
+    except FileNotFoundError as error:
+        if options.data is not None:
+            raise
+        return {"fires_on": None, "inputs": {}, "no_tokens": str(error)}
+    constant = tracer.inp.config.n_features
+    tokens_of = top_tokens(inp, sorted(named - {constant})) | {constant: ["always: the constant input"]}
+    inputs = {str(feature): tokens_of[feature] for feature in sorted(named)}
+    return {"fires_on": top_tokens(out, [options.feature])[options.feature], "inputs": inputs}
+
+
+def text(result: dict[str, Any]) -> str:
+    def named(feature: int) -> str:
+        tokens = result["inputs"].get(str(feature))
+        return str(feature) if tokens is None else f"{feature} ({' '.join(tokens) or 'dead'})"
+
+    on = "" if result["fires_on"] is None else f", fires on: {' '.join(result['fires_on']) or 'nothing (dead)'}"
+    lines = [f"output feature {result['feature']} of {result['out']} of {result['model']}{on}", "", "== Eigenvalues"]
+    rows = [
+        [f"{one['value']:+.4f}", f"{one['bound']:.0e}", f"{one['share']:.1%}", _reads(one["reads"], named)]
+        for one in result["eigenpairs"]
+    ]
+    lines += [common.columns(["value", "+- at most", "share", EIGENVECTOR], rows, left=[EIGENVECTOR])]
+    lines += [
+        f"These hold {result['explained']:.1%} of the squares of its interaction matrix Q (norm {result['norm']:.4f},",
+        f"effective rank {result['effective_rank']:.1f}).",
+        "",
+        f"== The largest of its interactions between input features of {result['inp']}",
+    ]
+    rows = [
+        [f"{pair['weight']:+.4f}", f"{pair['share']:.3%}", named(pair["i"]), named(pair["j"])]
+        for pair in result["interactions"]
+    ]
+    lines += [common.columns(["weight", "share", "i", "j"], rows, left=["i", "j"])]
+    lines += [
+        f"These {len(rows)} hold {result['interactions_share']:.3%} of the squares of D^T Q D. Two features add twice",
+        "their weight times both activations.",
+    ]
+    if "no_tokens" in result:
+        lines += ["", f"What features fire on isn't known: {result['no_tokens']}"]
+    return "\n".join(lines + (_account_text(result["account"], named) if "account" in result else []))
+
+
+def _reads(reads, named) -> str:
+    return ", ".join(f"{cosine:+.2f} {named(feature)}" for feature, cosine in reads)
+
+
+def _account_text(account: dict[str, Any], named) -> list[str]:
+    shown = [name for name in TERMS if any(row["terms"][name] for row in account["tokens"])]
+    rows = [
+        [row["position"], row["token"], *(f"{row[name]:.4f}" for name in ("preactivation", "activation"))]
+        + [f"{row['terms'][name]:+.4f}" for name in shown]
+        for row in account["tokens"]
+    ]
+    titles = ["position", "token", "pre-activation", "activation", *(name.replace("_", " ") for name in shown)]
+    lines = ["", "== At each token: the terms add up to the pre-activation; activation 0: not among the k largest"]
+    lines += [common.columns(titles, rows, left=["token"])]
+    one = account["tokens"][account["position"]]
+    lines += ["", f"== At position {one['position']}, {one['token']}: pre-activation {one['preactivation']:.4f}"]
+    rows = [[TERMS[name], f"{one['terms'][name]:+.4f}", f"{account['shares'][name]:.1%}"] for name in shown]
+    lines += [common.columns(["term", "sum", "share"], rows, left=["term"])]
+    lines += ["share: of the |terms|, each pair and each feature being one", ""]
+    rows = [
+        [f"{pair['contribution']:+.4f}", f"{pair['share']:.1%}", *(named(pair[side]) for side in "ij")]
+        for pair in account["pairs"]
+    ]
+    lines += [common.columns(["contribution", "share", "i", "j"], rows, left=["i", "j"])]
+    total = sum(pair["contribution"] for pair in account["pairs"])
+    share = sum(pair["share"] for pair in account["pairs"])
+    return [*lines, f"These {len(rows)} pairs add up to {total:+.4f}, and are {share:.1%} of the |terms|."]

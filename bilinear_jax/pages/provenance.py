@@ -1,0 +1,59 @@
+"""Where the numbers of a site come from: hashes of what they were made of."""
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.pages.facts import Provenance
+from bilinear_jax.tracer import Tracer
+from bilinear_jax.version import library_version
+
+
+def hash_of(params: PyTree, config=None) -> str:
+    """sha256 of the values, types and shapes of some arrays by name, sorted, and of the config that they belong to.
+
+    Two that were loaded from different places have the same hash if they are the same.
+
+    Example:
+        >>> hash_of({"a": np.ones(2), "b": np.zeros(1)}) == hash_of({"b": np.zeros(1), "a": np.ones(2)})
+        True
+        >>> hash_of({"a": np.ones(2)}) == hash_of({"a": np.ones((2, 1))})
+        False
+    """
+    digest = hashlib.sha256()
+    if config is not None:
+        digest.update(json.dumps(dataclasses.asdict(config), sort_keys=True, default=str).encode())
+    leaves = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
+    for name, leaf in sorted(leaves, key=lambda one: one[0]):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype.newbyteorder('<').str} {array.shape}".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def provenance(lm: LanguageModel, tracer: Tracer, tokens, *, counted: int, command: str, dataset: str) -> Provenance:
+    """What a site says of itself. ``tokens [rows, seq]``: those that were looked at."""
+    from bilinear_jax.training.data import tokenizer_hash
+
+    tokens = np.asarray(tokens)
+    return Provenance(
+        command=command,
+        version=library_version(),
+        model="a model in memory" if lm.source is None else str(lm.source),
+        model_hash=hash_of(lm.params, lm.config),
+        layer=tracer.layer,
+        inp=tracer.inp.name,
+        inp_hash=hash_of(tracer.inp.params, tracer.inp.config),
+        out=tracer.out.name,
+        out_hash=hash_of(tracer.out.params, tracer.out.config),
+        tokenizer_hash=tokenizer_hash(lm.tokenizer),
+        dataset=dataset,
+        dataset_hash=hash_of(tokens.astype(np.int32)),
+        rows=len(tokens),
+        tokens=counted,
+    )

@@ -1,0 +1,208 @@
+"""Facts of feature pages: by hand on a planted model, by brute force on random ones, and what can be missing."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.pages.gather import gather
+from bilinear_jax.pages.options import PageOptions
+from bilinear_jax.tracer import Tracer
+from bilinear_jax.visualizer import logit_effects
+
+SMALL = PageOptions(batch_size=4, contexts=3, groups=2, samples=2, window=1, bins=4, pairs=5, eigenpairs=4, reads=3)
+
+
+def with_tokenizer(lm: LanguageModel, folder) -> LanguageModel:
+    """The same model, with a byte-level tokenizer: "a", "b", the two bytes of "é", "x", and more for the rest."""
+    rest = [chr(ord("A") + n) for n in range(lm.config.n_vocab - 5)]
+    vocab = {text: token for token, text in enumerate(["a", "b", "Ã", "©", "x", *rest])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return dataclasses.replace(lm, tokenizer_source=str(folder))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """y_0 = 2 x_0 x_1 + x_2 x_3, the rest of y is 0; x is the token's embedding. Output features 1, 2 and 3 are dead.
+
+    Input features 0 ... 3 are the coordinates; 4 writes as 0 does, and never fires.
+    """
+    config = TransformerConfig(1, 1, 4, 2, 6, 6, normalization=False, pad_id=5)
+    mlp = {
+        "w_l": jnp.array([[[1.0, 0, 0, 0], [0, 0, 1, 0]]]),
+        "w_r": jnp.array([[[0, 1.0, 0, 0], [0, 0, 0, 1]]]),
+        "w_p": jnp.zeros((1, 4, 2)).at[0, 0].set(jnp.array([2.0, 1])),
+    }
+    attention = {name: jnp.zeros((1, 4, 4)) for name in ("w_q", "w_k", "w_v", "w_o")}
+    embedding = jnp.array([[3.0, 1, 0, 0], [2, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    params = {"w_e": embedding, "w_u": embedding, "layers": {"attention": attention, "mlp": mlp}}
+    lm = with_tokenizer(LanguageModel(params, config), tmp_path_factory.mktemp("planted"))
+    first = jnp.eye(4)[:1]
+    reads = jnp.concatenate([jnp.eye(4), -first, jnp.zeros((3, 4))])
+    writes = jnp.concatenate([jnp.eye(4), first, jnp.zeros((3, 4))]).T
+    inp = SAE({"w_enc": reads, "w_dec": writes, "b_dec": jnp.zeros(4)}, SAEConfig("mlp_in", 0, 4, 2, 2))
+    out = SAE({"w_enc": jnp.eye(4), "w_dec": jnp.eye(4), "b_dec": jnp.zeros(4)}, SAEConfig("mlp_out", 0, 4, 1, 1))
+    a, b, e1, e2, x, pad = range(6)
+    tokens = np.array([[a, a, b, e1, e2, pad], [pad] * 6, [b, b, x, a, b, b]])  # a row of padding alone
+    return gather(lm, Tracer(lm, 0, inp, out), [0, 2], tokens=tokens, options=SMALL, command="by hand", dataset="three")
+
+
+def test_by_hand(planted):
+    # The 9 tokens that count: a b é é | b x a b b; position 0 and padding don't
+    page = planted.outputs[0]
+    assert (page.norm, page.effective_rank) == (1.581, 3.6)  # sqrt(5 / 2) and 3^2 / (5 / 2)
+    assert [(pair.value, pair.share) for pair in page.eigenpairs[2:]] in (
+        [(0.5, 0.1), (-0.5, 0.1)],
+        [(-0.5, 0.1), (0.5, 0.1)],
+    )
+    assert sorted(pair.value for pair in page.eigenpairs[:2]) == [-1, 1] and page.explained == 1
+    for pair in page.eigenpairs[:2]:
+        assert {one: math.copysign(1, cosine) for one, cosine in pair.reads} == {
+            0: 1,
+            1: math.copysign(1, pair.value),
+            4: 1,
+        }
+        assert {abs(cosine) for _, cosine in pair.reads} == {0.7071}
+
+    data = page.by_data
+    assert [(pair.i, pair.j) for pair in data.pairs] == [(0, 1)]
+    pair = data.pairs[0]
+    assert (pair.weight, pair.mean, pair.mean_when_firing) == (1, 3.111, 4.667)  # a: 6, b: 4: 28 / 9 and 28 / 6
+    assert (pair.joint, pair.chance, pair.interference) == (0.6667, 0.6049, False)  # 6 / 9, (7 / 9)^2
+    assert (pair.r2, data.r2, data.share, data.share_of_pairs) == (1, 1, 1, 1)
+    assert data.terms["shown"] == 3.111 and sum(data.terms.values()) == 3.111
+    assert [(place.row, place.start, place.focus, place.values, place.second) for place in pair.contexts] == [
+        (0, 0, 1, [3, 3, 2], [1, 1, 1]),
+        (2, 2, 1, [0, 3, 2], [0, 1, 1]),
+    ]
+
+    weight = {(pair.i, pair.j): pair for pair in page.by_weight.pairs}
+    assert {pair: one.weight for pair, one in weight.items()} == {(0, 1): 1, (1, 4): 1, (2, 3): 0.5}  # none of weight 0
+    for pair in ((1, 4), (2, 3)):
+        assert weight[pair].interference and not weight[pair].contexts and weight[pair].mean == 0
+    assert (weight[1, 4].chance, weight[2, 3].chance) == (0, 0.02469)  # 4 is dead; 2 / 9 * 1 / 9
+    assert page.heat_map.inputs == [0, 1, 4, 2, 3] and page.heat_map.explained == 1
+    assert np.array(page.heat_map.matrix).tolist() == [
+        [0, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0.5],
+        [0, 0, 0, 0.5, 0],
+    ]
+
+
+def test_activity_by_hand(planted):
+    found = planted.outputs[0].activity
+    assert (found.density, found.largest, found.top_tokens) == (0.6667, 6, ["a"])
+    assert [(place.row, place.start + place.focus) for place in found.top.contexts] == [(0, 1), (2, 3)]
+    assert (found.top.low, found.top.high, found.top.share) == (6, 6, 0.3333)
+    assert [(group.low, group.high) for group in found.lower] == [(4, 6), (4, 4)]
+    for group in found.lower:  # the two largest are shown already
+        assert all(place.values[place.focus] == 4 for place in group.contexts) and group.contexts
+    assert (found.histogram.edges, found.histogram.counts) == ([0, 1.5, 3, 4.5, 6], [0, 0, 4, 2])
+    assert found.raised[0].token == "a" and found.raised[0].effect == 3 and found.lowered[0].effect == 0
+    provenance = planted.provenance
+    assert (provenance.rows, provenance.tokens, provenance.command, provenance.layer) == (3, 9, "by hand", 0)
+
+
+def test_what_is_dead_or_rare_has_a_page(planted):
+    dead = planted.outputs[1]
+    assert dead.activity.feature == 2 and dead.activity.density == dead.activity.largest == dead.norm == 0
+    assert dead.activity.top.contexts == dead.activity.lower == dead.activity.histogram.counts == []
+    assert dead.by_weight.pairs == dead.by_data.pairs == [] and dead.by_data.r2 is None and dead.by_data.share is None
+    assert dead.effective_rank == dead.explained == dead.heat_map.explained == 0 and dead.heat_map.inputs == []
+
+    pages = {page.activity.feature: page for page in planted.inputs}
+    never, once = pages[4], pages[3]
+    assert (never.activity.density, never.activity.top.contexts, never.activity.top_tokens) == (0, [], [])
+    assert next((feeds.output, feeds.other, feeds.weight) for feeds in never.feeds) == (0, 1, 1)
+    assert once.activity.density == 0.1111 and once.activity.lower == [] and once.activity.top_tokens == ["x"]
+    assert [(place.row, place.tokens) for place in once.activity.top.contexts] == [(2, ["b", "x", "a"])]
+    assert sum(once.activity.histogram.counts) == 1
+
+
+def test_characters_are_shown_whole_and_padding_is_not(planted):
+    (place,) = next(page for page in planted.inputs if page.activity.feature == 2).activity.top.contexts
+    assert (place.row, place.start, place.tokens, place.values) == (0, 2, ["b", "", "é"], [0, 1, 1])
+
+
+# Random models
+
+
+@pytest.fixture(scope="module", params=["micro", "biased"])
+def made(request, golden, tmp_path_factory):
+    if request.param == "biased":
+        tracer, lm, tokens = published.biased_tracer()
+    else:
+        tokens = np.random.default_rng(0).integers(3, golden.lm.config.n_vocab, (6, 12))
+        tracer, lm = Tracer(golden.lm, 1, scope=published.SCOPE), golden.lm
+    lm = with_tokenizer(lm, tmp_path_factory.mktemp("tokenizer"))
+    return tracer, lm, tokens, site_of(tracer, lm, tokens)
+
+
+def site_of(tracer, lm, tokens, features=(3, 1), **options):
+    options = dataclasses.replace(SMALL, **options)
+    return gather(lm, tracer, list(features), tokens=tokens, options=options, command="", dataset="random")
+
+
+def dense_codes(lm, sae, tokens):
+    """``[rows, seq, features]``."""
+    site = (sae.config.site, sae.config.layer)
+    return np.asarray(sae.encode(lm.capture(tokens, [site])[site]))
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_activities_against_dense_codes(made):
+    tracer, lm, tokens, site = made
+    seq, random = tokens.shape[1], []
+    for sae, pages in ((tracer.out, site.outputs), (tracer.inp, site.inputs)):
+        codes = dense_codes(lm, sae, tokens)
+        for page in pages:
+            found = page.activity
+            mine = codes[..., found.feature]
+            counted = np.abs(mine[:, 1:])
+            close(found.density, np.mean(counted != 0))
+            close(found.largest, counted.max())
+            best = np.sort(counted.max(axis=1))[::-1]
+            values = [abs(place.values[place.focus]) for place in found.top.contexts]
+            close(values, best[best > 0][:3])
+            shown = {(place.row, place.start + place.focus) for place in found.top.contexts}
+            for group in found.lower:
+                for place in group.contexts:
+                    assert group.low <= abs(place.values[place.focus]) <= group.high
+                    assert place.start + place.focus > 0 and (place.row, place.start + place.focus) not in shown
+            for group in (found.top, *found.lower):
+                for place in group.contexts:
+                    start, stop = place.start, place.start + len(place.tokens)
+                    close(place.values, mine[place.row, start:stop])
+                    assert start == max(start + place.focus - 1, 0) and stop >= min(start + place.focus + 2, seq)
+            if found.top.contexts:
+                close(
+                    found.top.share,
+                    np.mean(
+                        counted[counted > 0] >= counted[counted > 0].min()
+                        if len(values) == 0
+                        else counted[counted > 0] >= best[len(values) - 1]
+                    ),
+                )
+            signed = mine[:, 1:][mine[:, 1:] != 0]
+            if signed.size:
+                edges = np.linspace(min(signed.min(), 0), max(signed.max(), 0), 5)
+                assert found.histogram.counts == np.histogram(signed, edges)[0].tolist()
+            effects = logit_effects(lm, sae, found.feature)
+            close([effect.effect for effect in found.lowered], effects.lowered_by)
+            random.append(len(found.lower))
+    assert max(random) > 0

@@ -1,0 +1,87 @@
+"""``bilinear-jax pages``: the installed command once on the model that ships, and what it refuses."""
+
+import json
+import os
+import shlex
+import signal
+
+import pytest
+from published import snapshot
+from test_cli import command
+
+from bilinear_jax.cli import main
+from bilinear_jax.pages import gather, render
+from bilinear_jax.pages.facts import Provenance, Site
+
+EMPTY = Site([], [], Provenance("", "", "", "", 2, "", "", "", "", "", "", "", 1, 255))
+
+
+def test_a_site_of_two_features(tmp_path):
+    words = ["pages", "--layer", "2", "--features", "3,5", "--rows", "8", "--pairs", "4", "--out", "a site", "--json"]
+    done = command(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    record = json.loads((tmp_path / "a site" / "site.json").read_text())
+    assert found == {"index": str(tmp_path / "a site" / "index.html"), "outputs": 2, "inputs": len(record["inputs"])}
+    assert record["outputs"] == [3, 5]
+    assert shlex.split(record["provenance"]["command"]) == ["bilinear-jax", *words]
+    assert (record["provenance"]["dataset"], record["provenance"]["rows"]) == ("corpus.npy of ts-nano", 8)
+    page = json.loads((tmp_path / "a site" / "data" / "output-3.json").read_text())["output"]
+    assert len(page["by_weight"]["pairs"]) == 4
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A command whose facts are none, and found at once."""
+    monkeypatch.setattr(gather, "gather", lambda *_, **__: EMPTY)
+    return ["pages", "--layer", "2", "--features", "3", "--out", str(tmp_path / "site")]
+
+
+def test_what_is_there_is_replaced_only_by_force(words, tmp_path, capsys):
+    assert main(words) == 0
+    before = snapshot(tmp_path)
+    assert main(words) == 1
+    assert "exists: name another folder, or replace it with force (--force)" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+    assert main([*words, "--force"]) == 0
+    assert snapshot(tmp_path).keys() == before.keys()
+
+
+def test_not_even_force_replaces_what_is_no_site(words, tmp_path, capsys):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "thesis.txt").write_text("the only copy")
+    assert main([*words, "--force"]) == 1
+    assert "holds no site.json of this library" in capsys.readouterr().err
+    assert (tmp_path / "site" / "thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("above", ["file", "sealed"])
+def test_a_place_that_cannot_be_written_is_seen_before_the_work(above, words, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise AssertionError("it was computed first")
+
+    monkeypatch.setattr(gather, "gather", fail)
+    if above == "file":
+        (tmp_path / above).write_text("")
+    else:  # the tests may run as root, who may write anywhere
+        (tmp_path / above).mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    before = snapshot(tmp_path)
+    assert main([*words[:-1], str(tmp_path / above / "new" / "site")]) == 1
+    assert "no folder that one may write to" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_interrupt_while_pages_are_written(force, words, tmp_path, monkeypatch):
+    if force:
+        assert main(words) == 0
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(render, "inputs_page", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # however the tests were started
+    try:
+        assert main([*words, "--force"] if force else words) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert snapshot(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["site"] if force else [])
