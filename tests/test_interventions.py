@@ -47,9 +47,9 @@ def case(site="mlp_in", bias=False, n_layer=1, inp=(), out=()):
     return Tracer(lm, n_layer - 1, *saes), lm, np.random.default_rng(9).integers(0, 11, (5, 7))
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+@pytest.fixture(scope="module", params=CASES)
 def made(request):
-    return case(**request.param)
+    return case(**CASES[request.param])
 
 
 def some_pairs(tracer) -> np.ndarray:
@@ -131,11 +131,13 @@ def test_disjoint_ablations_add_up_and_all_of_them_leave_nothing(made):
     assert removed(nothing, x, y, "all_else").tolist() == y.tolist() and not removed(nothing, x, y).any()
 
 
-@pytest.mark.parametrize("remove", REMOVE)
+@pytest.mark.parametrize(
+    ("made", "remove"),
+    [("resid_mid with biases and passthrough", "these"), *(("normalised, two layers", remove) for remove in REMOVE)],
+    indirect=["made"],
+)
 def test_over_a_dataset(made, remove):
     tracer, lm, tokens = made
-    if remove != "these" and lm.config.n_layer == 1:
-        pytest.skip("one model is enough")
     pairs = some_pairs(tracer)
     mask = np.random.default_rng(2).random(tokens.shape) < 0.8
     x, y = both_sides(tracer, lm, tokens)

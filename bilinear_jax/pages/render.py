@@ -23,7 +23,6 @@ from bilinear_jax.pages.facts import (
     Histogram,
     InputFeature,
     OutputFeature,
-    PairList,
     Provenance,
     Site,
 )
@@ -252,9 +251,9 @@ def terms(page: OutputFeature) -> list[Term]:
     return [term for term in listed if term.by_weight or term.by_data or term.name == TERMS["shown"]]
 
 
-def total(pairs: PairList) -> float:
-    """The mean pre-activation: what all terms add up to."""
-    return math.fsum(pairs.terms.values())
+def total(page: OutputFeature) -> float:
+    """The mean pre-activation: what all terms add up to, whichever pairs are told apart."""
+    return math.fsum(page.by_weight.terms.values())
 
 
 def largest_of(values: Sequence[float]) -> float:
