@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bilinear_jax.figures import COLOURS, NEGATIVE, POSITIVE, WRITTEN_OUT, _finite, _new_figure, _short
+from bilinear_jax.drawing import COLOURS, NEGATIVE, POSITIVE, WRITTEN_OUT, finite, new_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def facing(patterns: Any) -> np.ndarray:
         >>> facing([[-3.0, 1.0], [2.0, -1.0]]).tolist()
         [[3.0, -1.0], [2.0, -1.0]]
     """
-    patterns = _finite("patterns", patterns)
+    patterns = finite("patterns", patterns)
     return np.where((patterns**3).sum(axis=-1, keepdims=True) < 0, -patterns, patterns)
 
 
@@ -50,7 +50,7 @@ def eigenspectrum(values: Any, patterns: Any, shape: tuple[int, int], k: int = 3
         >>> [axes.get_title() for axes in figure.axes if axes.images]
         ['3.00', '-1.00']
     """
-    values, patterns = _finite("values", values), facing(patterns)
+    values, patterns = finite("values", values), facing(patterns)
     _check_patterns(values, patterns, shape, 1)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -59,7 +59,7 @@ def eigenspectrum(values: Any, patterns: Any, shape: tuple[int, int], k: int = 3
     ranks = np.arange(1, len(values) + 1)
     positive, negative = np.flatnonzero(values > 0)[:k], np.flatnonzero(values < 0)[::-1][:k]
 
-    figure = _new_figure(4.4 + 1.3 * k, 3.6)
+    figure = new_figure(4.4 + 1.3 * k, 3.6)
     start = 4.4 / (4.4 + 1.3 * k)  # the curve ends here, and images begin
     axes = figure.add_axes((0.16 * start, 0.14, 0.8 * start, 0.7))
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
@@ -70,7 +70,7 @@ def eigenspectrum(values: Any, patterns: Any, shape: tuple[int, int], k: int = 3
         axes.plot(ranks[chosen], values[chosen], color=colour, marker=marker, markersize=7, linestyle="none")
         for panel, index in zip(row, chosen, strict=False):
             _show(panel, patterns[index], shape, colour)
-            panel.set_title(_short(values[index]), fontsize=9, pad=3, color=colour)
+            panel.set_title(short(values[index]), fontsize=9, pad=3, color=colour)
         for panel in row[len(chosen) :]:
             panel.set_axis_off()
     axes.set_xlabel("rank, from the largest")
@@ -103,14 +103,14 @@ def eigenvector_gallery(
         ['cat', 'dog']
     """
     signed = values is None
-    patterns = _finite("patterns", patterns) if signed else facing(patterns)
-    values = np.zeros(patterns.shape[:2]) if signed else _finite("values", values)
+    patterns = finite("patterns", patterns) if signed else facing(patterns)
+    values = np.zeros(patterns.shape[:2]) if signed else finite("values", values)
     _check_patterns(values, patterns, shape, 2)
     _check_names(classes, len(values))
     number, k = values.shape
     above = 0.65 if title else 0.3
     width, height = 1.15 * number + 0.2, 1.3 * k + above
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     grid = figure.subplots(k, number, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.18})
     figure.subplots_adjust(left=0.1 / width, right=1 - 0.1 / width, bottom=0.22 / height, top=1 - above / height)
     for (row, column), panel in np.ndenumerate(grid):
@@ -118,7 +118,7 @@ def eigenvector_gallery(
         colour = POSITIVE if value > 0 else NEGATIVE if value < 0 else NEUTRAL
         _show(panel, patterns[column, row], shape, colour)
         if not signed:
-            panel.set_xlabel(_short(value), fontsize=8, labelpad=2, color=colour)
+            panel.set_xlabel(short(value), fontsize=8, labelpad=2, color=colour)
     for panel, name in zip(grid[0], classes, strict=True):
         panel.set_title(name, fontsize=10, pad=4)
     _title(figure, title)
@@ -162,13 +162,13 @@ def explanation(
         ValueError: if the shapes don't fit each other, the parts don't add up to the logits (to 1e-3 of the largest),
             or something is not finite.
     """
-    image, logits, values = _finite("image", image), _finite("logits", logits), _finite("values", values)
+    image, logits, values = finite("image", image), finite("logits", logits), finite("values", values)
     contributions, others, patterns = (
-        _finite("contributions", contributions),
-        _finite("others", others),
+        finite("contributions", contributions),
+        finite("others", others),
         facing(patterns),
     )
-    rest = np.zeros_like(others) if around is None else _finite("around", around)
+    rest = np.zeros_like(others) if around is None else finite("around", around)
     _check_patterns(values, patterns, shape, 2)
     number, k = values.shape
     _check_names(classes, number)
@@ -185,7 +185,7 @@ def explanation(
     left, cell, bars, row = 2.3, 1.15, 0.4 * len(names) + 0.7, 1.5
     above = 0.3 if title else 0.0
     width, height = left + cell * k + bars, max(row * len(best), 3.6) + above
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     height_used = (height - above) / height
     # The image, and all logits.
     half = 0.47 * height_used
@@ -250,7 +250,7 @@ def interactions_beside(
         >>> [text.get_text() for text in figure.axes[1].texts]
         ['0.00', '0.50', '0.50', '0.00']
     """
-    raw = _finite("matrices", matrices)
+    raw = finite("matrices", matrices)
     if raw.ndim != 3 or raw.shape[1] != raw.shape[2] or not raw.size:
         raise ValueError(f"matrices must be [outputs, in, in], at least one; got shape {raw.shape}")
     number, n = raw.shape[:2]
@@ -262,7 +262,7 @@ def interactions_beside(
     side = float(np.clip(0.36 * n, 1.5, 4.0))
     above, margin = 0.5 if title else 0.15, 0.55
     width, height = margin + number * (side + 0.15) + 0.85, above + 2 * (side + 0.15) + 0.3
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     font = min(8.0, 20 * side / n)
     for row in range(2):
         for column in range(number):
