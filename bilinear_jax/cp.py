@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Key
 
 from bilinear_jax.similarity import cosine_similarity, cross_gram, inner_product
@@ -85,6 +84,8 @@ def cp_gradient(
         >>> bool(found.similarity > 0.999), found.weights.shape
         (True, (1,))
     """
+    import optax
+
     _check(rank, steps)
     if penalty not in PENALTIES:
         raise ValueError(f"penalty is one of {', '.join(map(repr, PENALTIES))}; got {penalty!r}")

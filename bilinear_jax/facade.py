@@ -30,8 +30,6 @@ from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.tensor import BilinearTensor
 from bilinear_jax.tracer import Tracer
 from bilinear_jax.training.image_data import load_images
-from bilinear_jax.training.images import ImageRecipe, train_images
-from bilinear_jax.training.toy import ToyRecipe, train_toy
 from bilinear_jax.visualizer import Visualizer, logit_effects
 
 __all__ = [
@@ -39,12 +37,10 @@ __all__ = [
     "BilinearTensor",
     "ImageClassifier",
     "ImageConfig",
-    "ImageRecipe",
     "LanguageModel",
     "SAEConfig",
     "SparseCodes",
     "ToyConfig",
-    "ToyRecipe",
     "Tracer",
     "TransformerConfig",
     "Visualizer",
@@ -73,6 +69,4 @@ __all__ = [
     "spectra",
     "summaries",
     "top_activations",
-    "train_images",
-    "train_toy",
 ]

@@ -3,7 +3,11 @@
 import runpy
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import bilinear_jax as bj
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -56,3 +60,15 @@ def test_the_image_chapter(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "  32 eigenvectors a class: accuracy" in printed and "permuted: " in printed
     assert names["clean"] > 0.5  # it has learned
+
+
+def test_the_chapter_on_shared_structure(tmp_path, monkeypatch, capsys):
+    options = ("--features", "4", "--ranks", "2", "8", "--steps", "4")
+    names, figures = run("decomposition.py", tmp_path, monkeypatch, *options)
+    assert figures == ["decomposition.png"]
+    assert names["shared"] == sorted(names["shared"])  # more components explain more
+    values, turned = names["spectrum"].values, names["control"]  # the control keeps every eigenvalue
+    kept = bj.spectra.eigh(turned, jnp.eye(4)).values
+    np.testing.assert_allclose(kept, values, atol=1e-5)
+    printed = capsys.readouterr().out
+    assert "8 shared components explain" in printed and "8 components of the control explain" in printed
