@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bilinear_jax.drawing import COLOURS, NEGATIVE, POSITIVE, WRITTEN_OUT, finite, new_figure, short
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-COLOURS = "RdBu"  # red is negative, white is 0, blue is positive; distinguishable without red-green vision
-NEGATIVE, POSITIVE = "#b2182b", "#2166ac"  # the same two
-WRITTEN_OUT = 12  # up to so many labels, each cell of a heat map has its value written in it
 
 
 def heat_map(matrix: Any, labels: Any = None, title: str | None = None, unit: str = "") -> "Figure":
@@ -35,7 +33,7 @@ def heat_map(matrix: Any, labels: Any = None, title: str | None = None, unit: st
         >>> [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
         ['3834', '751']
     """
-    matrix = _finite("matrix", matrix)
+    matrix = finite("matrix", matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
         raise ValueError(f"a heat map needs a square matrix [n, n], got shape {matrix.shape}")
     n = len(matrix)
@@ -50,7 +48,7 @@ def heat_map(matrix: Any, labels: Any = None, title: str | None = None, unit: st
     gap, bar, below = 0.25, 0.22, 0.25
     width = max(margin + side + gap + bar + 0.9, margin + 0.1 * len(title or "") + 0.2)
     height = below + side + margin + (0.35 if title else 0)
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     axes = figure.add_axes((margin / width, below / height, side / width, side / height))
     limit = float(np.abs(matrix).max()) or 1.0
     image = axes.imshow(matrix, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest")
@@ -61,7 +59,7 @@ def heat_map(matrix: Any, labels: Any = None, title: str | None = None, unit: st
     if n <= WRITTEN_OUT:
         for (i, j), value in np.ndenumerate(matrix):
             colour = "white" if abs(value) > 0.6 * limit else "black"
-            axes.text(j, i, _short(value), ha="center", va="center", fontsize=9, color=colour)
+            axes.text(j, i, short(value), ha="center", va="center", fontsize=9, color=colour)
     bar_axes = figure.add_axes(((margin + side + gap) / width, below / height, bar / width, side / height))
     figure.colorbar(image, cax=bar_axes, label=unit or None)
     if title:
@@ -87,7 +85,7 @@ def eigenvalue_spectrum(values: Any, title: str | None = None) -> "Figure":
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         ['1 positive: 20 % of the squared norm', '1 negative: 80 % of the squared norm']
     """
-    values = _finite("values", values)
+    values = finite("values", values)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"a spectrum needs eigenvalues [in], got shape {values.shape}")
     values = np.sort(values)[::-1]
@@ -95,7 +93,7 @@ def eigenvalue_spectrum(values: Any, title: str | None = None) -> "Figure":
     ranks = np.arange(1, len(values) + 1)
     size = float(np.clip(900 / len(values), 6, 60))  # points^2
 
-    figure = _new_figure(7.0, 4.0)
+    figure = new_figure(7.0, 4.0)
     axes = figure.add_subplot()
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
     for name, sign, colour, marker, face in (
@@ -150,7 +148,7 @@ def correlation_curve(ks: Any, correlations: Any, threshold: float = 0.75, title
         >>> [panel.lines[0].get_ydata().tolist() for panel in figure.axes]
         [[0.375, 0.875], [0.0, 50.0]]
     """
-    ks, r = _finite("ks", ks), np.asarray(correlations, np.float64)
+    ks, r = finite("ks", ks), np.asarray(correlations, np.float64)
     if ks.ndim != 1 or r.ndim != 2 or len(r) != len(ks) or not r.size:
         raise ValueError(f"a curve needs ks [n_ks] and correlations [n_ks, features], got {ks.shape} and {r.shape}")
     if ks[0] < 1 or (np.diff(ks) <= 0).any():
@@ -164,7 +162,7 @@ def correlation_curve(ks: Any, correlations: Any, threshold: float = 0.75, title
     mean, shares = np.nanmean(r, axis=1), 100 * (r > threshold).sum(axis=1) / features
     low, high = np.nanquantile(r, [0.25, 0.75], axis=1)
 
-    figure = _new_figure(8.0, 3.6)
+    figure = new_figure(8.0, 3.6)
     left, right = figure.subplots(1, 2)
     style = {"color": POSITIVE, "marker": "o", "markersize": 4}
     left.plot(ks, mean, label="mean", **style)
@@ -189,24 +187,3 @@ def correlation_curve(ks: Any, correlations: Any, threshold: float = 0.75, title
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     figure.set_layout_engine("constrained")
     return figure
-
-
-def _new_figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _finite(name: str, array: Any) -> np.ndarray:
-    array = np.asarray(array, np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds {int((~np.isfinite(array)).sum())} values that are not finite")
-    return array
-
-
-def _short(value: float) -> str:
-    """A number in at most six characters."""
-    return f"{value + 0.0:.2f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.0e}".replace("e-0", "e-")

@@ -3,7 +3,11 @@
 import runpy
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import bilinear_jax as bj
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -35,3 +39,36 @@ def test_the_training_example_explains_itself(monkeypatch, capsys):
         runpy.run_path(str(EXAMPLES / "training.py"))
     assert stopped.value.code == 0
     assert "--corpus-rows" in capsys.readouterr().out
+
+
+def run(name, out, monkeypatch, *options):
+    monkeypatch.setattr("sys.argv", [name, "--out", str(out), *options])
+    names = runpy.run_path(str(EXAMPLES / name))
+    return names, sorted(path.name for path in out.iterdir())
+
+
+def test_the_toy_chapter(tmp_path, monkeypatch, capsys):
+    _, figures = run("toy.py", tmp_path, monkeypatch, "--steps", "1000")
+    assert figures == [f"toy-{name}.png" for name in ("and-xor", "and", "nor", "or", "xor")]
+    assert "xor of x0 and x1: 1.00 x0^2 + 1.00 x1^2 + -2.00 x0 x1" in capsys.readouterr().out
+
+
+def test_the_image_chapter(tmp_path, monkeypatch, capsys):
+    names, figures = run("images.py", tmp_path, monkeypatch, "--epochs", "8", "--hidden", "32", "--batch-size", "128")
+    kinds = ("classes", "explanation", "gallery-without-noise", "gallery", "masks", "spectrum")
+    assert figures == [f"images-{kind}.png" for kind in kinds]
+    printed = capsys.readouterr().out
+    assert "  32 eigenvectors a class: accuracy" in printed and "permuted: " in printed
+    assert names["clean"] > 0.5  # it has learned
+
+
+def test_the_chapter_on_shared_structure(tmp_path, monkeypatch, capsys):
+    options = ("--features", "4", "--ranks", "2", "8", "--steps", "4")
+    names, figures = run("decomposition.py", tmp_path, monkeypatch, *options)
+    assert figures == ["decomposition.png"]
+    assert names["shared"] == sorted(names["shared"])  # more components explain more
+    values, turned = names["spectrum"].values, names["control"]  # the control keeps every eigenvalue
+    kept = bj.spectra.eigh(turned, jnp.eye(4)).values
+    np.testing.assert_allclose(kept, values, atol=1e-5)
+    printed = capsys.readouterr().out
+    assert "8 shared components explain" in printed and "8 components of the control explain" in printed

@@ -1,0 +1,98 @@
+"""Image classifiers with bilinear layers: config and Flax module.
+
+    h_0     = W_e x                                      embed
+    h_{n+1} = (W_l h_n + b_l) * (W_r h_n + b_r)          one bilinear layer, and + h_n with a residual
+    logits  = W_u h_n                                    head
+
+Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 4.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from bilinear_jax.nn.transformer import linear
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """The shape of an image classifier; hashable, so it can be a static argument of ``jit``."""
+
+    n_inputs: int = 784  # pixels of an image
+    d_hidden: int = 256  # width of the embedding and of every bilinear layer
+    n_classes: int = 10
+    n_layer: int = 1  # bilinear layers
+    bias: bool = False  # b_l and b_r in the bilinear layers; the embedding and the head have none
+    residual: bool = False  # every bilinear layer adds to its input
+
+    def __post_init__(self):
+        for name in ("n_inputs", "d_hidden", "n_classes", "n_layer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class ImageClassifier(nn.Module):
+    """The classifier as a Flax module: images ``[..., n_inputs]`` to logits ``[..., n_classes]``.
+
+    Params: ``w_e [d_hidden, n_inputs]``; ``layers`` with ``w_l, w_r [n_layer, d_hidden, d_hidden]`` and, with a bias,
+    ``b_l, b_r [n_layer, d_hidden]``; ``w_u [n_classes, d_hidden]``. They begin as torch's linear layers do: uniform
+    within ``1 / sqrt(inputs of the layer)``.
+
+    Example:
+        >>> import jax
+        >>> config = ImageConfig(n_inputs=4, d_hidden=3, n_classes=2)
+        >>> params = ImageClassifier(config).init(jax.random.key(0), jnp.ones(4))["params"]
+        >>> ImageClassifier(config).apply({"params": params}, jnp.ones((5, 4))).shape
+        (5, 2)
+    """
+
+    config: ImageConfig
+
+    def setup(self):
+        c = self.config
+        self.w_e = self.param("w_e", _uniform(c.n_inputs), (c.d_hidden, c.n_inputs))
+        self.layers = _Layers(c)
+        self.w_u = self.param("w_u", _uniform(c.d_hidden), (c.n_classes, c.d_hidden))
+
+    def __call__(self, x: Float[Array, "*batch n_inputs"]) -> Float[Array, "*batch n_classes"]:
+        if x.shape[-1] != self.config.n_inputs:
+            raise ValueError(f"images must have {self.config.n_inputs} pixels in one axis, got shape {x.shape}")
+        return linear(self.layers(linear(x, self.w_e)), self.w_u)
+
+
+class _Layers(nn.Module):
+    """All bilinear layers, their parameters stacked."""
+
+    config: ImageConfig
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "*batch d_hidden"]) -> Float[Array, "*batch d_hidden"]:
+        c = self.config
+        w_l, w_r = (self.param(n, _uniform(c.d_hidden), (c.n_layer, c.d_hidden, c.d_hidden)) for n in ("w_l", "w_r"))
+        b_l = b_r = [None] * c.n_layer
+        if c.bias:
+            b_l, b_r = (self.param(n, _uniform(c.d_hidden), (c.n_layer, c.d_hidden)) for n in ("b_l", "b_r"))
+        for n in range(c.n_layer):
+            product = linear(h, w_l[n], b_l[n]) * linear(h, w_r[n], b_r[n])
+            h = h + product if c.residual else product
+        return h
+
+
+def unit_range(images: Array) -> Float[Array, "..."]:
+    """Pixels as the classifier takes them, 0 ... 1: bytes of 0 ... 255 are divided by 255, and the rest is left.
+
+    Example:
+        >>> unit_range(jnp.array([0, 255], jnp.uint8)).tolist()
+        [0.0, 1.0]
+    """
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def _uniform(inputs: int) -> nn.initializers.Initializer:
+    """Uniform within ``1 / sqrt(inputs)``, as torch's linear layers begin."""
+    limit = 1 / math.sqrt(inputs)
+    start = nn.initializers.uniform(2 * limit)
+    return lambda key, shape, dtype=jnp.float32: start(key, shape, dtype) - jnp.asarray(limit, dtype)

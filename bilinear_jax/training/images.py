@@ -1,0 +1,217 @@
+"""The recipe for image classifiers: many at once, an epoch in one jitted scan.
+
+Published: AdamW, learning rate 1e-3 with a cosine over epochs down to 0, batches of 2048 (the last, smaller one of an
+epoch is dropped), dense Gaussian noise on the pixels, weight decay 1 where it is used. Pixels lie in [0, 1].
+
+Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 4 and its
+appendix on training.
+"""
+
+import dataclasses
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from bilinear_jax.nn.image import ImageClassifier, ImageConfig, unit_range
+from bilinear_jax.nn.transformer import run_module
+from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
+
+TOGETHER = ("epochs", "batch_size")
+"""Fields of a recipe that models which are trained at once have in common."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRecipe:
+    """How to train an image classifier."""
+
+    epochs: int = 100  # passes over the images
+    batch_size: int = 2048  # images an update; what is left over at the end of an epoch is dropped
+    lr: float = 1e-3  # learning rate of the first epoch; it falls as a cosine, from epoch to epoch, to 0
+    weight_decay: float = 1.0  # decoupled, times the learning rate
+    noise: float = 0.5  # standard deviation of the Gaussian noise that is added to every pixel
+    seed: int = 0  # of parameters, order and noise
+
+    def __post_init__(self):
+        for name in TOGETHER:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "noise"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def train_images(
+    config: ImageConfig,
+    recipes: ImageRecipe | Sequence[ImageRecipe],
+    images: Any,
+    labels: Any,
+    directory: str | Path | None = None,
+) -> PyTree:
+    """Image classifiers of one shape, one for each recipe: other seeds, noise, weight decay or learning rates.
+
+    They are trained one after another within each epoch, which is one program; each sees its own order, noise and
+    start, and ends with the same bits as if it had been trained alone.
+
+    Args:
+        recipes: one, or several that agree in epochs and batch_size.
+        images: ``[n, n_inputs]``, uint8 of 0 ... 255, or floating point of 0 ... 1.
+        labels: ``[n]`` ints.
+        directory: the run's folder, for a run that can go on after an interruption (``training.fit``); None keeps
+            nothing.
+
+    Returns:
+        The params of ``ImageClassifier``, with one more axis first, ``[recipes, ...]``; for a single recipe without it.
+
+    Raises:
+        ValueError: for recipes that can't be trained at once, images of another size or outside their range, labels
+            that are no classes, or fewer images than a batch.
+        FloatingPointError: if a loss is not finite.
+
+    Example:
+        >>> config = ImageConfig(n_inputs=4, d_hidden=8, n_classes=2)
+        >>> images, labels = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+        >>> recipe = ImageRecipe(epochs=50, batch_size=4, noise=0.1, lr=0.05, weight_decay=0.0)
+        >>> params = train_images(config, recipe, images, labels)
+        >>> float(accuracy(config, params, images, labels))
+        1.0
+    """
+    single = isinstance(recipes, ImageRecipe)
+    chosen = [recipes] if single else list(recipes)
+    images, labels = check_images(config, images, labels)
+    update = image_update(config, chosen)
+    first = chosen[0]
+    if len(images) < first.batch_size:
+        raise ValueError(f"a batch of {first.batch_size} needs as many images, got {len(images)}: lower batch_size")
+    data = jnp.asarray(images), jnp.asarray(labels)
+    start = image_state(config, chosen)
+    described = {"config": dataclasses.asdict(config), "recipes": [dataclasses.asdict(recipe) for recipe in chosen]}
+    with tempfile.TemporaryDirectory() as temporary:
+        state = fit(
+            update,
+            start,
+            ByStep(lambda _: data),
+            steps=first.epochs,
+            directory=temporary if directory is None else directory,
+            config=described,
+            save_every=first.epochs if directory is None else 20,
+            name="image classifiers",
+        )
+    return jax.tree.map(lambda leaf: leaf[0], state.params) if single else state.params
+
+
+def image_state(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> TrainState:
+    """Where training starts: params and optimiser of every recipe's model, stacked."""
+    keys = jnp.stack([jax.random.key(recipe.seed) for recipe in recipes])
+    module = ImageClassifier(config)
+    params = jax.jit(jax.vmap(lambda key: module.init(key, jnp.zeros(config.n_inputs))["params"]))(keys)
+    opt_state = jax.vmap(_optimizer().init)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callable:
+    """The pure function ``update(state, (images, labels)) -> (state, metrics)`` of one epoch of every model.
+
+    The loss is the mean cross entropy; metrics are the means over the epoch and over models of loss and accuracy, on
+    the noisy images. To be jitted with its state donated.
+
+    Raises:
+        ValueError: for no recipe, or recipes that don't agree in epochs and batch_size.
+    """
+    if not recipes:
+        raise ValueError("name at least one recipe")
+    for name in TOGETHER:
+        if len({getattr(recipe, name) for recipe in recipes}) > 1:
+            raise ValueError(f"models that are trained at once have one {name}; train the others by another call")
+    first, module = recipes[0], ImageClassifier(config)
+    each = {n: jnp.asarray([getattr(r, n) for r in recipes], jnp.float32) for n in ("lr", "weight_decay", "noise")}
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(recipe.seed), 1) for recipe in recipes])
+
+    def loss(params, x, y):
+        logits = run_module(module, params, x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses.mean(), (jnp.argmax(logits, axis=-1) == y).mean()
+
+    def epoch(model, images, labels, number):
+        params, opt_state, key, lr, weight_decay, noise = model
+        key = jax.random.fold_in(key, number)
+        rate = lr * (1 + jnp.cos(jnp.pi * number.astype(jnp.float32) / first.epochs)) / 2
+        batches = len(images) // first.batch_size
+        order = jax.random.permutation(key, len(images))[: batches * first.batch_size].reshape(batches, -1)
+
+        def step(carried, chosen):
+            params, opt_state = carried
+            place, index = chosen
+            x = unit_range(images[index])
+            x = x + noise * pixel_noise(jax.random.fold_in(key, place), x.shape)
+            (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(params, x, labels[index])
+            opt_state.hyperparams.update(learning_rate=rate, weight_decay=weight_decay)
+            params, opt_state = apply_optimizer(_optimizer(), gradient, TrainState(number, params, opt_state))
+            return (params, opt_state), (value, right)
+
+        (params, opt_state), metrics = jax.lax.scan(step, (params, opt_state), (jnp.arange(batches), order))
+        return (params, opt_state), [metric.mean() for metric in metrics]
+
+    def update(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
+        images, labels = batch
+        models = (state.params, state.opt_state, keys, each["lr"], each["weight_decay"], each["noise"])
+        (params, opt_state), (value, right) = jax.lax.map(
+            lambda model: epoch(model, images, labels, state.step), models
+        )
+        return TrainState(state.step + 1, params, opt_state), {"loss": value.mean(), "accuracy": right.mean()}
+
+    return update
+
+
+def pixel_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Standard normal numbers of 16 random bits each: any of 65,536 equally likely quantiles, the largest at 4.3.
+
+    Half the random bits of ``jax.random.normal`` and two thirds of its time, in which noise would be a third of a
+    step's. The variance is 1 to 1e-4.
+
+    Example:
+        >>> x = pixel_noise(jax.random.key(0), (200, 301))
+        >>> x.shape, round(float(x.std()), 2), round(float((x**4).mean()), 1)
+        ((200, 301), 1.0, 3.0)
+    """
+    size = math.prod(shape)
+    bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
+    quantiles = jnp.concatenate([bits & 0xFFFF, bits >> 16])[:size].astype(jnp.float32).reshape(shape)
+    return math.sqrt(2) * jax.lax.erf_inv((quantiles - 32767.5) / 32768)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> Float[Array, ""]:
+    """The share of images whose largest logit is that of their label."""
+    logits = run_module(ImageClassifier(config), params, unit_range(jnp.asarray(images)))
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+
+def check_images(config: ImageConfig, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[n, n_inputs]`` and labels ``[n]`` as arrays; raises ``ValueError`` where they don't fit."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 2 or images.shape[1] != config.n_inputs:
+        raise ValueError(f"images must be [n, {config.n_inputs}], a row of pixels each; got shape {images.shape}")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be ints [{len(images)}], one an image; got {labels.dtype} {labels.shape}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < config.n_classes:
+        raise ValueError(f"labels must lie in 0 ... {config.n_classes - 1}, got {labels.min()} ... {labels.max()}")
+    if images.dtype != np.uint8:
+        if not np.issubdtype(images.dtype, np.floating):
+            raise ValueError(f"images must be uint8 of 0 ... 255 or floating point of 0 ... 1; got {images.dtype}")
+        if images.size and not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(f"pixels must lie in 0 ... 1, got {images.min():g} ... {images.max():g}: divide them")
+        images = images.astype(np.float32)
+    return images, labels.astype(np.int32)
+
+
+def _optimizer() -> optax.GradientTransformation:
+    return optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=0.0)

@@ -1,0 +1,298 @@
+"""Files written by ``torch.save``, read without torch and without running anything that they name.
+
+Such a file is a zip archive: ``data.pkl``, a pickle of the object with its tensors left out, and one entry a tensor's
+storage. A pickle is a program; loading it calls whatever it names. Here it can name the handful of things of which
+tensors are made, and those are our own functions on numpy arrays. Every other name becomes a ``Foreign``: data that
+says what it would have been.
+
+Source: the zip format of torch 1.6 and later (``torch/serialization.py``); Python's ``pickle`` and ``pickletools``.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import pickle
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+LARGEST_PICKLE = 64 * 2**20
+"""Bytes of ``data.pkl`` at most: those of the largest published models are below one megabyte."""
+
+_DTYPES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Foreign:
+    """Something that a file names and that was not looked up: what it would have been made of, as data."""
+
+    name: str  # "module.attribute"
+    arguments: tuple = ()  # what it would have been called with
+    state: Any = None  # what its attributes would have been set from
+
+
+def read_torch(path: str | Path) -> Any:
+    """What ``torch.save`` put into a file, with numpy arrays for tensors and ``Foreign`` for objects of other classes.
+
+    The arrays are read-only views of the file, mapped into memory. Each storage's checksum is compared.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for what is no such file or a damaged one, a tensor that reaches beyond its storage, a storage that
+            is compressed (torch never compresses, and a small file could become a huge one), or a pickle that can't be
+            read. Nothing that the file names is imported or called in any case.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Archive(path, archive).load()
+    except (zipfile.BadZipFile, struct.error, EOFError) as error:
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) is {_what_else(path)} ({error})") from error
+
+
+def state_dict(loaded: Any) -> dict[str, np.ndarray]:
+    """The named arrays in what ``read_torch`` returned: a state dict, a module saved whole, or either under "model".
+
+    Raises:
+        ValueError: if there is none of these, naming what there is.
+    """
+    found = _named(loaded)
+    if not found and isinstance(loaded, dict):
+        for key in ("model", "state_dict", "model_state_dict"):
+            if found := _named(loaded.get(key)):
+                break
+    if not found:
+        what = sorted(map(str, loaded)) if isinstance(loaded, dict) else getattr(loaded, "name", type(loaded).__name__)
+        raise ValueError(
+            f"the file holds no state dict and no module, but {what}: save model.state_dict() from torch, and give that"
+        )
+    return found
+
+
+def _named(loaded: Any, prefix: str = "", depth: int = 0) -> dict[str, np.ndarray]:
+    if depth > 100:
+        raise ValueError("the file's modules lie within each other more than 100 deep: it is damaged")
+    if isinstance(loaded, Foreign) and isinstance(loaded.state, dict) and "_parameters" in loaded.state:
+        found = {}
+        for kind in ("_parameters", "_buffers"):
+            found |= {prefix + name: value for name, value in _items(loaded.state, kind) if value is not None}
+        for name, module in _items(loaded.state, "_modules"):
+            found |= _named(module, f"{prefix}{name}.", depth + 1)
+    elif isinstance(loaded, dict) and not prefix:
+        found = dict(loaded)
+    else:
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+
+
+def _items(state: dict, kind: str):
+    value = state.get(kind)
+    return value.items() if isinstance(value, dict) else ()
+
+
+class _Storage(NamedTuple):
+    values: np.ndarray  # one-dimensional
+
+
+class _Archive:
+    """One open file."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile):
+        self.path, self.archive = path, archive
+        names = archive.namelist()
+        pickles = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1 or len(set(names)) != len(names):
+            raise ValueError(f"{path} is a zip archive, but not one that torch wrote: {_what_else(path)}")
+        self.root = pickles[0].removesuffix("data.pkl")
+        self.storages: dict[str, np.ndarray] = {}
+        order = self._bytes("byteorder", 16).strip() if f"{self.root}byteorder" in names else b"little"
+        if order not in (b"little", b"big"):
+            raise ValueError(f"{path} has an unknown byte order {order!r}: download it again")
+        self.order = "<" if order == b"little" else ">"
+
+    def load(self) -> Any:
+        data = self._bytes("data.pkl", LARGEST_PICKLE)
+        self._check_memo(data)
+        try:
+            return _Unpickler(self, data).load()
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            KeyError,
+            IndexError,
+            TypeError,
+            UnicodeDecodeError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+        ) as error:
+            raise ValueError(f"the pickle in {self.path} can't be read ({error!r}): download the file again") from error
+
+    def _check_memo(self, data: bytes) -> None:
+        """A pickle may ask for a table of any length by one high number; honest ones count up from 0."""
+        try:
+            for opcode, argument, _ in pickletools.genops(data):
+                if "PUT" in opcode.name and int(str(argument)) > len(data):
+                    raise ValueError(f"it numbers an object {argument}")
+        except Exception as error:  # genops raises whatever a broken pickle makes it stumble over
+            raise ValueError(f"the pickle in {self.path} is damaged ({error}): download the file again") from error
+
+    def _bytes(self, name: str, largest: int) -> bytes:
+        info = self.archive.getinfo(self.root + name)
+        if info.file_size > largest:
+            raise ValueError(f"{name} in {self.path} has {info.file_size} bytes, at most {largest} are read")
+        with self.archive.open(info) as entry:
+            data = entry.read(largest + 1)
+        if len(data) != info.file_size:
+            raise ValueError(f"{name} in {self.path} is cut short: download the file again")
+        return data
+
+    def storage(self, name: str, key: str, count: int) -> np.ndarray:
+        """The numbers of one storage: mapped into memory, their checksum compared."""
+        if name not in _DTYPES:
+            raise ValueError(f"{self.path} has a tensor of {name}: save it as float32, float16 or bfloat16")
+        dtype = _DTYPES[name].newbyteorder(self.order) if _DTYPES[name].kind != "V" else _DTYPES[name]
+        if key not in self.storages:
+            entry = f"{self.root}data/{key}"
+            if entry not in self.archive.NameToInfo:
+                raise ValueError(f"{self.path} lacks the values of a tensor ({entry}): download it again")
+            self.storages[key] = self._mapped(self.archive.getinfo(entry))
+        raw = self.storages[key]
+        if len(raw) != count * dtype.itemsize:
+            raise ValueError(
+                f"data/{key} in {self.path} has {len(raw)} bytes, expected {count * dtype.itemsize}: download it again"
+            )
+        return raw.view(dtype)
+
+    def _mapped(self, info: zipfile.ZipInfo) -> np.ndarray:
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise ValueError(f"{info.filename} in {self.path} is compressed, as torch never writes it")
+        with self.archive.open(info) as entry:  # reading to the end compares the checksum
+            while entry.read(2**24):
+                pass
+        if not info.file_size:
+            return np.zeros(0, np.uint8)
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset)
+            header = struct.unpack("<4s5H3L2H", file.read(30))
+        start = info.header_offset + 30 + header[-2] + header[-1]
+        return np.memmap(self.path, np.uint8, "r", start, (info.file_size,))
+
+
+class _Unpickler(pickle.Unpickler):
+    """A pickle's names become our own functions or ``Foreign``; nothing is imported."""
+
+    def __init__(self, archive: _Archive, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self._archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch", "Size"): tuple,
+            ("torch._utils", "_rebuild_tensor_v2"): _Call(self._tensor),
+            ("torch._utils", "_rebuild_parameter"): _Call(lambda data, *rest: data),
+        }
+        if (module, name) in known:
+            return known[module, name]
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return _foreign(name)
+        return _foreign(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", kind, str(key), str(), int(count)) if isinstance(kind, type) and count >= 0:
+                return _Storage(self._archive.storage(kind.__name__, key, count))
+        raise ValueError(f"{self._archive.path} names a storage in an unknown way: {str(pid)[:200]}")
+
+    def _tensor(self, storage, offset, size, stride, *rest) -> np.ndarray:
+        values = storage.values if isinstance(storage, _Storage) else None
+        numbers = (offset, *size, *stride)
+        if values is None or len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"{self._archive.path} has a tensor of storage {type(storage).__name__}, {numbers}")
+        count = math.prod(size)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if count > len(values) or (count and last >= len(values)):
+            raise ValueError(
+                f"{self._archive.path} has a tensor {list(size)} that reaches beyond its {len(values)} values: "
+                "download it again"
+            )
+        if not count:
+            return np.zeros(size, values.dtype)
+        strides = [step * values.dtype.itemsize for step in stride]
+        return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
+
+
+class _Call:
+    """A function that a pickle may call, and not change: it could set the attributes of a bare one."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *arguments):
+        return self._function(*arguments)
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("a function has no state")
+
+
+def _foreign(full_name: str) -> type:
+    """A class whose instances keep what they are given; a new one each time, so that none is changed for others."""
+
+    class Kept(Foreign):
+        def __new__(cls, *arguments, **options):
+            return super().__new__(cls)
+
+        def __init__(self, *arguments, **options):
+            super().__init__(full_name, arguments)
+
+        def __setstate__(self, state):
+            self.name, self.state = full_name, state
+
+        def __call__(self, *arguments):
+            return Foreign(full_name, arguments)
+
+        def append(self, item):
+            self.state = self.state if isinstance(self.state, list) else []
+            self.state.append(item)
+
+        def __setitem__(self, key, value):
+            self.state = self.state if isinstance(self.state, dict) else {}
+            self.state[key] = value
+
+    Kept.__name__ = full_name
+    return Kept
+
+
+def _what_else(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        return "a damaged zip archive: download it again"
+    if start[:1] == b"\x80":
+        return (
+            "in torch's format before 1.6, or a bare pickle: load it in a torch that you trust and torch.save it again"
+        )
+    return "no file that torch.save wrote: check the name, or download it again"
