@@ -9,11 +9,13 @@ import published
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from bilinear_jax.cofiring import co_firing, strongest_pairs
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.pages.gather import gather
 from bilinear_jax.pages.options import PageOptions
+from bilinear_jax.summaries import pair_summaries
 from bilinear_jax.tracer import Tracer
 from bilinear_jax.visualizer import logit_effects
 
@@ -189,15 +191,8 @@ def test_activities_against_dense_codes(made):
                     start, stop = place.start, place.start + len(place.tokens)
                     close(place.values, mine[place.row, start:stop])
                     assert start == max(start + place.focus - 1, 0) and stop >= min(start + place.focus + 2, seq)
-            if found.top.contexts:
-                close(
-                    found.top.share,
-                    np.mean(
-                        counted[counted > 0] >= counted[counted > 0].min()
-                        if len(values) == 0
-                        else counted[counted > 0] >= best[len(values) - 1]
-                    ),
-                )
+            if values:
+                close(found.top.share, np.mean(counted[counted > 0] >= best[len(values) - 1]))
             signed = mine[:, 1:][mine[:, 1:] != 0]
             if signed.size:
                 edges = np.linspace(min(signed.min(), 0), max(signed.max(), 0), 5)
@@ -206,3 +201,61 @@ def test_activities_against_dense_codes(made):
             close([effect.effect for effect in found.lowered], effects.lowered_by)
             random.append(len(found.lower))
     assert max(random) > 0
+
+
+def test_pairs_against_their_summaries_and_dense_codes(made):
+    tracer, lm, tokens, site = made
+    codes = dense_codes(lm, tracer.out, tokens)
+    for page in site.outputs:
+        feature = page.activity.feature
+        matrix = np.asarray(tracer.q(feature, project=True), np.float64)
+        upper = np.abs(matrix[np.triu_indices(len(matrix))])
+        close([abs(pair.weight) for pair in page.by_weight.pairs], np.sort(upper)[::-1][:5])
+        strongest = strongest_pairs(tracer, co_firing(tracer, lm, tokens), feature, 5).tolist()
+        assert [[pair.i, pair.j] for pair in page.by_data.pairs] == strongest
+        for found in (page.by_weight, page.by_data):
+            pairs = [(pair.i, pair.j) for pair in found.pairs]
+            whole = pair_summaries(tracer, lm, tokens, {feature: pairs})[feature]
+            for name in ("weight", "mean", "joint", "chance", "interference", "r2"):
+                close([getattr(pair, name) for pair in found.pairs], getattr(whole, name))
+            close([found.r2, found.share, found.share_of_pairs], [whole.r2[-1], whole.share, whole.share_of_pairs])
+            close(list(found.terms.values()), [whole.terms[name] for name in found.terms])
+            fires = (codes[..., feature] != 0) & (np.arange(tokens.shape[1]) > 0)
+            if fires.any():
+                firing = pair_summaries(tracer, lm, tokens, {feature: pairs}, token_mask=fires)[feature]
+                close([pair.mean_when_firing for pair in found.pairs], firing.mean)
+        inputs = page.heat_map.inputs
+        close(page.heat_map.matrix, matrix[np.ix_(inputs, inputs)])
+        close(page.heat_map.explained, (matrix[np.ix_(inputs, inputs)] ** 2).sum() / (matrix**2).sum())
+
+
+def test_eigenpairs_are_those_of_the_matrix(made):
+    tracer, _, _, site = made
+    columns = np.asarray(tracer.basis, np.float64)
+    for page in site.outputs:
+        values, vectors = np.linalg.eigh(np.asarray(tracer.q(page.activity.feature), np.float64))
+        order = np.argsort(-np.abs(values))[:4]
+        close([pair.value for pair in page.eigenpairs], values[order])
+        close([pair.share for pair in page.eigenpairs], values[order] ** 2 / (values**2).sum())
+        close([page.explained, page.norm], [(values[order] ** 2).sum() / (values**2).sum(), np.linalg.norm(values)])
+        for pair, vector in zip(page.eigenpairs, vectors[:, order].T, strict=True):
+            cosines = vector @ columns / np.linalg.norm(columns, axis=0)
+            close([abs(cosine) for _, cosine in pair.reads], np.sort(np.abs(cosines))[::-1][:3])
+            assert pair.reads[0][1] > 0
+
+
+def test_neither_another_run_nor_other_batches_change_a_fact(made):
+    tracer, lm, tokens, site = made
+    assert site_of(tracer, lm, tokens) == site
+    assert [page.by_data for page in site_of(tracer, lm, tokens, batch_size=6).outputs] == [
+        page.by_data for page in site.outputs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("features", "message"), [([], "at least one"), ([3, 3], "named twice"), ([-1], "output features of .*, got -1")]
+)
+def test_features_that_are_refused(made, features, message):
+    tracer, lm, tokens, _ = made
+    with pytest.raises((ValueError, IndexError), match=message):
+        site_of(tracer, lm, tokens, features)
