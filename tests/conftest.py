@@ -1,7 +1,8 @@
 """Tests run on 8 host devices, with every implicit promotion an error, and compile without LLVM's optimisations.
 
-Most of their time is compilation, and unoptimised code takes a third less of it. What an optimisation could change in
-numbers is seen by the tests that ``.ci/run`` runs once more with all of them: XLA_FLAGS can ask for any level.
+Most of their time is compilation, and without optimisations the whole takes a third less. What an optimisation could
+change in numbers is seen by the golden cases, which ``.ci/run`` runs once more with all of them. XLA_FLAGS can ask for
+any level.
 """
 
 import os

@@ -18,16 +18,26 @@ EMPTY = Site([], [], Provenance("", "", "", "", 2, "", "", "", "", "", "", "", 1
 
 def test_a_site_of_two_features(tmp_path):
     words = ["pages", "--layer", "2", "--features", "3,5", "--rows", "8", "--pairs", "4", "--out", "a site", "--json"]
+    words += ["--neuronpedia", "batches"]
     done = command(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     record = json.loads((tmp_path / "a site" / "site.json").read_text())
-    assert found == {"index": str(tmp_path / "a site" / "index.html"), "outputs": 2, "inputs": len(record["inputs"])}
+    assert found == {
+        "index": str(tmp_path / "a site" / "index.html"),
+        "outputs": 2,
+        "inputs": len(record["inputs"]),
+        "neuronpedia": str(tmp_path / "batches"),
+    }
     assert record["outputs"] == [3, 5]
     assert shlex.split(record["provenance"]["command"]) == ["bilinear-jax", *words]
     assert (record["provenance"]["dataset"], record["provenance"]["rows"]) == ("corpus.npy of ts-nano", 8)
     page = json.loads((tmp_path / "a site" / "data" / "output-3.json").read_text())["output"]
     assert len(page["by_weight"]["pairs"]) == 4
+    batch = json.loads((tmp_path / "batches" / "batch-0.json").read_text())
+    assert (batch["model_id"], batch["layer"], batch["sae_set"]) == ("ts-nano", 2, "mlp-out-x4-k20")
+    features = [(one["feature_index"], one["n_prompts_total"], one["n_tokens_in_prompt"]) for one in batch["features"]]
+    assert features == [(3, 8, 256), (5, 8, 256)]
 
 
 @pytest.fixture
@@ -45,6 +55,23 @@ def test_what_is_there_is_replaced_only_by_force(words, tmp_path, capsys):
     assert snapshot(tmp_path) == before
     assert main([*words, "--force"]) == 0
     assert snapshot(tmp_path).keys() == before.keys()
+
+
+def test_a_folder_of_another_kind_is_left_for_neuronpedias_files_too(words, tmp_path, capsys):
+    (tmp_path / "batches").mkdir()
+    (tmp_path / "batches" / "batch-0.json").write_text("the only copy")
+    before = snapshot(tmp_path)
+    assert main([*words, "--force", "--neuronpedia", str(tmp_path / "batches")]) == 1
+    assert "holds no neuronpedia.json of this library" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("folder", ["site", "site/batches", "."])
+def test_neuronpedias_files_have_a_folder_of_their_own(folder, words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--neuronpedia", str(tmp_path / folder)])
+    assert "two folders, neither inside the other" in capsys.readouterr().err
+    assert not snapshot(tmp_path)
 
 
 def test_not_even_force_replaces_what_is_no_site(words, tmp_path, capsys):

@@ -16,6 +16,8 @@ EXAMPLES = """examples:
       some features of your own model, on your own text; an older site there is replaced
   bilinear-jax pages --layer 2 --features all --rows 2048 --contexts 20 --out site
       more of the dataset, and more of it on each page
+  bilinear-jax pages --layer 2 --features all --out site --neuronpedia batches
+      the output features as files that Neuronpedia's converter reads, too
 """
 
 
@@ -28,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser)
     common.add_features(parser, "top:200")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write; it appears when it is whole")
-    parser.add_argument("--force", action="store_true", help="replace OUT, if it is such a site")
+    parser.add_argument("--force", action="store_true", help="replace what is there, if such a command made it")
+    help = "write the output features as Neuronpedia's batch files, too; the folder appears when it is whole"
+    parser.add_argument("--neuronpedia", type=Path, metavar="FOLDER", help=help)
     group, comments = parser.add_argument_group("how much the pages show"), field_comments(PageOptions)
     for field in dataclasses.fields(PageOptions):
         help = f"{comments[field.name]} (default: {field.default})"
@@ -44,9 +48,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise common.WrongUse(str(error)) from error
     from bilinear_jax.checkpoint import check_place
-    from bilinear_jax.pages import gather, site
+    from bilinear_jax.pages import gather, neuronpedia, site
 
     check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work, rather than after
+    if options.neuronpedia is not None:
+        places = [path.expanduser().resolve() for path in (options.out, options.neuronpedia)]
+        if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+            raise common.WrongUse("--out and --neuronpedia are two folders, neither inside the other")
+        check_place(options.neuronpedia, force=options.force, record=neuronpedia.RECORD)
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
     features = select_features(options.features, tracer)
@@ -54,8 +63,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     command = shlex.join(["bilinear-jax", *options.words])
     found = gather.gather(lm, tracer, features, tokens=tokens, options=shown, command=command, dataset=dataset)
     index = site.write_site(found, options.out, force=options.force)
-    return {"index": str(index), "outputs": len(found.outputs), "inputs": len(found.inputs)}
+    result = {"index": str(index), "outputs": len(found.outputs), "inputs": len(found.inputs)}
+    if options.neuronpedia is not None:
+        activities, length = [page.activity for page in found.outputs], tokens.shape[1]
+        of_dataset = {"dataset": dataset, "rows": found.provenance.rows, "tokens_per_row": length}
+        batches = neuronpedia.export(lm, tracer.out, activities, options.neuronpedia, **of_dataset, force=options.force)
+        result["neuronpedia"] = str(batches)
+    return result
 
 
 def text(result: dict[str, Any]) -> str:
-    return f"{result['index']}: pages of {result['outputs']} output and {result['inputs']} input features"
+    lines = [f"{result['index']}: pages of {result['outputs']} output and {result['inputs']} input features"]
+    if "neuronpedia" in result:
+        lines.append(f"{result['neuronpedia']}: the output features as Neuronpedia's batch files")
+    return "\n".join(lines)

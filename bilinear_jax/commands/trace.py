@@ -64,7 +64,6 @@ def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
     """Its k largest |eigenvalues| with what their eigenvectors read, and its n largest interactions."""
     import dataclasses
 
-    import jax
     import numpy as np
 
     from bilinear_jax.cofiring import entries
@@ -74,10 +73,7 @@ def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
     spectrum = spectra(tracer, [feature], PageOptions(eigenpairs=k, reads=3))[feature]
     top = tracer.top_interactions(n, feature)
     pairs, weights = np.stack([top.i, top.j], axis=-1), np.asarray(top.value, np.float64)
-    with jax.default_matmul_precision("highest"):
-        product = tracer.q(feature) @ (tracer.basis @ tracer.basis.T)
-    square = float((product * product.T).sum())  # |D^T Q D|_F^2
-    shares = entries(pairs) * weights**2 / square if square else np.zeros(n)
+    shares = entries(pairs) * weights**2 / spectrum.projected if spectrum.projected else np.zeros(n)
     listed = [
         {"i": int(i), "j": int(j), "weight": float(weight), "share": float(share)}
         for (i, j), weight, share in zip(pairs, weights, shares, strict=True)

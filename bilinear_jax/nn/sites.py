@@ -5,6 +5,7 @@ segments within which the same sites are wanted, and each segment is one scan, s
 asked for is kept, and no layer after the last one needed is run.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -174,6 +175,7 @@ def loss(
     return total, jnp.sum(counted)
 
 
+@functools.partial(jax.jit, static_argnames="pad_id")
 def default_token_mask(tokens: Int[Array, "batch seq"], pad_id: int | None) -> Bool[Array, "batch seq"]:
     """Every token but position 0 and, where ``pad_id`` is known, the run of padding at the end of each row."""
     counted = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
