@@ -104,7 +104,7 @@ def cp_gradient(
     optimizer = optax.contrib.muon(optax.cosine_decay_schedule(lr, steps), beta=0.95)
     factors = _start(tensor, rank, key)
 
-    def step(carried, _):
+    def step(carried: Any, _) -> tuple[Any, None]:
         factors, state = carried
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(jax.grad(loss)(factors), state, factors)
