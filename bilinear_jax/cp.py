@@ -15,7 +15,7 @@ penalty, are exercises of the code of Pearce, Dooms et al. 2025.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
