@@ -1,6 +1,7 @@
 """Small folders in the published layout, for tests to write and to break, and small models to save."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import jax
@@ -55,21 +56,68 @@ def state(config: dict, n_vocab: int = 11, qkv_bias: bool = False, seed: int = 0
     return {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-def write(folder: Path, config: dict, weights: dict[str, np.ndarray]) -> Path:
+def write(folder: Path, config: dict, weights: dict[str, np.ndarray], *, pickled: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _save(folder / ("pytorch_model.bin" if pickled else "model.safetensors"), weights)
     return folder
 
 
-def write_sharded(folder: Path, config: dict, weights: dict[str, np.ndarray]) -> Path:
+def write_sharded(folder: Path, config: dict, weights: dict[str, np.ndarray], *, pickled: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(sorted(weights))}
+    stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    names = {key: f"{stem}-0000{1 + i % 2}-of-00002.{suffix}" for i, key in enumerate(sorted(weights))}
     for name in set(names.values()):
-        save_file({key: weights[key] for key in weights if names[key] == name}, folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        _save(folder / name, {key: weights[key] for key in weights if names[key] == name})
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
+
+
+def _save(path: Path, weights: dict[str, np.ndarray]) -> None:
+    if path.suffix == ".bin":
+        torch_file(path, weights)
+    else:
+        save_file(weights, path, metadata={"format": "pt"})
+
+
+# Files of torch.save, written by hand
+
+
+def archive(path: Path, data: bytes, **entries: bytes) -> Path:
+    """A file with this pickle and these storages."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model/data.pkl", data)
+        for name, content in entries.items():
+            file.writestr(f"model/data/{name}", content)
+    return path
+
+
+def ints(*values: int) -> str:
+    """A pickled tuple of them."""
+    return "(" + "".join(f"I{value}\n" for value in values) + "t"
+
+
+def tensor(
+    size: str, stride: str, offset: int = 0, count: int = 4, key: str = "0", kind: str = "FloatStorage"
+) -> bytes:
+    """A pickled tensor, its sizes as ``ints`` writes them."""
+    storage = f"(S'storage'\nctorch\n{kind}\nS'{key}'\nS'cpu'\nI{count}\ntQ"
+    return f"ctorch._utils\n_rebuild_tensor_v2\n({storage}I{offset}\n{size}{stride}I00\nNtR.".encode()
+
+
+_STORAGES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int32": "Int"}
+
+
+def torch_file(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """A state dict of these arrays."""
+    data = b"("
+    for number, (name, value) in enumerate(arrays.items()):
+        strides = [step // value.itemsize for step in np.empty(value.shape, value.dtype).strides]
+        sizes = ints(*value.shape), ints(*strides)
+        kind = f"{_STORAGES[value.dtype.name]}Storage"
+        data += f"S'{name}'\n".encode() + tensor(*sizes, count=value.size, key=str(number), kind=kind)[:-1]
+    return archive(path, data + b"d.", **{str(number): value.tobytes() for number, value in enumerate(arrays.values())})
 
 
 def sae(name: str = "1-mlp-out-x4-k6") -> tuple[dict, dict[str, np.ndarray]]:

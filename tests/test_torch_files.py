@@ -1,6 +1,5 @@
 """Files of torch.save: what they hold is read, what they ask for is not done."""
 
-import io
 import os
 import pickle
 import zipfile
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import archive, ints, tensor, torch_file
 
 from bilinear_jax.images import load_image_model
 from bilinear_jax.nn.image import ImageClassifier
@@ -68,14 +68,6 @@ class Calls:
         return self.call
 
 
-def archive(path: Path, data: bytes, **entries: bytes) -> Path:
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("model/data.pkl", data)
-        for name, content in entries.items():
-            file.writestr(f"model/data/{name}", content)
-    return path
-
-
 @pytest.mark.parametrize("protocol", range(6))
 def test_nothing_that_a_file_names_is_run(tmp_path, protocol):
     marker = tmp_path / "it-ran"
@@ -96,17 +88,6 @@ def test_nor_through_what_it_builds(tmp_path):
     with pytest.raises(ValueError, match="can't be read"):
         read_torch(archive(tmp_path / "model.pt", state))
     assert not marker.exists()
-
-
-def tensor(
-    size: str, stride: str, offset: int = 0, count: int = 4, key: str = "0", kind: str = "FloatStorage"
-) -> bytes:
-    storage = f"(S'storage'\nctorch\n{kind}\nS'{key}'\nS'cpu'\nI{count}\ntQ"
-    return f"ctorch._utils\n_rebuild_tensor_v2\n({storage}I{offset}\n{size}{stride}I00\nNtR.".encode()
-
-
-def ints(*values: int) -> str:
-    return "(" + "".join(f"I{value}\n" for value in values) + "t"
 
 
 FOUR = np.arange(4, dtype=np.float32).tobytes()
@@ -134,6 +115,8 @@ def test_a_tensor_written_by_hand(tmp_path):
         "a table of two billion": (b"Ir\xff\xff\xff\x7f.", "damaged"),
         "another persistent id": (b"(S'module'\nNtQ.", "unknown way"),
         "nothing": (b"", "damaged"),
+        "tuples of tuples": (b"(I1\ntp0\n" + b"(g0\ng0\ntp0\n" * 60 + b"(g0\nI1\nd.", "damaged"),
+        "through a list": (b")p0\n" + b"(lp1\ng0\nag0\nactorch\nSize\n(g1\ntRp0\n" * 60 + b"(g0\nI1\nd.", "damaged"),
     }.values(),
 )
 def test_damaged_contents(tmp_path, data, message):
@@ -180,15 +163,7 @@ def test_what_is_no_image_model(tmp_path, expected):
         """The module's file with other arrays: float64 tensors, written by hand."""
         arrays = {name: value for name, value in expected.items() if name not in ("x", "logits")} | changes
         arrays = {name: np.asarray(value, np.float64) for name, value in arrays.items() if value is not None}
-        data = io.BytesIO(b"")
-        data.write(b"(")
-        for number, (name, value) in enumerate(arrays.items()):
-            strides = [step // 8 for step in np.empty(value.shape).strides]
-            one = tensor(ints(*value.shape), ints(*strides), count=value.size, key=str(number), kind="DoubleStorage")
-            data.write(f"S'{name}'\n".encode() + one[:-1])
-        data.write(b"d.")
-        entries = {str(number): value.tobytes() for number, value in enumerate(arrays.values())}
-        return archive(tmp_path / "model.pt", data.getvalue(), **entries)
+        return torch_file(tmp_path / "model.pt", arrays)
 
     assert read_image_model(saved())[0]["d_hidden"] == 4
     with pytest.raises(ValueError, match=r"not in the file: \['head.weight'\]"):
@@ -199,5 +174,8 @@ def test_what_is_no_image_model(tmp_path, expected):
         read_image_model(saved(**{"blocks.1.weight": np.zeros((8, 5))}))
     with pytest.raises(ValueError, match="not finite"):
         read_image_model(saved(**{"head.weight": np.full((3, 4), np.nan)}))
+    numbered = archive(tmp_path / "model.pt", b"(I1\n" + tensor(ints(2), ints(1))[:-1] + b"d.", **{"0": FOUR})
+    with pytest.raises(ValueError, match="names are no texts"):
+        state_dict(read_torch(numbered))
     with pytest.raises(ValueError, match="holds no state dict"):
         state_dict(read_torch(archive(tmp_path / "model.pt", pickle.dumps([1, 2]))))

@@ -1,6 +1,6 @@
 """Reads the published torch checkpoints into plain dicts of numpy arrays, bit for bit; needs neither torch nor JAX.
 
-    read_transformer(folder) -> (config, params)      a model's folder: config.json and safetensors
+    read_transformer(folder) -> (config, params)      a model's folder: config.json and the weights
     read_sae(folder)         -> (config, params)      one SAE's folder of a ``-scope`` repository
     sae_folders(folder)      -> {name: SAEName}       the SAEs that a ``-scope`` folder holds
 

@@ -1,34 +1,57 @@
-"""Safetensors files and config files, with every way in which they can be wrong said plainly."""
+"""The files of a published model's folder: found, and read no further than it is safe to."""
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+LARGEST_JSON = 16 * 2**20
+"""Bytes of a JSON file at most: the index of the largest published model has less than a thousandth of them."""
 
-_FLOATS = {"F32", "F16", "BF16"}
+_INDEXES = {"model.safetensors": "model.safetensors.index.json", "pytorch_model.bin": "pytorch_model.bin.index.json"}
+"""The files that may hold the weights, the preferred one first, and what names their parts if they are cut up."""
 
-_TORCH_PICKLE = (
-    "weights_convert reads safetensors only. Where torch is installed, re-save it: "
-    "import torch, safetensors.torch as s; "
-    "s.save_file(torch.load('pytorch_model.bin', weights_only=True), 'model.safetensors')"
-)
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``; raises ``ValueError`` if that is a link to something outside the folder.
+
+    The hub's cache is made of links from ``snapshots/<commit>`` to ``blobs``: these are followed.
+    """
+    path, home = folder / name, folder.resolve()
+    if not path.is_symlink():
+        return path
+    target = path.resolve()
+    blobs = [above.parent / "blobs" for above in (home, *home.parents) if above.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in (home, *blobs)):
+        raise ValueError(
+            f"{path} is a link to something outside its folder: put the file itself there, if you trust it"
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ``ValueError`` if it holds something else, or more than ``LARGEST_JSON`` bytes."""
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(
+            f"{path} has {size} bytes, at most {LARGEST_JSON} are read: it is no such file as it should be"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object: download it again")
+    return value
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The JSON object in ``folder/config.json``."""
-    path = folder / "config.json"
+    path = inside(folder, "config.json")
     if not path.is_file():
         there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder} has no config.json (it holds: {there}): name the folder of one model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object: download it again")
-    return config
+    return read_json(path)
 
 
 def check_keys(path: Path, config: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
@@ -44,98 +67,51 @@ def check_keys(path: Path, config: Mapping[str, Any], known: Iterable[str], requ
         raise ValueError(f"{path} lacks {lacking}: add them")
 
 
+def check_kinds(path: Path, config: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Raises ``ValueError`` for values of another kind than their keys have; null stands for a key's absence."""
+    for key, kind in kinds.items():
+        value = config.get(key)
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        if value is not None and type(value) not in allowed:
+            names = " or ".join(one.__name__ for one in allowed)
+            raise ValueError(f"{path}: {key} is {value!r:.100}, expected {names}: correct it")
+
+
+def check_sizes(path: Path, config: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raises ``ValueError`` unless the values of all these keys are whole numbers of at least 1."""
+    wrong = {key: config[key] for key in keys if type(config[key]) is not int or config[key] < 1}
+    if wrong:
+        raise ValueError(f"{path}: {wrong!r:.200} must be whole numbers of at least 1")
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: ``model.safetensors``, or the shards that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickled = (folder / "pytorch_model.bin").is_file()
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors and no model.safetensors.index.json"
-            + (
-                f", only pytorch_model.bin. {_TORCH_PICKLE}"
-                if pickled
-                else f". If the model is pickled: {_TORCH_PICKLE}"
-            )
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is no index of safetensors shards ({error!r}): download it again") from error
-    bad = [name for name in names if Path(name).name != name]
+    """The files with a model's weights: ``model.safetensors``, the shards that its index names, or torch's own files.
+
+    Where there are both, safetensors are preferred; a whole file is, to shards.
+    """
+    for single, index in _INDEXES.items():
+        if (folder / single).is_file():
+            return [inside(folder, single)]
+        if (folder / index).is_file():
+            return _shards(folder, inside(folder, index))
+    sought = ", ".join(name for pair in _INDEXES.items() for name in pair)
+    raise FileNotFoundError(f"{folder} has no weights: none of {sought}. Download one of them")
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index} is no index of shards (weight_map: names of weights to files): download it again")
+    names = sorted(set(named.values()))
+    bad = [name for name in names if Path(name).name != name or "\\" in name]
     if bad:
         raise ValueError(f"{index} names files outside its folder: {bad}")
-    lacking = [name for name in names if not (folder / name).is_file()]
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    bad = [name for name in names if Path(name).suffix != suffix]
+    if bad:
+        raise ValueError(f"{index} names files that are no {suffix} files: {bad}: download it again")
+    paths = [inside(folder, name) for name in names]
+    lacking = [path.name for path in paths if not path.is_file()]
     if lacking:
         raise FileNotFoundError(f"{folder} lacks shards that {index.name} names: {lacking}. Download them")
-    return [folder / name for name in names]
-
-
-class Weights:
-    """The tensors of one or more safetensors files: shapes at once, values when asked for."""
-
-    def __init__(self, files: Iterable[Path]):
-        from safetensors import SafetensorError, safe_open
-
-        self.files = list(files)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._handles: dict[str, tuple[Path, Any]] = {}
-        for path in self.files:
-            try:
-                handle = safe_open(path, framework="numpy")
-                parts = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a mapping)
-            except SafetensorError as error:
-                size = path.stat().st_size
-                raise ValueError(
-                    f"{path} ({size} bytes) is cut short or no safetensors file ({error}): download it again"
-                ) from error
-            for key, part in parts.items():
-                if key in self.shapes:
-                    raise ValueError(f"{key} is in {self._handles[key][0].name} and in {path.name}: delete one of them")
-                self.shapes[key] = tuple(part.get_shape())
-                self._handles[key] = path, handle
-
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
-        """Raises ``ValueError`` unless the tensors are exactly the expected ones, ``ignored`` aside."""
-        where = ", ".join(path.name for path in self.files) + f" in {self.files[0].parent}"
-        missing = sorted(expected.keys() - self.shapes.keys())
-        extra = sorted(self.shapes.keys() - expected.keys() - set(ignored))
-        if missing or extra:
-            raise ValueError(
-                f"the weights in {where} are not those that config.json describes. In the model but not in the "
-                f"checkpoint: {_listing(missing)}; in the checkpoint but not in the model: {_listing(extra)}. "
-                "Check that config.json belongs to these weights, and download both again"
-            )
-        wrong = [
-            f"{key} has {list(self.shapes[key])}, expected {list(shape)}"
-            for key, shape in sorted(expected.items())
-            if self.shapes[key] != tuple(shape)
-        ]
-        if wrong:
-            raise ValueError(
-                f"shapes in {where} disagree with config.json: {'; '.join(wrong)}. "
-                "Check that config.json belongs to these weights"
-            )
-
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, as stored; raises ``ValueError`` if it is no floating point, or not finite."""
-        path, handle = self._handles[key]
-        stored = handle.get_slice(key).get_dtype()
-        if stored not in _FLOATS:
-            raise ValueError(f"{key} in {path} is stored as {stored}; re-save it as one of {sorted(_FLOATS)}")
-        value = handle.get_tensor(key)
-        if not np.isfinite(value).all():
-            kind = "NaN" if np.isnan(value).any() else "infinite"
-            count = int(value.size - np.isfinite(value).sum())
-            raise ValueError(
-                f"{key} in {path} has {count} values that are not finite ({kind}): the file is damaged or its training "
-                "diverged; download it again"
-            )
-        return value
-
-
-def _listing(names: list[str], most: int = 40) -> str:
-    if not names:
-        return "nothing"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return paths

@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 import struct
 import zipfile
 from pathlib import Path
@@ -24,6 +25,9 @@ import numpy as np
 
 LARGEST_PICKLE = 64 * 2**20
 """Bytes of ``data.pkl`` at most: those of the largest published models are below one megabyte."""
+
+LARGEST_EXPANSION = 20_000_000
+"""Objects at most that a pickle's nested parts may stand for, each part counted as often as it is referred to."""
 
 _DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -80,6 +84,8 @@ def state_dict(loaded: Any) -> dict[str, np.ndarray]:
         for key in ("model", "state_dict", "model_state_dict"):
             if found := _named(loaded.get(key)):
                 break
+    if found and not all(isinstance(name, str) for name in found):
+        raise ValueError(f"the file holds a state dict whose names are no texts: {reprlib.repr(list(found))}")
     if not found:
         what = sorted(map(str, loaded)) if isinstance(loaded, dict) else getattr(loaded, "name", type(loaded).__name__)
         raise ValueError(
@@ -131,7 +137,7 @@ class _Archive:
 
     def load(self) -> Any:
         data = self._bytes("data.pkl", LARGEST_PICKLE)
-        self._check_memo(data)
+        self._check_size(data)
         try:
             return _Unpickler(self, data).load()
         except (
@@ -148,13 +154,10 @@ class _Archive:
         ) as error:
             raise ValueError(f"the pickle in {self.path} can't be read ({error!r}): download the file again") from error
 
-    def _check_memo(self, data: bytes) -> None:
-        """A pickle may ask for a table of any length by one high number; honest ones count up from 0."""
+    def _check_size(self, data: bytes) -> None:
         try:
-            for opcode, argument, _ in pickletools.genops(data):
-                if "PUT" in opcode.name and int(str(argument)) > len(data):
-                    raise ValueError(f"it numbers an object {argument}")
-        except Exception as error:  # genops raises whatever a broken pickle makes it stumble over
+            _check_expansion(data)
+        except Exception as error:  # a broken pickle makes pickletools and this stumble in all ways
             raise ValueError(f"the pickle in {self.path} is damaged ({error}): download the file again") from error
 
     def _bytes(self, name: str, largest: int) -> bytes:
@@ -199,6 +202,47 @@ class _Archive:
         return np.memmap(self.path, np.uint8, "r", start, (info.file_size,))
 
 
+def _check_expansion(data: bytes) -> None:
+    """Raises ``ValueError`` for a small pickle that would take endless time or memory.
+
+    It may ask for a table of any length by one high number; honest ones count up from 0. And it may nest tuples of
+    tuples, each holding the one before it twice, so that a hash of the outermost takes 2^depth steps. So the stack
+    machine of the pickle is followed with nothing on the stack but sizes, each in a list of one for what can grow.
+    """
+    stack: list[list[int] | None] = []  # None: a mark
+    memo: dict[Any, list[int]] = {}
+    total = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if "PUT" in opcode.name or opcode.name == "MEMOIZE":
+            index = len(memo) if argument is None else int(str(argument))
+            if index > len(data):
+                raise ValueError(f"it numbers an object {index}")
+            memo[index] = stack[-1] or [1]
+        elif opcode.name.endswith("GET"):
+            stack.append(memo[int(str(argument))])
+        elif opcode.name == "DUP":
+            stack.append(stack[-1])
+        elif opcode.name == "MARK":
+            stack.append(None)
+        else:
+            before = opcode.stack_before
+            parts: list[list[int]] = []
+            if pickletools.markobject in before:
+                while (part := stack.pop()) is not None:
+                    parts.append(part)
+                before = before[: before.index(pickletools.markobject)]
+            parts += [part for _ in before if (part := stack.pop()) is not None]
+            if opcode.stack_after:
+                grows = opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+                size = parts.pop() if grows else [1]
+                added = sum(part[0] for part in parts)
+                size[0] += added
+                total += added
+                if total > LARGEST_EXPANSION:
+                    raise ValueError(f"written out it would have more than {LARGEST_EXPANSION} parts")
+                stack.append(size)
+
+
 class _Unpickler(pickle.Unpickler):
     """A pickle's names become our own functions or ``Foreign``; nothing is imported."""
 
@@ -223,13 +267,15 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", kind, str(key), str(), int(count)) if isinstance(kind, type) and count >= 0:
                 return _Storage(self._archive.storage(kind.__name__, key, count))
-        raise ValueError(f"{self._archive.path} names a storage in an unknown way: {str(pid)[:200]}")
+        raise ValueError(f"{self._archive.path} names a storage in an unknown way: {reprlib.repr(pid)}")
 
     def _tensor(self, storage, offset, size, stride, *rest) -> np.ndarray:
         values = storage.values if isinstance(storage, _Storage) else None
         numbers = (offset, *size, *stride)
         if values is None or len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError(f"{self._archive.path} has a tensor of storage {type(storage).__name__}, {numbers}")
+            raise ValueError(
+                f"{self._archive.path} has a tensor of storage {type(storage).__name__}, {reprlib.repr(numbers)}"
+            )
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if count > len(values) or (count and last >= len(values)):

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from weights_convert.files import Weights, check_keys, read_config, weight_files
+from weights_convert.files import check_keys, check_kinds, check_sizes, read_config, weight_files
 from weights_convert.names import parse_sae_name
+from weights_convert.weights import Weights
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
@@ -36,9 +37,8 @@ def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / "config.json"
     raw = _flattened(read_config(folder))
     check_keys(path, raw, _MEANT | _TRAINING, _REQUIRED)
-    wrong = {key: raw[key] for key in ("d_model", "expansion", "k") if type(raw[key]) is not int or raw[key] < 1}
-    if wrong:
-        raise ValueError(f"{path}: {wrong} must be whole numbers of at least 1")
+    check_kinds(path, raw, {"bilinear_encoder": bool, "encoder_bias": bool, "token_lookup": bool, "tag": str})
+    check_sizes(path, raw, ("d_model", "expansion", "k"))
     site, layer = _point(path, raw["point"])
     if raw.get("target") is not None and _point(path, raw["target"]) != (site, layer):
         raise ValueError(
@@ -72,9 +72,12 @@ def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _flattened(raw: dict[str, Any]) -> dict[str, Any]:
     """The config with what the original didn't know, and put under ``kwargs`` at every save, taken out of there."""
-    inner = raw.get("kwargs")
-    outer = {key: value for key, value in raw.items() if key != "kwargs"}
-    return (_flattened(inner) if isinstance(inner, dict) else {}) | outer
+    flat: dict[str, Any] = {}
+    level: Any = raw
+    while isinstance(level, dict):
+        flat = {key: value for key, value in level.items() if key != "kwargs"} | flat
+        level = level.get("kwargs")
+    return flat
 
 
 def _point(path: Path, point: Any) -> tuple[str, int]:

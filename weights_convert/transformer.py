@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from weights_convert.files import Weights, check_keys, read_config, weight_files
+from weights_convert.files import check_keys, check_kinds, check_sizes, read_config, weight_files
+from weights_convert.weights import Weights
 
 PAD_IDS = {"ts-4096": 2, "mistral": 2, "gpt2": 50256}
 """The token with which each known tokenizer pads."""
@@ -34,6 +35,11 @@ _HARMLESS = {
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 }
+_KINDS = {
+    **dict.fromkeys(("bilinear", "bias", "scale_attn", "attention2", "norm_bias", "rms"), bool),
+    **dict.fromkeys(("tokenizer", "dataset", "repo", "mlp"), str),
+    **{"gate": (str, bool), "n_vocab": int},
+}
 _DEAD = re.compile(r"transformer\.(h\.\d+\.n[12]|n_f)\.norm\.linear\.weight")
 
 
@@ -43,7 +49,8 @@ def read_transformer(
     """The config and the params of a published model.
 
     Args:
-        folder: holds ``config.json`` and ``model.safetensors`` (or shards and ``model.safetensors.index.json``).
+        folder: holds ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, each whole or as shards with
+            an index, ``model.safetensors.index.json``. Nothing that a pickle names is run: see ``read_torch``.
         attn_scale: the factor on the attention's output. None: from the config's ``scale_attn``; else from the
             model's name, with a warning: 1 for ts-*, 1/sqrt(2 n_layer) for all others.
         name: the model's name; by default the config's ``repo``, else the folder's name.
@@ -61,6 +68,8 @@ def read_transformer(
     raw = read_config(folder)
     path = folder / "config.json"
     check_keys(path, raw, _MEANT | _OLDER | _HARMLESS, _REQUIRED)
+    check_kinds(path, raw, _KINDS)
+    check_sizes(path, raw, _REQUIRED)
     _refuse(path, raw)
     weights = Weights(weight_files(folder))
     config = _config(path, raw, weights)
@@ -96,14 +105,15 @@ def _refuse(path: Path, raw: dict[str, Any]) -> None:
 def _config(path: Path, raw: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """All of the config but ``attn_scale``."""
     config = {key: raw[key] for key in sorted(_REQUIRED)}
-    wrong = {key: value for key, value in config.items() if type(value) is not int or value < 1}
-    if wrong:
-        raise ValueError(f"{path}: {wrong} must be whole numbers of at least 1")
+    if config["n_layer"] > len(weights.shapes):
+        raise ValueError(
+            f"{path} has n_layer {config['n_layer']}, the weights are {len(weights.shapes)} in all: correct it"
+        )
     if config["d_model"] % (2 * config["n_head"]):
         raise ValueError(f"{path}: d_model {config['d_model']} is no multiple of 2 n_head, {2 * config['n_head']}")
-    if "bilinear" in raw:
-        config["bilinear"] = bool(raw["bilinear"])
-    elif raw.get("mlp", "bilinear") in ("bilinear", "blp"):
+    if raw.get("bilinear") is not None:
+        config["bilinear"] = raw["bilinear"]
+    elif (raw.get("mlp") or "bilinear") in ("bilinear", "blp"):
         config["bilinear"] = True
     else:
         raise ValueError(f"{path} has mlp {raw['mlp']!r} and no bilinear: add bilinear and gate, which say what it is")
@@ -175,15 +185,15 @@ def _check_rotary(weights: Weights, key: str, config: dict[str, Any]) -> None:
 def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
     def stacked(key: str, *names: str) -> dict[str, np.ndarray]:
         """The rows of a weight cut evenly among ``names``, with the layers stacked."""
-        first = weights.read(_layer(0, key))
+        keys = [_layer(i, key) for i in range(config["n_layer"])]
+        dtypes = {weights.dtype(key) for key in keys}
+        if len(dtypes) > 1:
+            raise ValueError(f"{key} is stored as {' and as '.join(sorted(dtypes))}: re-save all layers in one dtype")
+        first = weights.read(keys[0])
         rows = first.shape[0] // len(names)
         parts = {n: np.empty((config["n_layer"], rows, *first.shape[1:]), first.dtype) for n in names}
         for i in range(config["n_layer"]):
-            value = first if i == 0 else weights.read(_layer(i, key))
-            if value.dtype != first.dtype:
-                raise ValueError(
-                    f"{_layer(i, key)} is {value.dtype} and layer 0's is {first.dtype}: re-save in one dtype"
-                )
+            value = first if i == 0 else weights.read(keys[i])
             for j, part in enumerate(parts.values()):
                 part[i] = value[j * rows : (j + 1) * rows]
         return parts

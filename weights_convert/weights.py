@@ -1,0 +1,126 @@
+"""The weights in safetensors files and in files of ``torch.save``: shapes at once, values when asked for."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from weights_convert.pickled import read_torch, state_dict
+
+LARGEST_HEADER = 16 * 2**20
+"""Bytes of a safetensors header at most: those of the largest published models have less than a hundredth of them."""
+
+_FLOATS = ("float32", "float16", "bfloat16")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""How safetensors calls what can be read."""
+
+
+class _Tensor(NamedTuple):
+    """One tensor of one file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class Weights:
+    """The tensors of one or more files, by their names."""
+
+    def __init__(self, files: Iterable[Path]):
+        self.files = list(files)
+        self._tensors: dict[str, _Tensor] = {}
+        for path in self.files:
+            for key, tensor in _pickled(path) if path.suffix == ".bin" else _safetensors(path):
+                if key in self._tensors:
+                    raise ValueError(
+                        f"{key} is in {self._tensors[key].path.name} and in {path.name}: delete one of them"
+                    )
+                self._tensors[key] = tensor
+        self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+        """Raises ``ValueError`` unless the tensors are exactly the expected ones, ``ignored`` aside."""
+        where = ", ".join(path.name for path in self.files) + f" in {self.files[0].parent}"
+        missing = sorted(expected.keys() - self.shapes.keys())
+        extra = sorted(self.shapes.keys() - expected.keys() - set(ignored))
+        if missing or extra:
+            raise ValueError(
+                f"the weights in {where} are not those that config.json describes. In the model but not in the "
+                f"checkpoint: {_listing(missing)}; in the checkpoint but not in the model: {_listing(extra)}. "
+                "Check that config.json belongs to these weights, and download both again"
+            )
+        wrong = [
+            f"{key} has {list(self.shapes[key])}, expected {list(shape)}"
+            for key, shape in sorted(expected.items())
+            if self.shapes[key] != tuple(shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"shapes in {where} disagree with config.json: {'; '.join(wrong)}. "
+                "Check that config.json belongs to these weights"
+            )
+
+    def dtype(self, key: str) -> str:
+        """How one tensor is stored; raises ``ValueError`` if it is no floating point that can be read."""
+        path, _, dtype, _ = self._tensors[key]
+        if dtype not in _FLOATS:
+            raise ValueError(f"{key} in {path} is stored as {dtype}; re-save it as one of {', '.join(_FLOATS)}")
+        return dtype
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, as stored; raises ``ValueError`` if it is no floating point, or not finite."""
+        self.dtype(key)
+        value = self._tensors[key].read()
+        if not np.isfinite(value).all():
+            kind = "NaN" if np.isnan(value).any() else "infinite"
+            count = int(value.size - np.isfinite(value).sum())
+            raise ValueError(
+                f"{key} in {self._tensors[key].path} has {count} values that are not finite ({kind}): the file is "
+                "damaged or its training diverged; download it again"
+            )
+        return value
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if min(LARGEST_HEADER, size - 8) < header:
+        raise ValueError(
+            f"{path} ({size} bytes) is cut short or no safetensors file (its header should have {header} bytes): "
+            "download it again"
+        )
+
+    def read(key: str) -> np.ndarray:
+        """The file is opened for each tensor: as long as it is open, all that was read of it counts as memory."""
+        with safe_open(path, framework="numpy") as handle:
+            return handle.get_tensor(key)
+
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            for key in handle.keys():  # noqa: SIM118 (not a mapping)
+                part = handle.get_slice(key)
+                dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
+                yield key, _Tensor(path, tuple(part.get_shape()), dtype, functools.partial(read, key))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({size} bytes) is cut short or no safetensors file ({error}): download it again"
+        ) from error
+
+
+def _pickled(path: Path) -> Iterator[tuple[str, _Tensor]]:
+    for key, value in state_dict(read_torch(path)).items():
+        native = value.dtype.newbyteorder("=")
+        read = functools.partial(np.array, value, dtype=native, order="C")
+        yield key, _Tensor(path, value.shape, native.name, read)
+
+
+def _listing(names: list[str], most: int = 40) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
