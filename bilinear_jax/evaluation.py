@@ -304,3 +304,51 @@ def finite_or_null(value):
     if isinstance(value, dict):
         return {key: finite_or_null(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def mean_loss(lm: LanguageModel, tokens, batch_size: int = 16) -> tuple[float, int]:
+    """The mean cross entropy in nats, and of how many tokens: all but position 0 and the padding at rows' ends.
+
+    Args:
+        tokens: token ids ``[rows, seq]``; may be a memory-mapped array.
+        batch_size: rows a step; it shows in the last digits alone.
+
+    Raises:
+        ValueError: for tokens that the model can't read, or if none of them is predicted.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> loss, count = mean_loss(bj.load("ts-nano"), bj.checkpoint.corpus("ts-nano")[:2])
+        >>> 1 < loss < 3, count <= 2 * 255
+        (True, True)
+    """
+    from tqdm.auto import tqdm
+
+    check_dataset(tokens, None)
+    total, count = 0.0, 0
+    with tqdm(total=len(tokens), desc="loss", disable=None, unit="row") as bar:
+        for _, batch, mask in token_batches(lm, tokens, None, min(batch_size, len(tokens))):
+            number = int(mask.sum())
+            if number:
+                total, count = total + float(lm.loss(batch, mask)) * number, count + number
+            bar.update(min(len(batch), len(tokens) - bar.n))
+    if not count:
+        raise ValueError("no token is predicted: rows need at least two tokens that are no padding")
+    return total / count, count
+
+
+def attn_scale_losses(lm: LanguageModel, tokens, batch_size: int = 16) -> dict[float, float]:
+    """The ``mean_loss`` with the attention's output scaled by 1 and by ``1 / sqrt(2 n_layer)``, by that factor.
+
+    Published files from before November 2024 don't say which of the two a model was trained with. On text like that
+    which it was trained on, the right one is lower by far.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> losses = attn_scale_losses(bj.load("ts-nano", attn_scale=1), bj.checkpoint.corpus("ts-nano")[:2])
+        >>> [round(scale, 4) for scale in losses], min(losses, key=losses.get) < 1
+        ([1.0, 0.3536], True)
+    """
+    scales = (1.0, 1 / math.sqrt(2 * lm.config.n_layer))
+    models = (dataclasses.replace(lm, config=dataclasses.replace(lm.config, attn_scale=scale)) for scale in scales)
+    return {scale: mean_loss(model, tokens, batch_size)[0] for scale, model in zip(scales, models, strict=True)}

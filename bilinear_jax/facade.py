@@ -27,6 +27,7 @@ from bilinear_jax.nn.image import ImageClassifier, ImageConfig
 from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
 from bilinear_jax.nn.toy import ToyConfig
 from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.sources import list_saes
 from bilinear_jax.tensor import BilinearTensor
 from bilinear_jax.tracer import Tracer
 from bilinear_jax.training.image_data import load_images
@@ -58,6 +59,7 @@ __all__ = [
     "images",
     "interactions",
     "interventions",
+    "list_saes",
     "load",
     "load_image_model",
     "load_images",

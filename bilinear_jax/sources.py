@@ -22,6 +22,8 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "params/*", "tokenizer*.json")
+_TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""What a model's folder may hold, and the files of old that are fetched only where there are no others."""
 
 
 def builtin_names() -> list[str]:
@@ -38,7 +40,12 @@ def folder_of(source: str | Path, files: Sequence[str] = _MODEL_FILES) -> Path:
     reached and what is asked for isn't in its cache; both list what can be loaded.
     """
     folder = _local(source)
-    return _fetch(str(source), files) if folder is None else folder
+    if folder is not None:
+        return folder
+    folder = _fetch(str(source), files)
+    if files is _MODEL_FILES and not any(folder.glob("model*.safetensors")) and not (folder / "params").is_dir():
+        folder = _fetch(str(source), [*files, *_TORCH_FILES])
+    return folder
 
 
 def sae_names(source: str | Path) -> list[str]:
@@ -49,6 +56,24 @@ def sae_names(source: str | Path) -> list[str]:
         4
     """
     return list(_scope(source)[1])
+
+
+def list_saes(source: str | Path) -> list[SAEName]:
+    """The SAEs of a source, of a model or of its ``-scope``: layer, site, expansion, k and tag of each.
+
+    None of them is read, nor fetched from the hub. In the order of their layers; empty if there is none.
+
+    Raises:
+        FileNotFoundError: for a source that doesn't exist.
+        ConnectionError: where the hub can't be reached and its cache doesn't hold the repository.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> bj.list_saes("ts-nano")[0]
+        SAEName(layer=2, site='mlp_in', expansion=4, k=20, tag=None)
+        >>> saes = [bj.load_sae("ts-nano", **name._asdict()) for name in bj.list_saes("ts-nano")]
+    """
+    return list(_scope(source)[1].values())
 
 
 def sae_folder(source: str | Path, name: str) -> Path:

@@ -22,6 +22,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 import dataclasses  # noqa: E402
+import gc  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -29,7 +30,19 @@ import pytest  # noqa: E402
 
 collect_ignore = ["data"]  # its scripts say what made the files, and need what made them
 
+MEMORY_MAPS = Path("/proc/self/maps")
+"""A line for each map of this process, of which Linux allows 65,530; the compiler takes some for every program, and
+crashes where it gets none."""
+
 TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_forgotten():
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @dataclasses.dataclass(frozen=True)

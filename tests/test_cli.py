@@ -12,6 +12,7 @@ import published
 import pytest
 
 import bilinear_jax as bj
+from bilinear_jax.cli import main
 from bilinear_jax.commands import eval as evaluate
 from bilinear_jax.commands import generate, spectra, trace
 
@@ -130,7 +131,26 @@ class TestCommands:
         scores = found["saes"]["2-mlp-out-x4-k20"]
         assert (scores["l0"], scores["loss_clean"]) == (20, found["loss"])
         assert f"{scores['nmse']:.4g}" in evaluate.text(found).splitlines()[4].split()
-        assert evaluate.mean_loss(lm, tokens, 2) == (pytest.approx(found["loss"], rel=1e-5), found["tokens"])
+        assert bj.evaluation.mean_loss(lm, tokens, 2) == (pytest.approx(found["loss"], rel=1e-5), found["tokens"])
+
+    def test_eval_measures_the_attention_scale(self, lm, tmp_path, capsys):
+        words = ["eval", "--saes", "none", "--rows", "4", "--attn-scale", "auto"]
+        assert main(words) == 0
+        losses, right = bj.evaluation.attn_scale_losses(lm, bj.checkpoint.corpus("ts-nano")[:4]), lm.config.attn_scale
+        assert losses[1.0] - losses[right] > 1
+        printed = capsys.readouterr().out
+        assert f"{right:.6g} fits" in printed and f"loss: {losses[right]:.4f}" in printed
+
+    def test_eval_says_where_the_attention_scale_cannot_be_told(self, tmp_path, capsys):
+        """Weights next to nothing predict the same with either."""
+        config = {key: value for key, value in published.CONFIG.items() if key not in ("scale_attn", "tokenizer")}
+        state = {key: value / 100 for key, value in published.state(config).items()}
+        published.write(tmp_path / "model", config, state)
+        np.save(tmp_path / "tokens.npy", np.arange(20).reshape(2, 10) % 11)
+        words = ["--model", tmp_path / "model", "--saes", "none", "--data", tmp_path / "tokens.npy"]
+        assert main(["eval", *map(str, words), "--attn-scale", "auto"]) == 0
+        captured = capsys.readouterr()
+        assert "too close to tell" in captured.out and "warning" not in captured.err
 
     def test_convert(self, tmp_path):
         words = [published.MODEL, "out", "--scope", published.SCOPE, "--attn-scale", 1]

@@ -57,6 +57,8 @@ def failed(words: list, capsys) -> str:
         ("trace --layer 2 --feature 3 --out-sae k=none", "'none' is no whole number"),
         ("pages --layer 2", "required: --out"),
         ("pages --layer 2 --out o --bins 0", "bins must be at least 1, got 0"),
+        ("eval --attn-scale inf", "--attn-scale: 'inf' is no finite number"),
+        ("generate --prompt a --attn-scale auto", "--attn-scale: 'auto' is no finite number"),
         ("eval --saes mlp-in", "'mlp-in' is no SAE's name"),
         ("eval --data a.npy b.npy", "--data takes one .npy file, or texts"),
         ("train", "required: KIND"),

@@ -150,8 +150,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 CLIENT = """
 import sys, os, urllib.request
-from bilinear_jax import checkpoint
-from bilinear_jax.language import load
+import bilinear_jax as bj
+from bilinear_jax import checkpoint, load
 
 def attempt(function):
     try:
@@ -159,6 +159,8 @@ def attempt(function):
     except Exception as error:
         print(type(error).__name__, error)
 
+print([tuple(name) for name in bj.list_saes("someone/ts-micro")][:2])
+print(load("someone/older").config.n_vocab)
 lm = load("someone/ts-micro", attn_scale=0.5)
 print(lm.source, lm.config.n_layer, lm.tokenizer("hello world")["input_ids"])
 print(checkpoint.load_sae("someone/ts-micro", layer=2).name)
@@ -175,7 +177,9 @@ attempt(lambda: load("someone/else"))
 def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     published.write_tokenizer(tokenizer)
+    older = published.write_sharded(tmp_path / "old", published.CONFIG, published.state(published.CONFIG), pickled=True)
     repositories = {
+        "someone/older": older,
         "someone/ts-micro": published.MODEL,
         "someone/ts-micro-scope": published.SCOPE,
         "tdooms/ts-tokenizer-4096": tokenizer,
@@ -189,7 +193,8 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     command = [sys.executable, "-W", "error", "-c", CLIENT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    listed, old, *lines = done.stdout.splitlines()
+    assert (listed, old) == ("[(1, 'mlp_in', 4, 6, None), (1, 'mlp_out', 4, 6, None)]", "11")
     assert lines[:2] == ["someone/ts-micro 3 [3, 4]", "2-mlp-out-x4-k6"]
     assert lines[2].startswith("FileNotFoundError someone/nothing can't be had from the hub (http://127.0.0.1")
     assert lines[3].startswith("FileNotFoundError no SAE 9-mlp-out-x*-k* in someone/ts-micro; it holds: 1-mlp-in-x4-k6")
@@ -197,9 +202,11 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     assert "it holds: 2-mlp-out-x4-k6" in lines[5]
     assert lines[6].startswith("ConnectionError the hub (http://127.0.0.1")
     assert "can't be reached" in lines[6]
-    assert "from the hub's cache: someone/ts-micro, someone/ts-micro-scope;" in lines[6]
+    assert "from the hub's cache: someone/older, someone/ts-micro, someone/ts-micro-scope;" in lines[6]
     fetched = {request for request in handler.requests if request.startswith("GET")}
+    shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
     assert fetched == {
+        *(f"GET older/{name}" for name in ["config.json", *shards]),
         *("GET ts-micro/config.json", "GET ts-micro/model.safetensors"),
         *("GET ts-micro-scope/2-mlp-out-x4-k6/config.json", "GET ts-micro-scope/2-mlp-out-x4-k6/model.safetensors"),
         *("GET ts-tokenizer-4096/tokenizer.json", "GET ts-tokenizer-4096/tokenizer_config.json"),

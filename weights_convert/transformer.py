@@ -241,8 +241,8 @@ def _attention_scale(given: float | None, scale_attn: bool | None, name: str, n_
         chosen, why = scaled, f"1/sqrt(2 n_layer) = {scaled:.4g}, the original's present default"
     warnings.warn(
         f"the files of {name} don't say how its attention's output is scaled; chosen: {why}. To check, compare the "
-        f"loss on text that it was trained on with attn_scale=1 and attn_scale={scaled:.6g}: the right one is clearly "
-        "lower. Giving attn_scale settles it",
+        f"loss on text that it was trained on with attn_scale=1 and attn_scale={scaled:.6g}, as `bilinear-jax eval "
+        "--attn-scale auto --data TEXT` does: the right one is clearly lower. Giving attn_scale settles it",
         stacklevel=3,
     )
     return chosen

@@ -105,8 +105,9 @@ def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
         with safe_open(path, framework="numpy") as handle:
             for key in handle.keys():  # noqa: SIM118 (not a mapping)
                 part = handle.get_slice(key)
-                dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
-                yield key, _Tensor(path, tuple(part.get_shape()), dtype, functools.partial(read, key))
+                dtype = str(part.get_dtype())
+                shape = tuple(part.get_shape())
+                yield key, _Tensor(path, shape, _DTYPES.get(dtype, dtype), functools.partial(read, key))
     except SafetensorError as error:
         raise ValueError(
             f"{path} ({size} bytes) is cut short or no safetensors file ({error}): download it again"

@@ -1,6 +1,7 @@
 """What several commands share: options, what they load, and how they print a table."""
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,11 +34,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to the standard output")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, measured_scale: bool = False) -> None:
     parser.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
-    parser.add_argument(
-        "--attn-scale", type=float, metavar="X", help="factor on the attention's output, over what the files say"
-    )
+    help = "factor on the attention's output, over what the files say"
+    if measured_scale:
+        help += "; auto: whichever of 1 and 1/sqrt(2 n_layer) gives the lower loss, and says both"
+    parser.add_argument("--attn-scale", type=scale_or_auto if measured_scale else scale, metavar="X", help=help)
 
 
 def add_tracer(parser: argparse.ArgumentParser, *, use_encoder: bool = True) -> None:
@@ -85,6 +87,19 @@ def _whole(text: str, least: int) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return int(text)
+
+
+def scale(text: str) -> float:
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+
+
+def scale_or_auto(text: str) -> float | str:
+    return text if text == "auto" else scale(text)
 
 
 def features(text: str) -> str:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCOPE_SOURCE",
         help="convert SAEs too, into OUT/scope: all those of SCOPE_SOURCE (default: the model's own)",
     )
-    parser.add_argument("--attn-scale", type=float, metavar="X", help="factor on the attention's output")
+    parser.add_argument("--attn-scale", type=common.scale, metavar="X", help="factor on the attention's output")
     parser.add_argument("--force", action="store_true", help="replace OUT, if it is a checkpoint")
     common.add_json(parser)
 

@@ -1,6 +1,7 @@
 """``bilinear-jax eval``: the loss of a language model, and the scores of its SAEs."""
 
 import argparse
+import dataclasses
 import json
 import math
 from typing import Any
@@ -15,15 +16,18 @@ EXAMPLES = """examples:
       the loss of your own model on the first 1,000 rows of a text
   bilinear-jax eval --saes 2-mlp-in-x4-k20,2-mlp-out-x4-k20 --data tokens.npy --json
       two SAEs, on token ids [rows, seq], as JSON
+  bilinear-jax eval --model tdooms/ts-medium --attn-scale auto --data stories.txt --saes none
+      whether the attention's output is scaled, which older files don't say: by the loss on a text like the training's
 """
 COLUMNS = ("nmse", "explained_variance", "l0", "dead", "loss_patched", "loss_zeroed", "loss_added", "loss_recovered")
+CLEAR = 0.1  # nats a token between the two attention scales, from which on it is said which fits
 NOTE = """nmse: squared error / squared norm; l0: active features a token; dead: share of the features that never fire;
 loss patched: with the site replaced by the reconstruction, zeroed: by 0; loss added: (patched - clean) / clean;
 loss recovered: 1 - (patched - clean) / (zeroed - clean)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model(parser)
+    common.add_model(parser, measured_scale=True)
     common.add_data(parser)
     parser.add_argument(
         "--rows", type=common.positive, default=256, help="rows of n_ctx tokens, the first; all if fewer (default: 256)"
@@ -47,19 +51,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from bilinear_jax import evaluation
 
+    measured = options.attn_scale == "auto"
+    options.attn_scale = 1.0 if measured else options.attn_scale
     lm = common.load_model(options)
     saes = _saes(options)
     tokens, name = common.load_tokens(options, lm, options.rows)
     scores, size = {}, options.batch_size
+    scales = {}
+    if measured:
+        scales = evaluation.attn_scale_losses(lm, tokens, size)
+        lm = dataclasses.replace(
+            lm, config=dataclasses.replace(lm.config, attn_scale=min(scales, key=scales.__getitem__))
+        )
     if saes:
         metrics = evaluation.evaluate_saes(lm, saes, tokens, batch_size=size, correlation_ks=options.correlation_ks)
         scores = json.loads(evaluation.to_json(metrics))
         first = next(iter(metrics.values()))
         loss, count = first.loss_clean, first.tokens
     else:
-        loss, count = mean_loss(lm, tokens, size)
-    shape = {"rows": len(tokens), "seq": tokens.shape[1]}
-    return {"model": options.model, "data": name, **shape, "tokens": count, "loss": loss, "saes": scores}
+        loss, count = evaluation.mean_loss(lm, tokens, size)
+    return {
+        **{"model": options.model, "data": name, "rows": len(tokens), "seq": tokens.shape[1], "tokens": count},
+        **{"loss": loss, "attn_scale": lm.config.attn_scale, "attn_scale_losses": list(scales.items()), "saes": scores},
+    }
 
 
 def _saes(options: argparse.Namespace) -> list[Any]:
@@ -79,31 +93,13 @@ def _saes(options: argparse.Namespace) -> list[Any]:
     return found
 
 
-def mean_loss(lm, tokens, batch_size: int) -> tuple[float, int]:
-    """Mean cross entropy in nats, and of how many tokens: all but position 0 and the padding at the end of each row."""
-    from tqdm.auto import tqdm
-
-    from bilinear_jax.activations import check_dataset, token_batches
-
-    check_dataset(tokens, None)
-    total, count = 0.0, 0
-    with tqdm(total=len(tokens), desc="loss", disable=None, unit="row") as bar:
-        for _, batch, mask in token_batches(lm, tokens, None, min(batch_size, len(tokens))):
-            number = int(mask.sum())
-            if number:
-                total, count = total + float(lm.loss(batch, mask)) * number, count + number
-            bar.update(min(len(batch), len(tokens) - bar.n))
-    if not count:
-        raise ValueError("no token is predicted: rows need at least two tokens that are no padding")
-    return total / count, count
-
-
 def text(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']} on {result['rows']} rows of {result['seq']} tokens of {result['data']}",
         f"loss: {result['loss']:.4f} nats a token over {result['tokens']:,} tokens, all but position 0 and padding "
         f"(perplexity {math.exp(result['loss']):.2f})",
     ]
+    lines += _measured(result)
     if not result["saes"]:
         return "\n".join(lines)
     ks = sorted({k for scores in result["saes"].values() for k in scores["correlation"]}, key=int)
@@ -113,3 +109,14 @@ def text(result: dict[str, Any]) -> str:
         rows.append([name, *("" if number is None else f"{number:.4g}" for number in numbers)])
     titles = ["SAE", *(column.replace("_", " ") for column in COLUMNS), *(f"r at k = {k}" for k in ks)]
     return "\n".join([*lines, "", common.columns(titles, rows, left=["SAE"]), "", NOTE])
+
+
+def _measured(result: dict[str, Any]) -> list[str]:
+    """Which attention scale fits, if that was asked."""
+    if not result["attn_scale_losses"]:
+        return []
+    (best, low), (other, high) = sorted(result["attn_scale_losses"], key=lambda pair: pair[1])
+    lines = [f"attn_scale {best:.6g}: loss {low:.4f}; attn_scale {other:.6g}: loss {high:.4f}"]
+    if high - low < CLEAR:
+        return [*lines, "too close to tell: give --data a text like that which the model was trained on, or more of it"]
+    return [*lines, f"{best:.6g} fits; load or convert the model with it: --attn-scale {best!r}"]
