@@ -25,8 +25,11 @@ import dataclasses  # noqa: E402
 import gc  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("long", max_examples=20_000)
 
 collect_ignore = ["data"]  # its scripts say what made the files, and need what made them
 

@@ -17,6 +17,7 @@ import pickletools
 import reprlib
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ LARGEST_PICKLE = 64 * 2**20
 
 LARGEST_EXPANSION = 20_000_000
 """Objects at most that a pickle's nested parts may stand for, each part counted as often as it is referred to."""
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError, RuntimeError)
+"""What ``zipfile`` raises for one."""
 
 _DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -69,7 +73,7 @@ def read_torch(path: str | Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive).load()
-    except (zipfile.BadZipFile, struct.error, EOFError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is {_what_else(path)} ({error})") from error
 
 

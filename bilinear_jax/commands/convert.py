@@ -64,6 +64,7 @@ def convert(
     from bilinear_jax import checkpoint, sources
     from bilinear_jax.nn.sae import SAE, SAEConfig
     from bilinear_jax.nn.transformer import TransformerConfig
+    from weights_convert.files import inside
 
     if force and scope is None and (Path(out) / "scope").is_dir():
         raise ValueError(f"{out} holds SAEs, which would be lost: convert them again with --scope, or delete it")
@@ -76,7 +77,8 @@ def convert(
     names = [] if scope is None else sources.sae_names(scope)
     if scope is not None and not names:
         raise FileNotFoundError(f"{scope} holds no SAEs: give --scope the folder or the hub name that does")
-    tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    tokenizer_files = [inside(folder, file) for file in checkpoint.TOKENIZER_FILES]
+    tokenizer = folder if tokenizer_files[0].is_file() else None
     with checkpoint.atomic_folder(out, force=force) as partial:
         origin = _origin(source, folder)
         checkpoint.save_model(partial, config, params, tokenizer=tokenizer, origin=origin)
