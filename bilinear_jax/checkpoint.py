@@ -30,15 +30,17 @@ from jaxtyping import PyTree
 import weights_convert
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
-from bilinear_jax.sources import builtin_names, find_sae, folder_of, load_tokenizer, sae_folder, sae_names
+from bilinear_jax.sources import builtin_names, find_sae, folder_of, list_saes, load_tokenizer, sae_folder, sae_names
 
 __all__ = [
     "ModelFiles",
     "atomic_folder",
     "builtin_names",
     "check_place",
+    "copy_tokenizer",
     "corpus",
     "folder_of",
+    "list_saes",
     "load_model",
     "load_sae",
     "load_tokenizer",
@@ -155,7 +157,7 @@ def save_model(
     with atomic_folder(path, force=force) as folder:
         _write(folder, MODEL_FORMAT, config, params, origin, dtype)
         if tokenizer is not None:
-            _copy_tokenizer(Path(tokenizer), folder)
+            copy_tokenizer(Path(tokenizer), folder)
     return Path(path)
 
 
@@ -351,7 +353,8 @@ def _float32(array: np.ndarray) -> jax.Array:
     return jnp.asarray(array.astype(np.float32, copy=False))
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a ``tokenizer.json``, or that of a folder, and the ``tokenizer_config.json`` beside it."""
     source = source.parent if source.is_file() else source
     if not (source / TOKENIZER_FILES[0]).is_file():
         raise FileNotFoundError(f"{source} has no {TOKENIZER_FILES[0]}")

@@ -20,7 +20,7 @@ from typing import Any
 from bilinear_jax.commands import common, train
 from bilinear_jax.version import library_version
 
-COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "train", "convert")
+COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "train", "convert", "export")
 EXAMPLES = """examples:
   bilinear-jax tour                                      the whole method on the model that ships with the package
   bilinear-jax generate --prompt "Once upon a time"      text from a model
@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   bilinear-jax eval                                      the loss of a model, and the scores of its SAEs
   bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/mine   a model of your own
   bilinear-jax convert tdooms/fw-medium fw-medium        a published checkpoint, once and for all
+  bilinear-jax export runs/mine/model mine               and back, for torch
 
 Each command has a --help with examples. Exit status: 0; 1 if it failed; 2 if it was used wrongly; 130 after Ctrl-C.
 """

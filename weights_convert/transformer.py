@@ -27,18 +27,28 @@ PAD_IDS = {"ts-4096": 2, "mistral": 2, "gpt2": 50256}
 GATES = (None, "relu", "silu", "gelu")
 
 _REQUIRED = {"n_head", "n_layer", "n_ctx", "d_model", "d_hidden"}
-_MEANT = _REQUIRED | {"bilinear", "gate", "bias", "normalization", "tokenizer", "dataset", "n_vocab", "repo"}
+_MEANT = _REQUIRED | {
+    "bilinear",
+    "gate",
+    "bias",
+    "normalization",
+    "tokenizer",
+    "dataset",
+    "n_vocab",
+    "repo",
+    "pad_token_id",
+}
 _OLDER = {"scale_attn", "attention2", "norm_bias", "mlp", "rms"}
 _HARMLESS = {
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     *("modifier", "noise"),  # a suffix of the name; noise while training
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("bos_token_id", "eos_token_id"),
 }
 _KINDS = {
     **dict.fromkeys(("bilinear", "bias", "scale_attn", "attention2", "norm_bias", "rms"), bool),
     **dict.fromkeys(("tokenizer", "dataset", "repo", "mlp"), str),
-    **{"gate": (str, bool), "n_vocab": int},
+    **{"gate": (str, bool), "n_vocab": int, "pad_token_id": int},
 }
 _DEAD = re.compile(r"transformer\.(h\.\d+\.n[12]|n_f)\.norm\.linear\.weight")
 
@@ -125,7 +135,8 @@ def _config(path: Path, raw: dict[str, Any], weights: Weights) -> dict[str, Any]
     config["normalization"] = _normalization(path, raw)
     config["n_vocab"] = raw.get("n_vocab") or weights.shapes.get("transformer.wte.weight", (1,))[0]
     config["tokenizer"], config["dataset"] = raw.get("tokenizer"), raw.get("dataset")
-    config["pad_id"] = PAD_IDS.get(config["tokenizer"] or "")
+    pad_id = raw.get("pad_token_id")
+    config["pad_id"] = PAD_IDS.get(config["tokenizer"] or "") if pad_id is None else pad_id
     return config
 
 
@@ -170,16 +181,23 @@ def _expected(config: dict[str, Any], weights: Weights) -> dict[str, tuple[int, 
     return {"transformer.wte.weight": (n_vocab, d), "lm_head.weight": (n_vocab, d), **layers}
 
 
+def rotary_frequencies(d_head: int) -> np.ndarray:
+    """The published models' ``inv_freq``: ``10000^(-2 i / d_head)``, ``i = 0 ... d_head / 2 - 1``, in float64."""
+    half = d_head // 2
+    return 10_000.0 ** -(np.arange(half) / half)
+
+
 def _check_rotary(weights: Weights, key: str, config: dict[str, Any]) -> None:
     """Raises ``ValueError`` unless the stored frequencies are those that the model computes."""
-    half = config["d_model"] // config["n_head"] // 2
-    frequencies = 10_000.0 ** -(np.arange(half) / half)
+    frequencies = rotary_frequencies(config["d_model"] // config["n_head"])
     stored = weights.read(key)
     tolerance = 1e-5 if stored.dtype == np.float32 else 1e-2
     if stored.shape != frequencies.shape or not np.allclose(
         stored.astype(np.float64), frequencies, rtol=tolerance, atol=0
     ):
-        raise ValueError(f"{key} is not the {half} frequencies of the rotary base 10000: another base can't be loaded")
+        raise ValueError(
+            f"{key} is not the {len(frequencies)} frequencies of the rotary base 10000: another base can't be loaded"
+        )
 
 
 def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
