@@ -12,8 +12,10 @@ import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from weights_convert.names import SAEName, sae_folders, sae_names_among
 
@@ -233,12 +235,21 @@ def _is_ours(snapshot: Path) -> bool:
     return isinstance(config, dict) and ({"d_hidden", "n_ctx"} <= config.keys() or "format" in config)
 
 
+class _Known(NamedTuple):
+    """A tokenizer with which published models were trained."""
+
+    repository: str
+    bos_token: str
+    eos_token: str
+    pad_token: str
+    begins: bool  # whether every text begins with the bos_token
+
+
 _TOKENIZERS = {
-    "ts-4096": ("tdooms/ts-tokenizer-4096", "[BOS]", "[EOS]", "[EOS]"),
-    "mistral": ("mistral-community/Mixtral-8x22B-v0.1", "<s>", "</s>", "</s>"),
-    "gpt2": ("openai-community/gpt2", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    "ts-4096": _Known("tdooms/ts-tokenizer-4096", "[BOS]", "[EOS]", "[EOS]", begins=True),
+    "mistral": _Known("mistral-community/Mixtral-8x22B-v0.1", "<s>", "</s>", "</s>", begins=True),
+    "gpt2": _Known("openai-community/gpt2", *["<|endoftext|>"] * 3, begins=False),
 }
-"""Where the known tokenizers are, and their tokens for beginning, end and padding."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -247,7 +258,9 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
 
     Args:
         tokenizer_source: a folder with ``tokenizer.json``, such a file, or a hub name. None: look up ``name``.
-        name: of a known tokenizer ("ts-4096", "mistral", "gpt2"), fetched from the hub.
+        name: of a known tokenizer ("ts-4096", "mistral", "gpt2"), fetched from the hub. The first two put their
+            bos_token first in every text; one that was built without that, as from a sentencepiece file, is mended,
+            with a warning, for the models were trained with it.
 
     Raises ``FileNotFoundError`` or ``ConnectionError`` if it can't be found, naming what would help.
     """
@@ -258,7 +271,7 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
                 f"the model has no tokenizer.json beside it, and its config's tokenizer, {name!r}, isn't one of "
                 f"{', '.join(_TOKENIZERS)}: put a tokenizer.json into the model's folder, or work with token ids"
             )
-        tokenizer_source = known[0]
+        tokenizer_source = known.repository
     path = Path(tokenizer_source).expanduser()
     if not path.is_file():
         try:
@@ -268,18 +281,37 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
                 f"no tokenizer: {error}. A tokenizer.json in the model's folder is used before the hub is asked"
             ) from error
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put it there, or work with token ids")
+        made = ", made from its tokenizer.model by transformers," if (path.parent / "tokenizer.model").is_file() else ""
+        raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put it there{made} or work with token ids")
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # of no kind of its own
         raise ValueError(f"{path} is no tokenizer that can be read ({error}): restore it, or name another") from error
-    usual = dict(zip(("bos_token", "eos_token", "pad_token"), known[1:], strict=True)) if known else {}
+    if known and known.begins:
+        _begin_with(tokenizer, known.bos_token, name)
+    usual = {key: getattr(known, key) for key in ("bos_token", "eos_token", "pad_token")} if known else {}
     usual = {key: token for key, token in usual.items() if tokenizer.token_to_id(token) is not None}
     padding = {key: token for key, token in usual.items() if key == "pad_token"}  # whatever the files say
     special = usual | _special_tokens(path) | padding
     return _tokenizer_class()(tokenizer_object=tokenizer, **special)
+
+
+def _begin_with(tokenizer, bos_token: str, name: str | None) -> None:
+    """Makes a tokenizer put its bos_token first, if it has one and doesn't."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos_id = tokenizer.token_to_id(bos_token)
+    if bos_id is None or tokenizer.encode("a").ids[:1] == [bos_id]:
+        return
+    special = [(bos_token, bos_id)]
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos_token} $A", special_tokens=special)
+    warnings.warn(
+        f"this tokenizer doesn't put {bos_token} first, as {name}'s does, with which the published models were "
+        "trained: it does now",
+        stacklevel=3,
+    )
 
 
 def _special_tokens(path: Path) -> dict[str, str]:

@@ -141,6 +141,18 @@ class TestCommands:
         printed = capsys.readouterr().out
         assert f"{right:.6g} fits" in printed and f"loss: {losses[right]:.4f}" in printed
 
+    def test_verbose_decodes_a_line(self, lm, capsys):
+        """To the standard error, for the standard output is read by programs."""
+        assert main(["spectra", "--layer", "2", "--features", "3", "--verbose", "--json"]) == 0
+        captured = capsys.readouterr()
+        json.loads(captured.out)
+        about, line = captured.err.splitlines()
+        ids = lm.tokenizer("Once upon a time, there was a cat.")["input_ids"]
+        assert about.startswith(
+            "ts-nano: 4 layers, d_model 256, 4096 tokens, context 256, bilinear, attn_scale 0.35355"
+        )
+        assert f"-> {ids} -> " in line and line.endswith("Once upon a time, there was a cat.'")
+
     def test_eval_says_where_the_attention_scale_cannot_be_told(self, tmp_path, capsys):
         """Weights next to nothing predict the same with either."""
         config = {key: value for key, value in published.CONFIG.items() if key not in ("scale_attn", "tokenizer")}

@@ -12,6 +12,7 @@ from published import same, snapshot
 
 from bilinear_jax import checkpoint
 from bilinear_jax.language import load
+from bilinear_jax.training.data import tokenizer_hash
 from weights_convert.__main__ import main as convert
 
 
@@ -85,7 +86,9 @@ def test_tokenizer_beside_the_model_is_converted_and_used(tmp_path, capsys):
     assert convert([str(folder), str(tmp_path / "out"), "--attn-scale", "1"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: the model\n"
     tokenizer = load(tmp_path / "out").tokenizer
-    assert tokenizer("hello world there")["input_ids"] == [3, 4, 0]
+    assert tokenizer("hello world there")["input_ids"] == [1, 3, 4, 0]
+    origin = json.loads((tmp_path / "out" / "config.json").read_text())["origin"]
+    assert origin["tokenizer_hash"] == tokenizer_hash(tokenizer)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert load(tmp_path / "out").tokenizer is tokenizer
 

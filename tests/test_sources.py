@@ -195,7 +195,7 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     assert done.returncode == 0, done.stderr
     listed, old, *lines = done.stdout.splitlines()
     assert (listed, old) == ("[(1, 'mlp_in', 4, 6, None), (1, 'mlp_out', 4, 6, None)]", "11")
-    assert lines[:2] == ["someone/ts-micro 3 [3, 4]", "2-mlp-out-x4-k6"]
+    assert lines[:2] == ["someone/ts-micro 3 [1, 3, 4]", "2-mlp-out-x4-k6"]
     assert lines[2].startswith("FileNotFoundError someone/nothing can't be had from the hub (http://127.0.0.1")
     assert lines[3].startswith("FileNotFoundError no SAE 9-mlp-out-x*-k* in someone/ts-micro; it holds: 1-mlp-in-x4-k6")
     assert lines[4] == "cached True 2-mlp-out-x4-k6"

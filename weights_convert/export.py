@@ -83,7 +83,7 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
     }
     if config.get("passthrough"):
         raw["passthrough"] = list(config["passthrough"])
-    name = SAEName(*(config.get(part) for part in SAEName._fields))
+    name = SAEName(config["layer"], config["site"], config["expansion"], config["k"], config.get("tag"))
     if parse_sae_name(folder.resolve().name) != name:
         raise ValueError(f"an SAE's folder bears its name, by which it is found; {folder} is no name of {name}")
     keys = {"w_enc": "w_enc.weight", "w_dec": "w_dec.weight", "b_dec": "b_dec", "b_enc": "w_enc.bias"}

@@ -3,9 +3,12 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+SENTENCE = "Once upon a time, there was a cat."
 
 
 class WrongUse(Exception):
@@ -40,6 +43,9 @@ def add_model(parser: argparse.ArgumentParser, *, measured_scale: bool = False) 
     if measured_scale:
         help += "; auto: whichever of 1 and 1/sqrt(2 n_layer) gives the lower loss, and says both"
     parser.add_argument("--attn-scale", type=scale_or_auto if measured_scale else scale, metavar="X", help=help)
+    parser.add_argument(
+        "--verbose", action="store_true", help="say on the standard error what was loaded, and decode a line"
+    )
 
 
 def add_tracer(parser: argparse.ArgumentParser, *, use_encoder: bool = True) -> None:
@@ -132,7 +138,24 @@ def sae_choice(text: str) -> dict[str, Any]:
 def load_model(options: argparse.Namespace):
     from bilinear_jax.language import load
 
-    return load(options.model, attn_scale=options.attn_scale)
+    lm = load(options.model, attn_scale=options.attn_scale)
+    if options.verbose:
+        print(described(lm), file=sys.stderr)
+    return lm
+
+
+def described(lm) -> str:
+    """A model and its tokenizer in two lines, the second a sentence encoded and decoded again."""
+    from bilinear_jax.training.data import tokenizer_hash
+
+    config = lm.config
+    kind = "bilinear" if config.bilinear and config.gate is None else f"gate {config.gate}"
+    sizes = f"{config.n_layer} layers, d_model {config.d_model}, {config.n_vocab} tokens, context {config.n_ctx}"
+    ids = lm.tokenizer(SENTENCE)["input_ids"]
+    return (
+        f"{lm.source}: {sizes}, {kind}, attn_scale {config.attn_scale:.6g}; tokenizer {config.tokenizer}, sha256 "
+        f"{tokenizer_hash(lm.tokenizer)[:12]}\n{SENTENCE!r} -> {ids} -> {lm.tokenizer.decode(ids)!r}"
+    )
 
 
 def load_tracer(options: argparse.Namespace, lm):

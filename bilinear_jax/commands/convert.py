@@ -64,6 +64,7 @@ def convert(
     from bilinear_jax import checkpoint, sources
     from bilinear_jax.nn.sae import SAE, SAEConfig
     from bilinear_jax.nn.transformer import TransformerConfig
+    from bilinear_jax.training.data import tokenizer_hash
     from weights_convert.files import inside
 
     if force and scope is None and (Path(out) / "scope").is_dir():
@@ -81,6 +82,8 @@ def convert(
     tokenizer = folder if tokenizer_files[0].is_file() else None
     with checkpoint.atomic_folder(out, force=force) as partial:
         origin = _origin(source, folder)
+        if tokenizer is not None:
+            origin["tokenizer_hash"] = tokenizer_hash(checkpoint.load_tokenizer(str(folder), config.tokenizer))
         checkpoint.save_model(partial, config, params, tokenizer=tokenizer, origin=origin)
         for sae_name in names:
             sae_folder = sources.sae_folder(str(scope), sae_name)
