@@ -235,8 +235,9 @@ def locate(
     """Values and positions of one feature's ``k`` largest activations, from published rows.
 
     The published rows were ranked with position 0 included. Here position 0 and padding don't count, so a row that
-    is listed for its first token alone is passed over: rows are run in the published order, a batch at a time,
-    until ``k`` have an activation that counts, and those are sorted anew.
+    is listed for its first token alone is passed over, and others change places. Rows are run in the published order,
+    a batch at a time, until ``k`` are found that no later row can exceed: none has an activation above the largest of
+    the last row run, position 0 included.
 
     Returns:
         ``TopActivations`` of one feature, ``[1, k]``.
@@ -252,9 +253,9 @@ def locate(
             if active.any():
                 position = int(np.argmax(np.where(active, value, -np.inf)))
                 found.append((float(value[position]), int(row), position))
-        if len(found) >= k:
+        found = sorted(found, key=lambda one: -one[0])[:k]
+        if len(found) == k and found[-1][0] >= np.max(feature_codes(codes, feature)[-1]):
             break
-    found = sorted(found, key=lambda one: -one[0])[:k]
     found += [(0.0, -1, -1)] * (k - len(found))
     values, rows, positions = zip(*found, strict=True)
     return TopActivations(np.array([values], np.float32), np.array([rows], np.int32), np.array([positions], np.int32))

@@ -21,6 +21,7 @@ from bilinear_jax import (
 from bilinear_jax.activations import top_activations
 from bilinear_jax.checkpoint import load_sae
 from bilinear_jax.correlation import low_rank_correlation
+from bilinear_jax.datasets import load_token_rows
 from bilinear_jax.images import image_tensor, load_image_model, pixel_eigenvectors
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
@@ -64,6 +65,7 @@ __all__ = [
     "load_image_model",
     "load_images",
     "load_sae",
+    "load_token_rows",
     "logit_effects",
     "low_rank_correlation",
     "pixel_eigenvectors",

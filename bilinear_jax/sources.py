@@ -50,6 +50,13 @@ def folder_of(source: str | Path, files: Sequence[str] = _MODEL_FILES) -> Path:
     return folder
 
 
+def dataset_folder(source: str | Path) -> Path:
+    """The folder of a hub dataset's Parquet files; errors as of ``folder_of``."""
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(f"there is no file or folder {source}: name one, or a dataset of the hub, owner/name")
+    return _fetch(str(source), ["*.parquet"], repo_type="dataset")
+
+
 def sae_names(source: str | Path) -> list[str]:
     """The names of the SAEs of a source: of a model, or of its ``-scope``.
 
@@ -159,16 +166,17 @@ def _remote_names(repository: str) -> dict[str, SAEName]:
     return sae_names_among(file.removesuffix("/config.json") for file in files if file.count("/") == 1)
 
 
-def _fetch(repository: str, files: Sequence[str]) -> Path:
+def _fetch(repository: str, files: Sequence[str], repo_type: str = "model") -> Path:
     """The folder with a repository's files, from the cache alone where the hub can't be reached."""
     from huggingface_hub import errors, snapshot_download
 
+    fetch = functools.partial(snapshot_download, repository, repo_type=repo_type, allow_patterns=list(files))
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(files)))
+        return Path(fetch())
     except Exception as error:
         if _is_unreachable(error):
             with contextlib.suppress(errors.LocalEntryNotFoundError):
-                return Path(snapshot_download(repository, allow_patterns=list(files), local_files_only=True))
+                return Path(fetch(local_files_only=True))
         raise _explained(repository, error) from error
 
 

@@ -44,6 +44,9 @@ from bilinear_jax.rendering import (
 if TYPE_CHECKING:
     from bilinear_jax.pages.render import Html
 
+TOP_FILE = "top-activations.safetensors"
+"""Under this name published repositories have them, and models may."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -114,8 +117,9 @@ class Visualizer:
         tokens: the token dataset ``[rows, seq]`` that the top activations are from. By default the ``corpus.npy``
             that lies beside the model.
         top: the top activations: ``TopActivations``, ``RankedRows``, what ``load_top_activations`` or
-            ``top_activations`` returns, or a file's path. By default the ``top-activations.safetensors`` that lies
-            beside the model; where ``tokens`` are given, they are computed over those.
+            ``top_activations`` returns, or a ``.safetensors`` file, or the folder or hub name of the repository in
+            which ``top-activations.safetensors`` lies. By default the one beside the model; where ``tokens`` are
+            given, they are computed over those.
         tokenizer: by default the model's.
 
     Raises:
@@ -279,12 +283,6 @@ def _corpus(lm: LanguageModel):
     return corpus(_source(lm))
 
 
-def _folder(lm: LanguageModel) -> Path:
-    from bilinear_jax.checkpoint import folder_of
-
-    return folder_of(_source(lm))
-
-
 def _source(lm: LanguageModel) -> str:
     if lm.source is None:
         raise ValueError("this model was not loaded from anywhere: pass tokens=, a token dataset [rows, seq]")
@@ -296,7 +294,11 @@ def _chosen(lm: LanguageModel, sae: SAE, top) -> TopActivations | RankedRows:
         return top
     if isinstance(top, Mapping):
         return find_top(top, sae, "the top activations given")
-    path = _folder(lm) / "top-activations.safetensors" if top is None else Path(top)
+    from bilinear_jax.sources import folder_of
+
+    path = Path(_source(lm) if top is None else top)
+    if path.suffix != ".safetensors":
+        path = folder_of(str(path), [TOP_FILE]) / TOP_FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: pass tokens= to compute the top activations over them")
     return find_top(load_top_activations(path), sae, str(path))

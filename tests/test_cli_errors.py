@@ -60,7 +60,7 @@ def failed(words: list, capsys) -> str:
         ("eval --attn-scale inf", "--attn-scale: 'inf' is no finite number"),
         ("generate --prompt a --attn-scale auto", "--attn-scale: 'auto' is no finite number"),
         ("eval --saes mlp-in", "'mlp-in' is no SAE's name"),
-        ("eval --data a.npy b.npy", "--data takes one .npy file, or texts"),
+        ("eval --data a.npy b.npy", "--data takes one source of token ids, or texts"),
         ("train", "required: KIND"),
         ("train lm no-such --data x.txt --out y", "no recipe no-such: name one of fw-medium"),
         ("train lm ts-nano --data x.txt --out y --recipe.step 3", "no field recipe.step"),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import published
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from bilinear_jax import checkpoint, sources
@@ -112,8 +114,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             threading.Thread(target=self.server.server_close).start()
             self.server.shutdown()
             return
-        is_api = path.startswith("api/models/")
-        owner, name, *rest = path.removeprefix("api/models/").split("/")
+        is_api = path.startswith(("api/models/", "api/datasets/"))
+        owner, name, *rest = path.removeprefix("api/models/").removeprefix("api/").removeprefix("datasets/").split("/")
         root = self.repositories.get(f"{owner}/{name}")
         if root is None:
             self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
@@ -160,7 +162,7 @@ def attempt(function):
         print(type(error).__name__, error)
 
 print([tuple(name) for name in bj.list_saes("someone/ts-micro")][:2])
-print(load("someone/older").config.n_vocab)
+print(load("someone/older").config.n_vocab, bj.load_token_rows("someone/rows-16k", 3).tolist())
 lm = load("someone/ts-micro", attn_scale=0.5)
 print(lm.source, lm.config.n_layer, lm.tokenizer("hello world")["input_ids"])
 print(checkpoint.load_sae("someone/ts-micro", layer=2).name)
@@ -178,7 +180,11 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     published.write_tokenizer(tokenizer)
     older = published.write_sharded(tmp_path / "old", published.CONFIG, published.state(published.CONFIG), pickled=True)
+    rows = pyarrow.table({"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]]})
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    pyarrow.parquet.write_table(rows, tmp_path / "rows" / "data" / "train.parquet")
     repositories = {
+        "someone/rows-16k": tmp_path / "rows",
         "someone/older": older,
         "someone/ts-micro": published.MODEL,
         "someone/ts-micro-scope": published.SCOPE,
@@ -194,7 +200,7 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     listed, old, *lines = done.stdout.splitlines()
-    assert (listed, old) == ("[(1, 'mlp_in', 4, 6, None), (1, 'mlp_out', 4, 6, None)]", "11")
+    assert (listed, old) == ("[(1, 'mlp_in', 4, 6, None), (1, 'mlp_out', 4, 6, None)]", "11 [[1, 2, 3], [5, 6, 7]]")
     assert lines[:2] == ["someone/ts-micro 3 [1, 3, 4]", "2-mlp-out-x4-k6"]
     assert lines[2].startswith("FileNotFoundError someone/nothing can't be had from the hub (http://127.0.0.1")
     assert lines[3].startswith("FileNotFoundError no SAE 9-mlp-out-x*-k* in someone/ts-micro; it holds: 1-mlp-in-x4-k6")
@@ -206,6 +212,7 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     fetched = {request for request in handler.requests if request.startswith("GET")}
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
     assert fetched == {
+        "GET rows-16k/data/train.parquet",
         *(f"GET older/{name}" for name in ["config.json", *shards]),
         *("GET ts-micro/config.json", "GET ts-micro/model.safetensors"),
         *("GET ts-micro-scope/2-mlp-out-x4-k6/config.json", "GET ts-micro-scope/2-mlp-out-x4-k6/model.safetensors"),

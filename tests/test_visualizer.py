@@ -158,7 +158,7 @@ def test_a_feature_out_of_range_is_told(vis, lm, sae):
 
 
 def test_top_activations_come_from_beside_the_model(lm, sae, tokens, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("bilinear_jax.checkpoint.folder_of", lambda source: tmp_path)
+    monkeypatch.setattr("bilinear_jax.sources.folder_of", lambda source, files: tmp_path)
     monkeypatch.setattr("bilinear_jax.checkpoint.corpus", lambda source: tokens)
     lm = dataclasses.replace(lm, source="somewhere")
     with pytest.raises(FileNotFoundError, match="pass tokens="):

@@ -75,8 +75,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SOURCE",
         help="text: .txt (documents separated by <|endoftext|>), .txt.gz, .jsonl, .jsonl.gz or .parquet files or "
-        "hub:OWNER/NAME[:CONFIG[:SPLIT]]; or token ids [rows, seq] in one .npy file (default: the corpus that lies "
-        "beside the model)",
+        "hub:OWNER/NAME[:CONFIG[:SPLIT]]; or token ids [rows, seq] in one .npy file or, with --field input_ids, in a "
+        "Parquet file, a folder of such, or a hub dataset OWNER/NAME (default: the corpus that lies beside the model)",
     )
     parser.add_argument("--field", default="text", help="where JSONL, Parquet and hub datasets have it (default: text)")
 
@@ -170,26 +170,21 @@ def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> tup
 
     Text is read and encoded as for training, and cut into full rows; a text that doesn't fill one is one shorter row.
     """
-    import numpy as np
+    from bilinear_jax.datasets import COLUMN, load_token_rows
 
     if options.data is None:
         from bilinear_jax.checkpoint import corpus
 
         return corpus(options.model)[:rows], f"corpus.npy of {options.model}"
-    arrays = [source for source in options.data if source.endswith(".npy")]
     name = ", ".join(source if source.startswith("hub:") else Path(source).name for source in options.data)
-    if not arrays:
+    ids = [source.endswith(".npy") or (options.field == COLUMN) for source in options.data]
+    if not any(ids):
         stream = _tokenized(options, lm, rows)
         width = min(lm.config.n_ctx, len(stream))
         return stream[: len(stream) // width * width].reshape(-1, width)[:rows], name
-    if len(options.data) > 1:
-        raise WrongUse("--data takes one .npy file, or texts")
-    if not Path(arrays[0]).is_file():
-        raise FileNotFoundError(f"there is no file {arrays[0]}: name token ids [rows, seq], saved by numpy.save")
-    try:
-        return np.load(arrays[0], mmap_mode="r")[:rows], name
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{arrays[0]} is no array of numbers ({error}): save token ids with numpy.save") from error
+    if len(ids) > 1:
+        raise WrongUse("--data takes one source of token ids, or texts")
+    return load_token_rows(options.data[0], lm.config.n_ctx)[:rows], name
 
 
 def _tokenized(options: argparse.Namespace, lm, rows: int | None):
