@@ -3,7 +3,7 @@
 A model's folder, whole or not there at all:
 
     config.json             {"format": "bilinear_jax.transformer", "version": 1, "config": {...}, "origin": {...},
-                             "files": {"params/...": bytes}}
+                             "files": {"params/...": bytes}, "crc32": {"layers.mlp.w_p": checksum}}
     params/                 the params, an Orbax checkpoint, in the dtype in which they were saved
     tokenizer.json          and tokenizer_config.json; optional
     scope/<name>/           its SAEs: config.json ("bilinear_jax.sae") and params/; optional
@@ -18,7 +18,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def save_model(
     params: PyTree,
     *,
     tokenizer: str | Path | None = None,
-    origin: Mapping[str, Any],
+    origin: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
     force: bool = False,
     dtype: Any = None,
 ) -> Path:
@@ -145,7 +146,8 @@ def save_model(
     Args:
         path: the folder; it appears when it is whole.
         tokenizer: a ``tokenizer.json``, or a folder with one, that is copied in.
-        origin: where the params come from, as JSON; it is kept in ``config.json``.
+        origin: where the params come from, as JSON, or a function that says so once they are written; it is kept in
+            ``config.json``.
         force: replace an older checkpoint, which stays until the new one is whole.
         dtype: on disk, for instance ``jnp.bfloat16``; None: as the params are.
 
@@ -232,19 +234,26 @@ def atomic_folder(path: str | Path, *, force: bool = False, record: str = "confi
         raise
 
 
-def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Mapping[str, Any], dtype: Any) -> None:
+def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Any, dtype: Any) -> None:
     from orbax.checkpoint import v1 as ocp
 
     arrays = jax.tree.map(lambda a: np.asarray(a) if dtype is None else np.asarray(a).astype(dtype), params)
-    ocp.save(str(folder.resolve() / "params"), arrays)
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights become 7 % smaller, in three times the time
+    context.array.saving.use_ocdbt = False  # one process writes, and needn't merge what several have written
+    context.memory.deepcopy_host_arrays = False  # nobody changes them: saving is waited for
+    with context:
+        ocp.save(str(folder.resolve() / "params"), arrays)
     (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it names a path of this machine
     files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
+    stated: Mapping[str, Any] = origin() if callable(origin) else origin
     record = {
         "format": kind,
         "version": VERSION,
         "config": dataclasses.asdict(config),
-        "origin": dict(origin),
+        "origin": dict(stated),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        "crc32": _checksums(arrays),
     }
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -275,6 +284,9 @@ def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:
     except Exception as error:
         raise _damaged(path, error) from error
     _check_finite(folder, arrays)
+    found = _checksums(arrays)
+    if changed := sorted(key for key, checksum in raw.get("crc32", {}).items() if found.get(key) != checksum):
+        raise _damaged(path, f"these are not the values that were written: {', '.join(changed)}")
     return jax.tree.map(jnp.asarray, arrays)
 
 
@@ -337,12 +349,28 @@ def _check_finite(folder: Path, params: PyTree) -> None:
     bad = [
         jax.tree_util.keystr(key, simple=True, separator=".")
         for key, leaf in _leaves(params)
-        if not np.isfinite(np.asarray(leaf)).all()
+        if not all(np.isfinite(part).all() for part in _parts(np.asarray(leaf)))
     ]
     if bad:
         raise ValueError(
             f"params of {folder} hold NaN or infinite values: {', '.join(bad)}. Take an earlier checkpoint"
         )
+
+
+def _parts(array: np.ndarray) -> list[np.ndarray]:
+    """The numbers of an array, some millions at once: what is computed of each takes little memory."""
+    return np.array_split(array.reshape(-1), 1 + array.size // 2**22)
+
+
+def _checksums(params: PyTree) -> dict[str, int]:
+    """The CRC-32 of every array, of its bytes in float32, little-endian: as it is in memory, whatever the disk has."""
+    found = {}
+    for key, leaf in _leaves(params):
+        checksum = 0
+        for part in _parts(np.asarray(leaf)):
+            checksum = zlib.crc32(part.astype("<f4", copy=False).data, checksum)
+        found[jax.tree_util.keystr(key, simple=True, separator=".")] = checksum
+    return found
 
 
 def _leaves(tree: PyTree):

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from weights_convert.files import check_keys, check_kinds, check_sizes, read_config, weight_files
 from weights_convert.names import parse_sae_name
 from weights_convert.weights import Weights
@@ -67,7 +69,7 @@ def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         names["w_enc.bias"], shapes["w_enc.bias"] = "b_enc", (rows,)
     weights = Weights(weight_files(folder))
     weights.check(shapes)
-    return config, {name: weights.read(key) for key, name in names.items()}
+    return config, {name: np.array(weights.read(key)) for key, name in names.items()}
 
 
 def _flattened(raw: dict[str, Any]) -> dict[str, Any]:

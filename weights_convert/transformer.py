@@ -224,8 +224,8 @@ def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
     if config["bias"]:
         mlp |= stacked("mlp.w.bias", *(f"b_{side}" for side in sides)) | stacked("mlp.p.bias", "b_p")
     return {
-        "w_e": weights.read("transformer.wte.weight"),
-        "w_u": weights.read("lm_head.weight"),
+        "w_e": np.array(weights.read("transformer.wte.weight")),
+        "w_u": np.array(weights.read("lm_head.weight")),
         "layers": {"attention": attention, "mlp": mlp},
     }
 

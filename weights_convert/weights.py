@@ -1,10 +1,13 @@
 """The weights in safetensors files and in files of ``torch.save``: shapes at once, values when asked for."""
 
 import functools
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from weights_convert.pickled import read_torch, state_dict
@@ -71,7 +74,7 @@ class Weights:
         return dtype
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, as stored; raises ``ValueError`` if it is no floating point, or not finite."""
+        """One tensor, as stored and perhaps read-only; ``ValueError`` if it is no floating point, or not finite."""
         self.dtype(key)
         value = self._tensors[key].read()
         if not np.isfinite(value).all():
@@ -85,39 +88,46 @@ class Weights:
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
+    """safetensors checks the file; what it says of each tensor is then read straight into numpy."""
     from safetensors import SafetensorError, safe_open
 
     size = path.stat().st_size
     with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if min(LARGEST_HEADER, size - 8) < header:
-        raise ValueError(
-            f"{path} ({size} bytes) is cut short or no safetensors file (its header should have {header} bytes): "
-            "download it again"
-        )
-
-    def read(key: str) -> np.ndarray:
-        """The file is opened for each tensor: as long as it is open, all that was read of it counts as memory."""
-        with safe_open(path, framework="numpy") as handle:
-            return handle.get_tensor(key)
-
+        length = int.from_bytes(file.read(8), "little")
+        if min(LARGEST_HEADER, size - 8) < length:
+            raise ValueError(
+                f"{path} ({size} bytes) is cut short or no safetensors file (its header should have {length} bytes): "
+                "download it again"
+            )
+        header = file.read(length)
     try:
-        with safe_open(path, framework="numpy") as handle:
-            for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                part = handle.get_slice(key)
-                dtype = str(part.get_dtype())
-                shape = tuple(part.get_shape())
-                yield key, _Tensor(path, shape, _DTYPES.get(dtype, dtype), functools.partial(read, key))
+        with safe_open(path, framework="numpy"):
+            pass
     except SafetensorError as error:
         raise ValueError(
             f"{path} ({size} bytes) is cut short or no safetensors file ({error}): download it again"
         ) from error
+    for key, tensor in json.loads(header).items():
+        if key != "__metadata__":
+            shape, stored = tuple(tensor["shape"]), str(tensor["dtype"])
+            dtype = _DTYPES.get(stored, stored)
+            place = 8 + length + tensor["data_offsets"][0]
+            yield key, _Tensor(path, shape, dtype, functools.partial(_mapped, path, dtype, place, shape))
+
+
+def _mapped(path: Path, dtype: str, place: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A part of a file as an array, mapped for as long as someone holds it: longer, and all of it counts as memory."""
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).newbyteorder("<")
+    count = math.prod(shape)
+    if not count:
+        return np.zeros(shape, kind)
+    return np.frombuffer(np.memmap(path, np.uint8, "r", place, (count * kind.itemsize,)), kind).reshape(shape)
 
 
 def _pickled(path: Path) -> Iterator[tuple[str, _Tensor]]:
     for key, value in state_dict(read_torch(path)).items():
         native = value.dtype.newbyteorder("=")
-        read = functools.partial(np.array, value, dtype=native, order="C")
+        read = functools.partial(np.ascontiguousarray, value, native)
         yield key, _Tensor(path, value.shape, native.name, read)
 
 

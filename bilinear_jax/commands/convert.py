@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,28 +64,14 @@ def convert(
     import weights_convert
     from bilinear_jax import checkpoint, sources
     from bilinear_jax.nn.sae import SAE, SAEConfig
-    from bilinear_jax.nn.transformer import TransformerConfig
-    from bilinear_jax.training.data import tokenizer_hash
-    from weights_convert.files import inside
 
     if force and scope is None and (Path(out) / "scope").is_dir():
         raise ValueError(f"{out} holds SAEs, which would be lost: convert them again with --scope, or delete it")
-    folder = sources.folder_of(source)
-    if (folder / "params").is_dir():
-        raise ValueError(f"{source} is no published checkpoint but one of this library: load it as it is")
-    name = None if Path(source).expanduser().is_dir() else str(source)
-    values, params = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
-    config = TransformerConfig(**values)
     names = [] if scope is None else sources.sae_names(scope)
     if scope is not None and not names:
         raise FileNotFoundError(f"{scope} holds no SAEs: give --scope the folder or the hub name that does")
-    tokenizer_files = [inside(folder, file) for file in checkpoint.TOKENIZER_FILES]
-    tokenizer = folder if tokenizer_files[0].is_file() else None
     with checkpoint.atomic_folder(out, force=force) as partial:
-        origin = _origin(source, folder)
-        if tokenizer is not None:
-            origin["tokenizer_hash"] = tokenizer_hash(checkpoint.load_tokenizer(str(folder), config.tokenizer))
-        checkpoint.save_model(partial, config, params, tokenizer=tokenizer, origin=origin)
+        config = _convert_model(source, partial, attn_scale)
         for sae_name in names:
             sae_folder = sources.sae_folder(str(scope), sae_name)
             sae_values, sae_params = weights_convert.read_sae(sae_folder)
@@ -92,6 +79,35 @@ def convert(
             _check_fits(sae, config, sae_folder)
             checkpoint.save_sae(partial / "scope" / sae.name, sae, origin=_origin(scope, sae_folder))
     return names
+
+
+def _convert_model(source: str | Path, out: Path, attn_scale: float | None) -> Any:
+    """Writes the model alone; returns its config. Its params are in memory once, and not for longer than this takes."""
+    import weights_convert
+    from bilinear_jax import checkpoint, sources
+    from bilinear_jax.nn.transformer import TransformerConfig
+    from bilinear_jax.training.data import tokenizer_hash
+    from weights_convert.files import inside
+
+    folder = sources.folder_of(source)
+    if (folder / "params").is_dir():
+        raise ValueError(f"{source} is no published checkpoint but one of this library: load it as it is")
+    name = None if Path(source).expanduser().is_dir() else str(source)
+    tokenizer_files = [inside(folder, file) for file in checkpoint.TOKENIZER_FILES]
+    tokenizer = folder if tokenizer_files[0].is_file() else None
+    with ThreadPoolExecutor(1) as meanwhile:
+        hashed = meanwhile.submit(_origin, source, folder)
+
+        def origin() -> dict[str, Any]:
+            if tokenizer is None:
+                return hashed.result()
+            loaded = checkpoint.load_tokenizer(str(folder), config.tokenizer)
+            return hashed.result() | {"tokenizer_hash": tokenizer_hash(loaded)}
+
+        values, params = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
+        config = TransformerConfig(**values)
+        checkpoint.save_model(out, config, params, tokenizer=tokenizer, origin=origin)
+    return config
 
 
 def _check_fits(sae: Any, config: Any, folder: Path) -> None:
