@@ -52,6 +52,7 @@ __all__ = [
 
 MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
 VERSION = 1
+Origin = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -137,7 +138,7 @@ def save_model(
     params: PyTree,
     *,
     tokenizer: str | Path | None = None,
-    origin: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+    origin: Origin,
     force: bool = False,
     dtype: Any = None,
 ) -> Path:
@@ -234,7 +235,7 @@ def atomic_folder(path: str | Path, *, force: bool = False, record: str = "confi
         raise
 
 
-def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Any, dtype: Any) -> None:
+def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Origin, dtype: Any) -> None:
     from orbax.checkpoint import v1 as ocp
 
     arrays = jax.tree.map(lambda a: np.asarray(a) if dtype is None else np.asarray(a).astype(dtype), params)
@@ -246,12 +247,11 @@ def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Any, dt
         ocp.save(str(folder.resolve() / "params"), arrays)
     (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it names a path of this machine
     files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
-    stated: Mapping[str, Any] = origin() if callable(origin) else origin
     record = {
         "format": kind,
         "version": VERSION,
         "config": dataclasses.asdict(config),
-        "origin": dict(stated),
+        "origin": dict(origin if isinstance(origin, Mapping) else origin()),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         "crc32": _checksums(arrays),
     }
