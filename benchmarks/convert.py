@@ -25,8 +25,10 @@ from measure import FW_MEDIUM, case, random_params, report
 CONVERT = """
 import sys, time
 from bilinear_jax.commands.convert import convert
-from orbax.checkpoint import v1  # what is imported is no part of the conversion
-import bilinear_jax.checkpoint, safetensors
+import bilinear_jax.checkpoint, jax, safetensors  # these and JAX's start are in the second case alone
+from orbax.checkpoint import v1
+jax.devices()
+jax.random.key(0)
 start = time.perf_counter()
 convert(sys.argv[1], sys.argv[2])
 seconds = time.perf_counter() - start

@@ -216,6 +216,11 @@ def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
                 part[i] = value[j * rows : (j + 1) * rows]
         return parts
 
+    # The largest first: a tensor is mapped and copied, and adds to what is there by then.
+    embeddings = {
+        name: np.array(weights.read(key))
+        for name, key in (("w_e", "transformer.wte.weight"), ("w_u", "lm_head.weight"))
+    }
     sides = ("l", "r") if config["bilinear"] else ("l",)
     attention = stacked("attn.qkv.weight", "w_q", "w_k", "w_v") | stacked("attn.o.weight", "w_o")
     mlp = stacked("mlp.w.weight", *(f"w_{side}" for side in sides)) | stacked("mlp.p.weight", "w_p")
@@ -223,11 +228,7 @@ def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
         attention |= stacked("attn.qkv.bias", "b_q", "b_k", "b_v")
     if config["bias"]:
         mlp |= stacked("mlp.w.bias", *(f"b_{side}" for side in sides)) | stacked("mlp.p.bias", "b_p")
-    return {
-        "w_e": np.array(weights.read("transformer.wte.weight")),
-        "w_u": np.array(weights.read("lm_head.weight")),
-        "layers": {"attention": attention, "mlp": mlp},
-    }
+    return embeddings | {"layers": {"attention": attention, "mlp": mlp}}
 
 
 def _fold(params: dict[str, Any], gains: dict[str, np.ndarray]) -> None:
