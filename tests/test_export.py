@@ -16,10 +16,10 @@ from safetensors.numpy import load_file
 
 import bilinear_jax as bj
 import weights_convert
-from bilinear_jax.cli import main
 from bilinear_jax.commands.export import export
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
+from weights_convert.__main__ import main
 
 DTYPES = st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16])
 
@@ -116,7 +116,7 @@ def test_export_and_convert_are_inverse(tmp_path, capsys):
     """The model that ships, by the two commands: same codes, same tokens, same logits."""
     out, back = str(tmp_path / "out"), str(tmp_path / "back")
     assert main(["export", "ts-nano", out, "--scope", "--repo", "someone/mine"]) == 0
-    assert main(["convert", out, back, "--scope", f"{out}-scope"]) == 0
+    assert main([out, back, "--scope", f"{out}-scope"]) == 0
     assert "knows the tokenizers ts-4096, mistral, gpt2, and not ts-nano" in capsys.readouterr().err
     assert bj.list_saes(back) == bj.list_saes("ts-nano")
     before, exported, after = (bj.load(source) for source in ("ts-nano", out, back))

@@ -8,7 +8,7 @@
 
 ``config`` holds the keyword arguments of ``bilinear_jax.nn.transformer.TransformerConfig`` or
 ``bilinear_jax.nn.sae.SAEConfig``; ``params`` is laid out as those modules want it. ``python -m weights_convert``
-writes them as Orbax checkpoints.
+writes them as Orbax checkpoints, ``python -m weights_convert export`` goes back.
 """
 
 from weights_convert.export import write_sae, write_transformer

@@ -1,4 +1,4 @@
-"""``python -m weights_convert SOURCE OUT``: the same as ``bilinear-jax convert``."""
+"""``python -m weights_convert [export] SOURCE OUT``: the same as ``bilinear-jax convert`` and ``bilinear-jax export``."""
 
 import sys
 
@@ -6,8 +6,9 @@ from bilinear_jax import cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert as the command line says; returns the exit status."""
-    return cli.main(["convert", *(sys.argv[1:] if arguments is None else arguments)])
+    """Convert or export as the command line says; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return cli.main(words if words[:1] == ["export"] else ["convert", *words])
 
 
 if __name__ == "__main__":
