@@ -1,4 +1,4 @@
-"""``python -m weights_convert [export] SOURCE OUT``: the same as ``bilinear-jax convert`` and ``bilinear-jax export``."""
+"""``python -m weights_convert SOURCE OUT``: the same as ``bilinear-jax convert``; with ``export`` first, as that."""
 
 import sys
 
