@@ -15,6 +15,7 @@ Params are float32 in memory, whatever the dtype on disk.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -244,7 +245,7 @@ def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Origin,
     context.array.saving.use_compression = False  # weights become 7 % smaller, in three times the time
     context.array.saving.use_ocdbt = False  # one process writes, and needn't merge what several have written
     context.memory.deepcopy_host_arrays = False  # nobody changes them: saving is waited for
-    with ThreadPoolExecutor(1) as meanwhile, context:
+    with ThreadPoolExecutor(1) as meanwhile, context, _without_warnings():
         checksums = meanwhile.submit(_checksums, arrays)
         ocp.save(str(folder.resolve() / "params"), arrays)
     (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it names a path of this machine
@@ -258,6 +259,18 @@ def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Origin,
         "crc32": checksums.result(),
     }
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that there is nothing to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:

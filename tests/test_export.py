@@ -52,7 +52,7 @@ def arrays(tree, dtype, seed):
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), tree)
 
 
-@pytest.mark.filterwarnings("ignore:this model's attention has scale 1", "ignore:the original's code knows")
+@pytest.mark.filterwarnings("ignore:the original's present code")
 @settings(max_examples=60, deadline=None)
 @given(configs(), DTYPES, st.integers(0, 99))
 def test_models_come_back_bit_for_bit(tmp_path_factory, options, dtype, seed):
@@ -66,6 +66,7 @@ def test_models_come_back_bit_for_bit(tmp_path_factory, options, dtype, seed):
     assert jax.tree.map(lambda leaf: leaf.dtype, back) == jax.tree.map(lambda leaf: leaf.dtype, params)
 
 
+@pytest.mark.filterwarnings("ignore:the original's present code drops passthrough")
 @settings(max_examples=60, deadline=None)
 @given(
     site=st.sampled_from(["mlp_in", "mlp_out", "resid_mid", "attn_out"]),
@@ -117,7 +118,8 @@ def test_export_and_convert_are_inverse(tmp_path, capsys):
     out, back = str(tmp_path / "out"), str(tmp_path / "back")
     assert main(["export", "ts-nano", out, "--scope", "--repo", "someone/mine"]) == 0
     assert main([out, back, "--scope", f"{out}-scope"]) == 0
-    assert "knows the tokenizers ts-4096, mistral, gpt2, and not ts-nano" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "knows the tokenizers ts-4096, mistral, gpt2, and not ts-nano" in lines[0]
     assert bj.list_saes(back) == bj.list_saes("ts-nano")
     before, exported, after = (bj.load(source) for source in ("ts-nano", out, back))
     assert before.config == exported.config == after.config
@@ -137,9 +139,12 @@ def test_what_the_layout_cannot_say(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             weights_convert.write_transformer(tmp_path, config | change, params)
-    with pytest.warns(UserWarning, match=r"present code ignores that and scales by 0\.408248"):
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(UserWarning, match=r"present code scales the attention by 0\.408248 whatever"):
         weights_convert.write_transformer(tmp_path, config | {"attn_scale": 1.0}, params)
     assert weights_convert.read_transformer(tmp_path)[0]["attn_scale"] == 1
+    with pytest.warns(UserWarning, match="has all norms or none"):
+        weights_convert.write_transformer(tmp_path, config | {"normalization": (True, False, True)}, params)
     sae, arrays = weights_convert.read_sae(published.SCOPE / "1-mlp-out-x4-k6")
     for folder, change, message in (
         ("1-mlp-out-x4-k6", {"apply_normalize": True, "normalize": 2.0}, "has no apply_normalize"),
@@ -150,6 +155,64 @@ def test_what_the_layout_cannot_say(tmp_path):
         with pytest.raises(ValueError, match=message):
             weights_convert.write_sae(tmp_path / folder, sae | change, arrays)
         assert not list((tmp_path / folder).iterdir())
+
+
+def without(tree, *names):
+    return {
+        key: without(value, *names) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key not in names
+    }
+
+
+PARAMS = {
+    "a side of the MLP": (lambda p: without(p, "w_r"), {}, "mlp.w.weight has"),
+    "the output of the attention": (
+        lambda p: without(p, "w_o"),
+        {},
+        "not in the params: transformer.h.0.attn.o.weight",
+    ),
+    "the head": (lambda p: without(p, "w_u"), {}, "not in the params: lm_head.weight"),
+    "biases that the config has": (lambda p: p, {"bias": True}, "not in the params: transformer.h.0.mlp.p.bias"),
+    "one more": (lambda p: p | {"w_x": p["w_e"]}, {}, "numbers:"),
+    "more layers": (lambda p: p, {"n_layer": 2, "attn_scale": 0.5}, "not in the model: transformer.h.2.attn.o.weight"),
+    "fewer layers": (lambda p: p, {"n_layer": 4, "attn_scale": None}, "not in the params: transformer.h.3.attn"),
+    "another vocabulary": (lambda p: p, {"n_vocab": 5}, "lm_head.weight has"),
+    "NaN": (lambda p: p | {"w_e": p["w_e"] * np.float32(np.nan)}, {}, "wte.weight has NaN"),
+    "float64": (lambda p: p | {"w_e": p["w_e"].astype(np.float64)}, {}, "wte.weight is float64"),
+    "an unknown gate": (lambda p: p, {"gate": "tanh"}, "unknown gate 'tanh'"),
+}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_params_that_are_not_the_configs(tmp_path, name):
+    """Each would be lost in silence, or make a folder that can't be read."""
+    config, params = weights_convert.read_transformer(published.MODEL, attn_scale=published.SCALE)
+    change, options, message = PARAMS[name]
+    with pytest.raises(ValueError, match=message):
+        weights_convert.write_transformer(tmp_path, config | options, change(params))
+    assert not list(tmp_path.iterdir())
+
+
+def test_params_that_are_not_the_saes(tmp_path):
+    config, params = weights_convert.read_sae(published.SCOPE / "1-mlp-out-x4-k6")
+    folder = tmp_path / "1-mlp-out-x4-k6"
+    folder.mkdir()
+    for change, options, message in (
+        (without(params, "b_dec"), {}, "not in the params: b_dec"),
+        (params | {"b_x": params["b_dec"]}, {}, "numbers: "),
+        (params, {"encoder_bias": True}, "not in the params: w_enc.bias"),
+        (params, {"bilinear_encoder": True}, "w_enc.weight has"),
+        (params | {"b_dec": params["b_dec"].astype(np.int32)}, {}, "b_dec is int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights_convert.write_sae(folder, config | options, change)
+        assert not list(folder.iterdir())
+    with pytest.warns(UserWarning, match="drops passthrough"):
+        weights_convert.write_sae(folder, config | {"passthrough": (3,)}, params)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        (folder / "config.json").stat().st_mode & 0o777
+    }
 
 
 def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):

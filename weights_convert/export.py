@@ -6,6 +6,7 @@ and the same params.
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from weights_convert import sae, transformer
 from weights_convert.names import SAEName, parse_sae_name
-from weights_convert.transformer import PAD_IDS, rotary_frequencies
+from weights_convert.weights import FLOATS
+
+_DEFAULTS = {"bilinear": True, "gate": None, "bias": False, "attention_bias": False, "normalization": True}
+_SAE_DEFAULTS = {"bilinear_encoder": False, "encoder_bias": False, "normalize": None, "tag": None}
 
 
 def write_transformer(
@@ -28,12 +33,13 @@ def write_transformer(
         repo: the name under which the files will be published, if it is known.
 
     Warns:
-        UserWarning: for what the original's present code would read otherwise: an attention scale of 1, which it
-            ignores, and a tokenizer that it doesn't know.
+        UserWarning: for what the original's present code reads otherwise: an attention scale of 1, norms of which some
+            are off, biases of the attention, a tokenizer that it doesn't know.
 
     Raises:
-        ValueError: for what the layout can't say: another attention scale than 1 and ``1 / sqrt(2 n_layer)``, biases of
-            the attention without biases of the MLP.
+        ValueError: for what the layout can't say: another attention scale than 1 and ``1 / sqrt(2 n_layer)`` (to six
+            digits), biases of the attention without biases of the MLP; and for params that aren't those of the config,
+            are not finite, or of another dtype than float32, float16 and bfloat16. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -49,12 +55,13 @@ def write_transformer(
         >>> read_transformer(folder)[0]["n_vocab"]
         5
     """
-    from safetensors.numpy import save_file
-
-    raw = _transformer_config(config, params, repo)
+    config = _DEFAULTS | dict(config)
+    raw = _transformer_config(config, repo)
     state = _state(config, params)
-    save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-    _write_config(Path(folder), raw)
+    dtype = _check(state, transformer.expected_shapes(config), params)
+    rotary = transformer.rotary_frequencies(config["d_model"] // config["n_head"]).astype(np.float32)
+    state |= {f"transformer.h.{i}.attn.rotary.inv_freq": rotary.copy() for i in range(config["n_layer"])}
+    _write(Path(folder), raw | {"torch_dtype": dtype}, state, {"format": "pt"})
 
 
 def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
@@ -64,11 +71,13 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
         config: the keyword arguments of ``SAEConfig``, as ``read_sae`` gives them.
         params: arrays, as ``read_sae`` gives them.
 
-    Raises:
-        ValueError: for ``apply_normalize``, which the layout can't say, and a folder that doesn't bear the SAE's name.
-    """
-    from safetensors.numpy import save_file
+    Warns:
+        UserWarning: for ``passthrough``, which the original's present code drops.
 
+    Raises:
+        ValueError: for ``apply_normalize``, which the layout can't say, a folder that doesn't bear the SAE's name, and
+            params as in ``write_transformer``. Nothing is written then.
+    """
     folder = Path(folder)
     if config.get("apply_normalize"):
         raise ValueError(
@@ -83,46 +92,78 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
     }
     if config.get("passthrough"):
         raw["passthrough"] = list(config["passthrough"])
+        _warn("drops passthrough: there, these coordinates of the reconstruction are wrong")
     name = SAEName(config["layer"], config["site"], config["expansion"], config["k"], config.get("tag"))
     if parse_sae_name(folder.resolve().name) != name:
         raise ValueError(f"an SAE's folder bears its name, by which it is found; {folder} is no name of {name}")
-    keys = {"w_enc": "w_enc.weight", "w_dec": "w_dec.weight", "b_dec": "b_dec", "b_enc": "w_enc.bias"}
-    state = {keys[name]: np.ascontiguousarray(value) for name, value in params.items()}
-    save_file(state, folder / "model.safetensors")
-    _write_config(folder, raw)
+    state = {key: np.ascontiguousarray(params[name]) for key, name in sae.PARAMS.items() if name in params}
+    _check(state, sae.expected_shapes(config), params)
+    _write(folder, raw, state, None)
 
 
-_SAE_DEFAULTS = {"bilinear_encoder": False, "encoder_bias": False, "normalize": None, "tag": None}
+def _write(folder: Path, raw: Mapping[str, Any], state: dict[str, np.ndarray], metadata: Any) -> None:
+    from safetensors.numpy import save_file
 
-
-def _write_config(folder: Path, raw: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    save_file(state, folder / "model.safetensors", metadata=metadata)
+    os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode & 0o777)  # not for its writer alone
 
 
-def _transformer_config(config: Mapping[str, Any], params: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
-    if config.get("attention_bias") and not config.get("bias"):
+def _check(state: dict[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]) -> str:
+    """The dtype of the weights, if they are those of the config, and each of the params has gone into them."""
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = [
+        f"{key} has {list(state[key].shape)}, expected {list(shape)}"
+        for key, shape in sorted(expected.items())
+        if key in state and state[key].shape != shape
+    ]
+    numbers = [sum(value.size for value in _leaves(tree)) for tree in (params, state)]
+    if missing or extra or wrong or numbers[0] != numbers[1]:
+        raise ValueError(
+            "params and config disagree: give the config that belongs to the params. In the model but not in the "
+            f"params: {', '.join(missing) or 'nothing'}; in the params but not in the model: "
+            f"{', '.join(extra) or 'nothing'}; shapes: {'; '.join(wrong) or 'as expected'}; numbers: {numbers[0]} in "
+            f"the params, {numbers[1]} in the files"
+        )
+    for key, value in state.items():
+        if value.dtype.name not in FLOATS:
+            raise ValueError(f"{key} is {value.dtype}: give it as one of {', '.join(FLOATS)}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{key} has NaN or infinite values: take an earlier checkpoint")
+    return next(iter(state.values())).dtype.name
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, Mapping) else [tree]
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"the original's present code {what}", stacklevel=4)
+
+
+def _transformer_config(config: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
+    if config["attention_bias"] and not config["bias"]:
         raise ValueError(
             "the published layout has no biases of the attention alone: give the MLP biases of 0, and bias=True"
         )
-    tokenizer, norms = config.get("tokenizer"), config.get("normalization", True)
+    if config["gate"] not in transformer.GATES:
+        raise ValueError(f"unknown gate {config['gate']!r}; known: {transformer.GATES}")
+    tokenizer, norms = config.get("tokenizer"), config["normalization"]
     norms = [norms] * 3 if isinstance(norms, bool) else list(norms)
-    if tokenizer not in (None, *PAD_IDS):
-        warnings.warn(
-            f"the original's code knows the tokenizers {', '.join(PAD_IDS)}, and not {tokenizer}: its users have to "
-            "load it themselves",
-            stacklevel=3,
-        )
+    if len(set(norms)) > 1:
+        _warn("has all norms or none: there, those that are off in this model are on")
+    if config["attention_bias"]:
+        _warn("has no biases on queries, keys and values: it can't load this model")
+    if tokenizer not in (None, *transformer.PAD_IDS):
+        _warn(f"knows the tokenizers {', '.join(transformer.PAD_IDS)}, and not {tokenizer}: give it along")
     return {
         "architectures": ["Transformer"],
         **{key: config[key] for key in ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "n_vocab")},
-        "bilinear": config.get("bilinear", True),
-        "gate": config.get("gate"),
-        "bias": config.get("bias", False),
+        **{key: config[key] for key in ("bilinear", "gate", "bias")},
         "normalization": norms[0] if len(set(norms)) == 1 else norms,
         "scale_attn": _scaled(config),
         "tokenizer": tokenizer,
         "repo": repo,
-        "torch_dtype": params["w_e"].dtype.name,
         **{key: value for key in ("dataset",) if (value := config.get(key)) is not None},
         **({} if config.get("pad_id") is None else {"pad_token_id": config["pad_id"]}),
     }
@@ -134,10 +175,9 @@ def _scaled(config: Mapping[str, Any]) -> bool:
     if factor is None or math.isclose(factor, scaled, rel_tol=1e-6):
         return True
     if factor == 1:
-        warnings.warn(
-            f"this model's attention has scale 1, which scale_attn false says; the original's present code ignores "
-            f"that and scales by {scaled:.6g}. For it, multiply w_o by {1 / scaled:.6g} and set attn_scale to None",
-            stacklevel=4,
+        _warn(
+            f"scales the attention by {scaled:.6g} whatever scale_attn says, and this model's has scale 1: for it, "
+            f"multiply w_o by {1 / scaled:.6g} and set attn_scale to None"
         )
         return False
     raise ValueError(
@@ -147,15 +187,16 @@ def _scaled(config: Mapping[str, Any]) -> bool:
 
 
 def _state(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    state = {"transformer.wte.weight": params["w_e"], "lm_head.weight": params["w_u"]}
-    attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]
-    rotary = rotary_frequencies(config["d_model"] // config["n_head"]).astype(np.float32)
-    joined = {"attn.qkv": (attention, "qkv"), "attn.o": (attention, "o"), "mlp.w": (mlp, "lr"), "mlp.p": (mlp, "p")}
-    for i in range(config["n_layer"]):
-        for key, (part, letters) in joined.items():
-            for kind, mark in (("weight", "w"), ("bias", "b")):
-                rows = [part[f"{mark}_{letter}"][i] for letter in letters if f"{mark}_{letter}" in part]
-                if rows:
-                    state[f"transformer.h.{i}.{key}.{kind}"] = np.concatenate(rows)
-        state[f"transformer.h.{i}.attn.rotary.inv_freq"] = rotary.copy()
-    return {key: np.ascontiguousarray(value) for key, value in state.items()}
+    """All weights under their published names; what is missing is missing here too."""
+    whole = {"transformer.wte.weight": "w_e", "lm_head.weight": "w_u"}
+    state = {key: np.ascontiguousarray(params[name]) for key, name in whole.items() if name in params}
+    layers = params.get("layers", {})
+    attention, mlp = layers.get("attention", {}), layers.get("mlp", {})
+    sides = "lr" if config["bilinear"] else "l"
+    joined = {"attn.qkv": (attention, "qkv"), "attn.o": (attention, "o"), "mlp.w": (mlp, sides), "mlp.p": (mlp, "p")}
+    for key, (part, letters) in joined.items():
+        for kind, mark in (("weight", "w"), ("bias", "b")):
+            rows = [part[name] for letter in letters if (name := f"{mark}_{letter}") in part]
+            for i in range(min(map(len, rows), default=0)):
+                state[f"transformer.h.{i}.{key}.{kind}"] = np.concatenate([row[i] for row in rows])
+    return state

@@ -1,5 +1,6 @@
 """A published SAE's folder as a config and params."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,21 @@ def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "tag": raw.get("tag") or None,
     }
     _check_name(folder, config)
-    d, features = config["d_model"], config["d_model"] * config["expansion"]
-    rows = features * (2 if config["bilinear_encoder"] else 1)
-    names = {"w_enc.weight": "w_enc", "w_dec.weight": "w_dec", "b_dec": "b_dec"}
-    shapes = {"w_enc.weight": (rows, d), "w_dec.weight": (d, features), "b_dec": (d,)}
-    if config["encoder_bias"]:
-        names["w_enc.bias"], shapes["w_enc.bias"] = "b_enc", (rows,)
     weights = Weights(weight_files(folder))
-    weights.check(shapes)
-    return config, {name: np.array(weights.read(key)) for key, name in names.items()}
+    weights.check(expected_shapes(config))
+    return config, {PARAMS[key]: np.array(weights.read(key)) for key in expected_shapes(config)}
+
+
+PARAMS = {"w_enc.weight": "w_enc", "w_dec.weight": "w_dec", "b_dec": "b_dec", "w_enc.bias": "b_enc"}
+"""How the published files name the params."""
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The weights of an SAE and their shapes, as the published files name them."""
+    d, features = config["d_model"], config["d_model"] * config["expansion"]
+    rows = features * (2 if config.get("bilinear_encoder") else 1)
+    shapes: dict[str, tuple[int, ...]] = {"w_enc.weight": (rows, d), "w_dec.weight": (d, features), "b_dec": (d,)}
+    return shapes | ({"w_enc.bias": (rows,)} if config.get("encoder_bias") else {})
 
 
 def _flattened(raw: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ What the state dict's keys become, with d = d_model, h = d_hidden (``h`` only ha
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def read_transformer(
     gains = [key for key in _gain_keys(config) if key in weights.shapes]
     buffers = [key for i in range(config["n_layer"]) if (key := _layer(i, "attn.rotary.inv_freq")) in weights.shapes]
     dead = [key for key in weights.shapes if _DEAD.fullmatch(key)]
-    expected = _expected(config, weights) | {key: (config["d_model"],) for key in gains}
+    expected = expected_shapes(config) | {key: (config["d_model"],) for key in gains}
     weights.check(expected, [*buffers, *dead])
     for key in buffers:
         _check_rotary(weights, key, config)
@@ -164,7 +165,8 @@ def _gain_keys(config: dict[str, Any]) -> list[str]:
     return keys + (["transformer.n_f.weight"] if final else [])
 
 
-def _expected(config: dict[str, Any], weights: Weights) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The weights of a model and their shapes, as the published files name them."""
     d, h, n_vocab = config["d_model"], config["d_hidden"], config["n_vocab"]
     rows = 2 * h if config["bilinear"] else h
     layer = {

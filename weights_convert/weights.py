@@ -15,7 +15,7 @@ from weights_convert.pickled import read_torch, state_dict
 LARGEST_HEADER = 16 * 2**20
 """Bytes of a safetensors header at most: those of the largest published models have less than a hundredth of them."""
 
-_FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """How safetensors calls what can be read."""
 
@@ -69,8 +69,8 @@ class Weights:
     def dtype(self, key: str) -> str:
         """How one tensor is stored; raises ``ValueError`` if it is no floating point that can be read."""
         path, _, dtype, _ = self._tensors[key]
-        if dtype not in _FLOATS:
-            raise ValueError(f"{key} in {path} is stored as {dtype}; re-save it as one of {', '.join(_FLOATS)}")
+        if dtype not in FLOATS:
+            raise ValueError(f"{key} in {path} is stored as {dtype}; re-save it as one of {', '.join(FLOATS)}")
         return dtype
 
     def read(self, key: str) -> np.ndarray:

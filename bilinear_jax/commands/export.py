@@ -10,7 +10,7 @@ from bilinear_jax.commands import common
 HELP = "write a model, and its SAEs, in the published layout, which the original's torch code reads"
 EXAMPLES = """examples:
   bilinear-jax export runs/mine/model mine
-      mine/config.json and mine/model.safetensors, bit for bit; bilinear-jax convert is the way back
+      mine/config.json and mine/model.safetensors, in float32; bilinear-jax convert is the way back, bit for bit
   bilinear-jax export runs/mine/model mine --scope runs/mine-saes --repo someone/mine
       the SAEs too, in mine-scope, one folder each, as on the hub
 """
