@@ -218,7 +218,7 @@ def test_params_that_are_not_the_saes(tmp_path):
 def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):
     (tmp_path / "out-scope").mkdir()
     (tmp_path / "out-scope" / "precious").write_text("data")
-    with pytest.raises(FileExistsError, match="out-scope exists"):
+    with pytest.raises(FileExistsError, match="out-scope exists: name another OUT, or move it away"):
         export(published.MODEL, tmp_path / "out", published.SCOPE, attn_scale=published.SCALE)
     with pytest.raises(FileNotFoundError, match="holds no SAEs"):
         export(published.MODEL, tmp_path / "new", published.MODEL, attn_scale=published.SCALE)

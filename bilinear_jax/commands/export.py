@@ -68,6 +68,8 @@ def export(
     out = Path(out).expanduser()
     places = [out] if scope is None else [out, out.with_name(f"{out.name}-scope")]
     for place in places:
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            raise FileExistsError(f"{place} exists: name another OUT, or move it away")
         checkpoint.check_place(place)
     files = checkpoint.load_model(source, attn_scale=attn_scale)
     named = [] if scope is None else checkpoint.list_saes(scope)
