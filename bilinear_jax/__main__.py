@@ -1,8 +1,6 @@
 """``python -m bilinear_jax``: the command ``bilinear-jax``."""
 
-import sys
-
-from bilinear_jax.cli import main
+from bilinear_jax.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

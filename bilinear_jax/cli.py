@@ -20,6 +20,7 @@ from typing import Any
 from bilinear_jax.commands import common, train
 from bilinear_jax.version import library_version
 
+INTERRUPTED = 130
 COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "train", "convert", "export")
 EXAMPLES = """examples:
   bilinear-jax tour                                      the whole method on the model that ships with the package
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         print("bilinear-jax: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
@@ -64,6 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError:  # what couldn't be written can't be written at the exit either
             _forget_output()
         return 1
+
+
+def run_and_exit() -> None:
+    """``main`` as a process, which it ends.
+
+    After Ctrl-C it ends at once: where the compiler is still at work in another thread, leaving as usual crashes.
+    """
+    status = main()
+    if status == INTERRUPTED:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parser(command: str | None) -> common.Parser:

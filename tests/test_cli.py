@@ -224,8 +224,8 @@ class TestEnds:
         (tmp_path / "text.txt").write_text("A dog and a cat sat in the sun. " * 200_000)
         (tmp_path / "temporary").mkdir()
         # However the tests themselves were started: in the background, a shell lets programs ignore the signal.
-        code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        code += "from bilinear_jax.cli import main; sys.exit(main())"
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        code += "from bilinear_jax.cli import run_and_exit; run_and_exit()"
         process = subprocess.Popen(
             [sys.executable, "-c", code, "eval", "--data", "text.txt", "--json"],
             cwd=tmp_path,
