@@ -1,6 +1,9 @@
 """Datasets of token ids, as published top activations number their rows."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,23 +72,30 @@ def _saved(path: Path) -> np.ndarray:
     return rows
 
 
-def _from_parquet(path: Path) -> list[np.ndarray]:
+@contextlib.contextmanager
+def parquet_file(path: Path, column: str, lacking: Callable[[list[str]], str]) -> Iterator[Any]:
+    """An open ``pyarrow.parquet.ParquetFile`` that has a column; ``lacking`` says what is wrong if it hasn't."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"{path} needs the package pyarrow: pip install 'bilinear-jax[data]'") from error
-    parts = []
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if COLUMN not in names:
-                raise ValueError(f"{path} has no column {COLUMN}, but {', '.join(names)}: name a dataset of token ids")
-            for batch in file.iter_batches(batch_size=4096, columns=[COLUMN]):
-                parts.append(_array(path, batch.column(0)))
+            if column not in names:
+                raise ValueError(lacking(names))
+            yield file
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} can't be read ({error}): download it again, or check what it is") from error
-    return parts
+
+
+def _from_parquet(path: Path) -> list[np.ndarray]:
+    def lacking(names: list[str]) -> str:
+        return f"{path} has no column {COLUMN}, but {', '.join(names)}: name a dataset of token ids"
+
+    with parquet_file(path, COLUMN, lacking) as file:
+        return [_array(path, batch.column(0)) for batch in file.iter_batches(batch_size=4096, columns=[COLUMN])]
 
 
 def _array(path: Path, column) -> np.ndarray:

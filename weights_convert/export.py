@@ -16,7 +16,7 @@ import numpy as np
 
 from weights_convert import sae, transformer
 from weights_convert.names import SAEName, parse_sae_name
-from weights_convert.weights import FLOATS
+from weights_convert.weights import FLOATS, differences
 
 _DEFAULTS = {"bilinear": True, "gate": None, "bias": False, "attention_bias": False, "normalization": True}
 _SAE_DEFAULTS = {"bilinear_encoder": False, "encoder_bias": False, "normalize": None, "tag": None}
@@ -111,12 +111,7 @@ def _write(folder: Path, raw: Mapping[str, Any], state: dict[str, np.ndarray], m
 
 def _check(state: dict[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]) -> str:
     """The dtype of the weights, if they are those of the config, and each of the params has gone into them."""
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = [
-        f"{key} has {list(state[key].shape)}, expected {list(shape)}"
-        for key, shape in sorted(expected.items())
-        if key in state and state[key].shape != shape
-    ]
+    missing, extra, wrong = differences({key: value.shape for key, value in state.items()}, expected)
     numbers = [sum(value.size for value in _leaves(tree)) for tree in (params, state)]
     if missing or extra or wrong or numbers[0] != numbers[1]:
         raise ValueError(
@@ -156,6 +151,7 @@ def _transformer_config(config: Mapping[str, Any], repo: str | None) -> dict[str
         _warn("has no biases on queries, keys and values: it can't load this model")
     if tokenizer not in (None, *transformer.PAD_IDS):
         _warn(f"knows the tokenizers {', '.join(transformer.PAD_IDS)}, and not {tokenizer}: give it along")
+    optional = {"dataset": config.get("dataset"), "pad_token_id": config.get("pad_id")}
     return {
         "architectures": ["Transformer"],
         **{key: config[key] for key in ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "n_vocab")},
@@ -164,8 +160,7 @@ def _transformer_config(config: Mapping[str, Any], repo: str | None) -> dict[str
         "scale_attn": _scaled(config),
         "tokenizer": tokenizer,
         "repo": repo,
-        **{key: value for key in ("dataset",) if (value := config.get(key)) is not None},
-        **({} if config.get("pad_id") is None else {"pad_token_id": config["pad_id"]}),
+        **{key: value for key, value in optional.items() if value is not None},
     }
 
 

@@ -63,8 +63,9 @@ def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     _check_name(folder, config)
     weights = Weights(weight_files(folder))
-    weights.check(expected_shapes(config))
-    return config, {PARAMS[key]: np.array(weights.read(key)) for key in expected_shapes(config)}
+    shapes = expected_shapes(config)
+    weights.check(shapes)
+    return config, {PARAMS[key]: np.array(weights.read(key)) for key in shapes}
 
 
 PARAMS = {"w_enc.weight": "w_enc", "w_dec.weight": "w_dec", "b_dec": "b_dec", "w_enc.bias": "b_enc"}

@@ -29,6 +29,19 @@ class _Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
+def differences(
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
+) -> tuple[list[str], list[str], list[str]]:
+    """What is missing, what is there besides (``ignored`` aside), and which shapes are others, each sorted."""
+    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys() - set(ignored)
+    wrong = [
+        f"{key} has {list(shapes[key])}, expected {list(shape)}"
+        for key, shape in sorted(expected.items())
+        if key in shapes and shapes[key] != tuple(shape)
+    ]
+    return sorted(missing), sorted(extra), wrong
+
+
 class Weights:
     """The tensors of one or more files, by their names."""
 
@@ -47,19 +60,13 @@ class Weights:
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
         """Raises ``ValueError`` unless the tensors are exactly the expected ones, ``ignored`` aside."""
         where = ", ".join(path.name for path in self.files) + f" in {self.files[0].parent}"
-        missing = sorted(expected.keys() - self.shapes.keys())
-        extra = sorted(self.shapes.keys() - expected.keys() - set(ignored))
+        missing, extra, wrong = differences(self.shapes, expected, ignored)
         if missing or extra:
             raise ValueError(
                 f"the weights in {where} are not those that config.json describes. In the model but not in the "
                 f"checkpoint: {_listing(missing)}; in the checkpoint but not in the model: {_listing(extra)}. "
                 "Check that config.json belongs to these weights, and download both again"
             )
-        wrong = [
-            f"{key} has {list(self.shapes[key])}, expected {list(shape)}"
-            for key, shape in sorted(expected.items())
-            if self.shapes[key] != tuple(shape)
-        ]
         if wrong:
             raise ValueError(
                 f"shapes in {where} disagree with config.json: {'; '.join(wrong)}. "
@@ -92,21 +99,20 @@ def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     size = path.stat().st_size
+
+    def damaged(why: object) -> ValueError:
+        return ValueError(f"{path} ({size} bytes) is cut short or no safetensors file ({why}): download it again")
+
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if min(LARGEST_HEADER, size - 8) < length:
-            raise ValueError(
-                f"{path} ({size} bytes) is cut short or no safetensors file (its header should have {length} bytes): "
-                "download it again"
-            )
+            raise damaged(f"its header should have {length} bytes")
         header = file.read(length)
     try:
         with safe_open(path, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} ({size} bytes) is cut short or no safetensors file ({error}): download it again"
-        ) from error
+        raise damaged(error) from error
     for key, tensor in json.loads(header).items():
         if key != "__metadata__":
             shape, stored = tuple(tensor["shape"]), str(tensor["dtype"])

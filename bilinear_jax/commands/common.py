@@ -81,6 +81,20 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", default="text", help="where JSONL, Parquet and hub datasets have it (default: text)")
 
 
+def add_conversion(parser: argparse.ArgumentParser, source: str, out: str, scope: str) -> None:
+    """SOURCE, OUT and --scope, each with its help, and the factor on the attention's output."""
+    parser.add_argument("source", metavar="SOURCE", help=source)
+    parser.add_argument("out", metavar="OUT", type=Path, help=out)
+    help = f"{scope}: all those of SCOPE_SOURCE (default: the model's own)"
+    parser.add_argument("--scope", nargs="?", const=True, metavar="SCOPE_SOURCE", help=help)
+    parser.add_argument("--attn-scale", type=scale, metavar="X", help="factor on the attention's output")
+
+
+def scope_source(options: argparse.Namespace) -> str | None:
+    """What --scope names: a source, the model's own if it stands alone, or nothing."""
+    return options.source if options.scope is True else options.scope
+
+
 def natural(text: str) -> int:
     return _whole(text, 0)
 
@@ -177,7 +191,7 @@ def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> tup
 
         return corpus(options.model)[:rows], f"corpus.npy of {options.model}"
     name = ", ".join(source if source.startswith("hub:") else Path(source).name for source in options.data)
-    ids = [source.endswith(".npy") or (options.field == COLUMN) for source in options.data]
+    ids = [source.endswith(".npy") or options.field == COLUMN for source in options.data]
     if not any(ids):
         stream = _tokenized(options, lm, rows)
         width = min(lm.config.n_ctx, len(stream))

@@ -19,24 +19,18 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="SOURCE", help="a published model: a folder, or a hub name such as owner/name"
+    common.add_conversion(
+        parser,
+        source="a published model: a folder, or a hub name such as owner/name",
+        out="the folder to write",
+        scope="convert SAEs too, into OUT/scope",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument(
-        "--scope",
-        nargs="?",
-        const=True,
-        metavar="SCOPE_SOURCE",
-        help="convert SAEs too, into OUT/scope: all those of SCOPE_SOURCE (default: the model's own)",
-    )
-    parser.add_argument("--attn-scale", type=common.scale, metavar="X", help="factor on the attention's output")
     parser.add_argument("--force", action="store_true", help="replace OUT, if it is a checkpoint")
     common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    scope = options.source if options.scope is True else options.scope
+    scope = common.scope_source(options)
     names = convert(options.source, options.out, scope, attn_scale=options.attn_scale, force=options.force)
     return {"out": str(options.out), "saes": names}
 

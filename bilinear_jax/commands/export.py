@@ -17,22 +17,18 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a model: a built-in name, a folder or a hub name")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; SAEs go to OUT-scope")
-    parser.add_argument(
-        "--scope",
-        nargs="?",
-        const=True,
-        metavar="SCOPE_SOURCE",
-        help="export SAEs too: all those of SCOPE_SOURCE (default: the model's own)",
+    common.add_conversion(
+        parser,
+        source="a model: a built-in name, a folder or a hub name",
+        out="the folder to write; SAEs go to OUT-scope",
+        scope="export SAEs too",
     )
     parser.add_argument("--repo", metavar="OWNER/NAME", help="the name under which the model will be published")
-    parser.add_argument("--attn-scale", type=common.scale, metavar="X", help="factor on the attention's output")
     common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    scope = options.source if options.scope is True else options.scope
+    scope = common.scope_source(options)
     names = export(options.source, options.out, scope, repo=options.repo, attn_scale=options.attn_scale)
     return {"out": str(options.out), "saes": names}
 

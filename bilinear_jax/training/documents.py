@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bilinear_jax.datasets import parquet_file
 from bilinear_jax.training.folder import replace_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -147,23 +148,12 @@ def _from_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
 
 
 def _from_parquet(path: Path, field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{path} needs the package pyarrow: pip install 'bilinear-jax[data]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise ValueError(_no_field(field, names, str(path)))
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for document in batch.column(0).to_pylist():
-                    row += 1
-                    yield _text({field: document}, field, f"row {row} of {path}")
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} can't be read ({error}): download it again, or check what it is") from error
+    with parquet_file(path, field, lambda names: _no_field(field, names, str(path))) as file:
+        row = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for document in batch.column(0).to_pylist():
+                row += 1
+                yield _text({field: document}, field, f"row {row} of {path}")
 
 
 def _from_hub(source: str, field: str) -> Iterator[str]:
