@@ -23,6 +23,7 @@ setting: "noise" is taken at hidden size 300 here, with the weight decay of "siz
 
 import argparse
 import dataclasses
+import itertools
 import resource
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,7 +72,7 @@ class Cell:
 
     published: float | None
     mean: float
-    spread: float | None  # standard deviation over seeds; None for one seed, or a number that is of all seeds together
+    spread: float | None  # standard deviation over seeds, or over pairs of them; None for one
 
 
 Table = dict[str, dict[str, Cell]]  # by case, then by measure
@@ -131,13 +132,18 @@ def sizes(models: Models) -> dict[str, Table]:
         tops[size] = jnp.stack([analyses.most_positive(config, params)[:, 0] for params in group])
         table[f"hidden size {size}"] = {
             "accuracy": cell(published, models.accuracies("mnist", config, group)),
-            "similarity": Cell(alike, float(analyses.eigenvector_similarity(tops[size]).mean()), None),
+            "similarity": cell(alike, [alike_in(*pair) for pair in itertools.combinations(tops[size], 2)]),
         }
     for size, top in tops.items():
         if size != 300 and 300 in tops:
-            similarity = float(analyses.eigenvector_similarity(top, tops[300]).mean())
-            table[f"hidden size {size}"]["similarity to 300"] = Cell(None, similarity, None)
+            pairs = itertools.product(top, tops[300])
+            table[f"hidden size {size}"]["similarity to 300"] = cell(None, [alike_in(*pair) for pair in pairs])
     return {"Hidden size (MNIST, weight decay 1, noise .4)": table}
+
+
+def alike_in(first, second) -> float:
+    """The mean over classes of the similarity of two models' eigenvectors."""
+    return float(analyses.eigenvector_similarity(first[None], second[None]).mean())
 
 
 def truncation(models: Models) -> dict[str, Table]:

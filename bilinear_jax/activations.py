@@ -72,7 +72,8 @@ def top_activations(
         For each SAE's name its ``TopActivations``, numpy arrays ``[features, k]``.
 
     Raises:
-        ValueError: for no SAE, two of the same name, one that doesn't fit the model, or tokens that don't.
+        ValueError: for no SAE, two of the same name, one that doesn't fit the model, tokens that don't, a mask that
+            leaves no token, or a model that gives values that are not finite.
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig
@@ -93,12 +94,18 @@ def top_activations(
     if min(k, batch_size) < 1:
         raise ValueError(f"k and batch_size must be at least 1, got {k} and {batch_size}")
 
+    counted = 0
     best = tuple(_nothing(sae.config.n_features, k) for sae in saes)
     batches = token_batches(lm, tokens, token_mask, min(batch_size, len(tokens)))
     with tqdm(total=len(tokens), desc="top activations", disable=None, unit="row") as bar:
         for start, batch, mask in batches:
-            best = jax.block_until_ready(_merge_batch(lm, saes, best, batch, mask, start, one_per_row=one_per_row))
+            best, finite = _merge_batch(lm, saes, best, batch, mask, start, one_per_row=one_per_row)
+            if not finite:
+                raise not_finite(start, min(len(batch), len(tokens) - start))
+            counted += int(mask.sum())
             bar.update(min(len(batch), len(tokens) - start))
+    if not counted:
+        raise no_token()
     return {sae.name: _finished(top) for sae, top in zip(saes, best, strict=True)}
 
 
@@ -108,6 +115,21 @@ def check_dataset(tokens, token_mask) -> None:
         raise ValueError(f"tokens are [rows, seq] with at least one of each, got shape {tokens.shape}")
     if token_mask is not None:
         sites.check_token_mask(tokens, token_mask)
+
+
+def not_finite(first_row: int, rows: int) -> ValueError:
+    """The error for a model that gives NaN or infinite values in a batch."""
+    return ValueError(
+        f"the model gives values that are not finite in rows {first_row} ... {first_row + rows - 1}: check its "
+        "parameters, its attn_scale and its compute_dtype"
+    )
+
+
+def no_token() -> ValueError:
+    """The error for a dataset of which nothing is to be looked at."""
+    return ValueError(
+        "the token mask leaves no token to measure: it needs some True (by default position 0 and padding don't count)"
+    )
 
 
 def token_batches(lm: LanguageModel, tokens, token_mask, batch_size: int):
@@ -128,15 +150,16 @@ def site_values(lm: LanguageModel, saes: Iterable[SAE], tokens: Int[Array, "batc
 
 @functools.partial(jax.jit, static_argnames="one_per_row")
 def _merge_batch(lm, saes, best, tokens, token_mask, first_row, *, one_per_row: bool):
-    merged = []
-    for sae, top, x in zip(saes, best, site_values(lm, saes, tokens), strict=True):
+    merged, read = [], site_values(lm, saes, tokens)
+    for sae, top, x in zip(saes, best, read, strict=True):
         codes = sae.encode(x, sparse=True)
         new = _candidates(codes, token_mask, top.values.shape[1], one_per_row)
         new = dataclasses.replace(new, rows=new.rows + first_row)
         both = jax.tree.map(lambda old, found: jnp.concatenate([old, found], axis=1), top, new)
         _, order = jax.lax.top_k(both.values, top.values.shape[1])
         merged.append(jax.tree.map(lambda part, order=order: jnp.take_along_axis(part, order, axis=1), both))
-    return tuple(merged)
+    finite = [jnp.isfinite(x).all(axis=-1, where=token_mask[..., None]).all() for x in read]
+    return tuple(merged), functools.reduce(jnp.logical_and, finite)
 
 
 def _candidates(codes: SparseCodes, token_mask: Bool[Array, "batch seq"], k: int, one_per_row: bool) -> TopActivations:

@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -202,8 +203,12 @@ def check_place(path: str | Path, *, force: bool = False, record: str = "config.
             "it away"
         )
     above = next(folder for folder in path.parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise OSError(f"{path} can't be written: {above} is no folder that one may write to. Name another place")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".bilinear-jax-", dir=above))
+    except OSError as error:
+        raise OSError(
+            f"{path} can't be written: {above} is no folder that one may write to. Name another place"
+        ) from error
     return path
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy import sparse
 
-from bilinear_jax.activations import check_dataset, token_batches
+from bilinear_jax.activations import check_dataset, no_token, not_finite, token_batches
 from bilinear_jax.attribution import (
     InputParts,
     encoder_constant,
@@ -226,15 +226,12 @@ def _batches(tracer: Tracer, lm: LanguageModel, tokens, outputs, token_mask, bat
             sums = {name: got.pop(name)[:rows] for name in ("terms", "magnitude") if name in got}
             got = {name: array[:rows].reshape(-1, *array.shape[2:]) for name, array in got.items()}
             if not all(np.isfinite(array[got["counts"]]).all() for array in got.values()):
-                raise ValueError(
-                    f"the model gives values that are not finite in rows {start} ... {start + rows - 1}: check "
-                    "its parameters, and its compute_dtype"
-                )
+                raise not_finite(start, rows)
             count += np.count_nonzero(got["counts"])
             yield got | sums
             bar.update(rows)
     if not count:
-        raise ValueError("the token mask leaves no token to measure: pass a token_mask with some True")
+        raise no_token()
 
 
 @functools.partial(jax.jit, static_argnames="normed")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bilinear_jax.activations import check_dataset, token_batches
+from bilinear_jax.activations import check_dataset, not_finite, token_batches
 from bilinear_jax.devices import one_blas_thread
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites
@@ -169,7 +169,9 @@ def check_tracer(tracer: Tracer, lm: LanguageModel) -> None:
             "with use_encoder=True"
         )
     factors = jax.tree.leaves(mlp_tensor(lm, tracer.layer))
-    if not all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(tracer.tensor), factors, strict=True)):
+    if not all(
+        np.array_equal(*pair, equal_nan=True) for pair in zip(jax.tree.leaves(tracer.tensor), factors, strict=True)
+    ):
         raise ValueError(
             f"the MLP of layer {tracer.layer} of lm is not the one that was traced: give the model that the tracer was "
             "made of"
@@ -203,10 +205,7 @@ def _stream(
                 got = jax.device_get(_inputs_and_codes(lm, tracer.out, batch))
             inputs, values, indices = (array[np.asarray(mask)] for array in got)
             if not (np.isfinite(inputs).all() and np.isfinite(values).all()):
-                raise ValueError(
-                    f"the model gives values that are not finite in rows {start} ... {start + batch_size - 1}: check "
-                    "its parameters, and its compute_dtype"
-                )
+                raise not_finite(start, min(len(batch), len(tokens) - start))
             part = slice(filled, filled + len(inputs))
             x[part, : inputs.shape[1]], codes[part], features[part] = inputs, values, indices
             x[part, inputs.shape[1] :] = 1  # the constant input, if there are biases

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bilinear_jax.lanczos import COLUMNS, Found, multiply, search, strength
 
 STRICTER = 30  # how many times smaller than asked for the bounds are when a search ends
+LOOSEST = 1e-4  # tolerance beyond which no search is cut short: it would spare a quarter, and bounds would not hold
 ROUNDING = 8  # eps times so much, times sqrt(sum_m (g_m |left_m| |right_m|)^2), is what rounding does to a value
 BYTES = 2**26  # of a batch of matrices that are decomposed densely
 
@@ -44,7 +45,8 @@ def top_eigenpairs(
     if exact or dense_is_faster(left.shape[1], k):
         pairs = decompose(fixed[2])
     else:
-        found = search(*fixed, k=k, block=block, signed=signed, rtol=rtol / STRICTER, max_steps=max_steps, key=key)
+        finest = min(rtol, LOOSEST) / STRICTER
+        found = search(*fixed, k=k, block=block, signed=signed, rtol=finest, max_steps=max_steps, key=key)
         pairs = _assess(*fixed, found, signed, rtol)
         pairs = _replace(pairs, ~pairs.converged, decompose, fixed[2])
     values = _rayleigh_quotients(left, right, gates, pairs.vectors, pairs.values)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.activations import check_dataset, check_names, site_values, token_batches
+from bilinear_jax.activations import check_dataset, check_names, no_token, not_finite, site_values, token_batches
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
@@ -153,7 +153,8 @@ def evaluate_saes(
 
     Raises:
         ValueError: for no SAE, two of the same name, one that doesn't fit the model, tokens that don't, a mask that
-            leaves no token; and, with ``correlation_ks``, as ``low_rank_correlation`` does.
+            leaves no token; for a model or an SAE that gives values that are not finite; and, with
+            ``correlation_ks``, as ``low_rank_correlation`` does.
 
     Memory: one batch of the activations of all sites, and of the codes, ``batch_size * seq * (d_model + 2 k)`` numbers
     an SAE, beside one run of the model.
@@ -193,10 +194,12 @@ def evaluate_saes(
             totals = [merge(*pair) for pair in zip(totals or map(_nothing, sums), sums, strict=True)]
             summed = {_key(sae, how): _edited_loss(lm, sae, how, batch, mask) for sae, how in runs}
             losses = {key: losses.get(key, 0.0) + float(loss) for key, (loss, _) in summed.items()}
+            if not all(map(math.isfinite, losses.values())):
+                raise not_finite(start, min(batch_size, len(tokens) - start))
             predicted += float(summed[_key(saes[0], CLEAN)][1])
             bar.update(min(batch_size, len(tokens) - start))
     if not totals[0].tokens:
-        raise ValueError("the token mask leaves no token to measure: pass a token_mask with some True")
+        raise no_token()
     means = {key: _ratio(loss, predicted) for key, loss in losses.items()}
     found = {}
     for sae, sums, correlation in zip(saes, totals, correlations, strict=True):
@@ -242,9 +245,10 @@ def _correlations(lm, saes, tokens, token_mask, batch_size: int, ks) -> list[dic
 
 
 def _metrics(sae: SAE, sums: SAESums, clean: float, patched: float, zeroed: float, correlation) -> SAEMetrics:
+    varies = sums.spread > 1e-12 * sums.squared_norm  # what is less is float32's rounding, of one token for instance
     return SAEMetrics(
         nmse=_ratio(sums.squared_error, sums.squared_norm),
-        explained_variance=1 - _ratio(sums.squared_error, sums.spread),
+        explained_variance=1 - _ratio(sums.squared_error, sums.spread if varies else 0),
         mse=_ratio(sums.squared_error, sums.tokens * sae.config.d_model),
         l0=_ratio(sums.active, sums.tokens),
         l1=_ratio(sums.absolute, sums.tokens),
@@ -314,7 +318,7 @@ def mean_loss(lm: LanguageModel, tokens, batch_size: int = 16) -> tuple[float, i
         batch_size: rows a step; it shows in the last digits alone.
 
     Raises:
-        ValueError: for tokens that the model can't read, or if none of them is predicted.
+        ValueError: for tokens that the model can't read, if none of them is predicted, or if the loss is not finite.
 
     Example:
         >>> import bilinear_jax as bj
@@ -327,10 +331,12 @@ def mean_loss(lm: LanguageModel, tokens, batch_size: int = 16) -> tuple[float, i
     check_dataset(tokens, None)
     total, count = 0.0, 0
     with tqdm(total=len(tokens), desc="loss", disable=None, unit="row") as bar:
-        for _, batch, mask in token_batches(lm, tokens, None, min(batch_size, len(tokens))):
+        for start, batch, mask in token_batches(lm, tokens, None, min(batch_size, len(tokens))):
             number = int(mask.sum())
             if number:
                 total, count = total + float(lm.loss(batch, mask)) * number, count + number
+            if not math.isfinite(total):
+                raise not_finite(start, min(len(batch), len(tokens) - start))
             bar.update(min(len(batch), len(tokens) - bar.n))
     if not count:
         raise ValueError("no token is predicted: rows need at least two tokens that are no padding")

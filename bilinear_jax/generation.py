@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from bilinear_jax.fields import SEED
 from bilinear_jax.nn.sites import NO_EDITS, edits_by_layer
 from bilinear_jax.nn.transformer import (
     Edit,
@@ -29,6 +30,9 @@ from bilinear_jax.nn.transformer import (
 
 if TYPE_CHECKING:
     from bilinear_jax.language import LanguageModel
+
+
+NOT_FINITE = -1  # in place of a token that can't be drawn, for its logits are not finite
 
 
 def generate(
@@ -68,6 +72,9 @@ def generate(
         edits: as for ``nn.sites.forward``; they are compiled anew at every call. An edit is given the prompts, padded
             to their bucket, and then one token at a time: it must treat every token by itself.
         compute_dtype: of activations, and of the weights as they are read.
+
+    Returns:
+        The new tokens. From where the logits of a row are not finite on, nothing can be drawn: ``NOT_FINITE``, -1.
 
     Raises:
         ValueError: if a prompt and its new tokens do not fit ``n_ctx``, for an empty prompt, a token outside the
@@ -121,7 +128,7 @@ def generate_text(
 
     Raises:
         ValueError: as ``generate``; for an empty prompt to which the tokenizer adds nothing; for ``stop`` with a
-            tokenizer that has no end-of-text token.
+            tokenizer that has no end-of-text token; for logits that are not finite.
 
     Example:
         >>> import bilinear_jax as bj
@@ -129,6 +136,8 @@ def generate_text(
         >>> text.lower().startswith("once upon a time")
         True
     """
+    if not SEED.fits(seed):
+        raise ValueError(f"seed {SEED.says}, got {seed}")
     tokenizer = lm.tokenizer
     end: Any = tokenizer.eos_token_id if stop else None
     if stop and end is None:
@@ -157,6 +166,10 @@ def generate_text(
         edits=edits,
         compute_dtype=lm.compute_dtype,
     )
+    if np.any(np.asarray(new) == NOT_FINITE):
+        raise ValueError(
+            "the logits are not finite: check the model's parameters, its attn_scale and its compute_dtype"
+        )
     texts = []
     for row, continuation in zip(rows, np.asarray(new).tolist(), strict=True):
         kept = continuation[: continuation.index(end)] if end in continuation else continuation
@@ -233,7 +246,9 @@ def _tokens(
     def draw(x, t):
         """Token t of every row, from the residual stream of the token before it."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-        return sample(unembed(config, w_u, x), keys, 0 if greedy else temperature, top_k)
+        logits = unembed(config, w_u, x)
+        drawn = sample(logits, keys, 0 if greedy else temperature, top_k)
+        return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NOT_FINITE)
 
     def through_layers(x, cached, *attention):
         for i, weights in enumerate(layers):

@@ -65,6 +65,7 @@ def top_interactions(
     n-th largest |entry| so far, the threshold. Of a visited one, ``Q_u D`` is computed, and its row norms leave those
     features whose row bound reaches the threshold; entries are then computed between these alone, i <= j, a tile at a
     time. The norm is that of ``spectra.top_eigh``, its residual added; a direction that did not converge is visited.
+    (The one way to miss a pair is that it missed the largest |eigenvalue|: it says how rare that is.)
     Where one batch holds all directions, norms would save nothing and are not computed. Every bound has a relative
     slack of ``8 in eps``, so that rounding rules nothing out.
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax.core import Tracer as JaxTracer
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.activations import check_dataset, check_feature, token_batches
+from bilinear_jax.activations import check_dataset, check_feature, no_token, not_finite, token_batches
 from bilinear_jax.attribution import input_parts, reads_before_norm, site_pair
 from bilinear_jax.cofiring import entries
 from bilinear_jax.correlation import check_tracer
@@ -36,7 +36,7 @@ from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE, SparseCodes, TopKSAE
 from bilinear_jax.nn.sparse import largest
 from bilinear_jax.nn.transformer import Edit, Site, run_module
-from bilinear_jax.summaries import checked_pairs
+from bilinear_jax.summaries import check_request, checked_pairs
 from bilinear_jax.tensor import BilinearTensor
 from bilinear_jax.tracer import Tracer
 
@@ -213,8 +213,7 @@ def ablate_pairs(
 
     if remove not in REMOVE:
         raise ValueError(f"remove must be one of {', '.join(REMOVE)}, got {remove!r}")
-    if not pairs:
-        raise ValueError("name at least one output feature, with its pairs, such as {7: [(3, 12)]}")
+    check_request(pairs)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_tracer(tracer, lm)
@@ -238,15 +237,12 @@ def ablate_pairs(
                     found[f"loss {name}"] = _loss(lm, change, batch, mask, layer=tracer.layer)[0]
                 found = {name: float(value) for name, value in jax.device_get(found).items()}
                 if not all(map(math.isfinite, [clean, *found.values()])):
-                    raise ValueError(
-                        f"the model gives values that are not finite in rows {start} ... {start + batch_size - 1}: "
-                        "check its parameters, and its compute_dtype"
-                    )
+                    raise not_finite(start, min(len(batch), len(tokens) - start))
                 for name, value in found.items():
                     total[name] += value
             bar.update(min(len(batch), len(tokens) - start))
     if not counted:
-        raise ValueError("the token mask leaves no token to measure: pass a token_mask with some True")
+        raise no_token()
     for total in sums.values():
         total["loss clean"] = clean
     return {feature: _result(chosen[feature], remove, counted, predicted, total) for feature, total in sums.items()}
@@ -364,6 +360,9 @@ def steer(
 
     def edit(x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
         wide = x.astype(jnp.float32)
+        for name, given in (("add" if to is None else "to", amount), ("where", where)):
+            if given is not None and not _broadcasts(jnp.shape(given), x.shape[:-1]):
+                raise ValueError(f"{name} has shape {jnp.shape(given)}, the tokens {x.shape[:-1]}: it must broadcast")
         more = jnp.broadcast_to(amount, x.shape[:-1])
         if to is not None:
             codes = sae.encode(wide, sparse=True)
@@ -373,3 +372,8 @@ def steer(
         return (wide + _written(sae, feature, more)).astype(x.dtype)
 
     return {(sae.config.site, sae.config.layer): edit}
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    ends = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, whole) for size, whole in ends)

@@ -62,10 +62,12 @@ class LanguageModel:
         ``edits`` are compiled anew at every call: for many batches, call this inside your own ``jit``.
         """
         tokens = self._checked(tokens)
-        mask = self.token_mask(tokens) if token_mask is None else jnp.asarray(token_mask).astype(bool)
+        mask = self.token_mask(tokens) if token_mask is None else jnp.asarray(token_mask)
         check_token_mask(tokens, mask)
         run = sites_module.loss if edits else _loss
-        total, count = run(self.config, self.params, tokens, mask, dict(edits), compute_dtype=self.compute_dtype)
+        total, count = run(
+            self.config, self.params, tokens, mask.astype(bool), dict(edits), compute_dtype=self.compute_dtype
+        )
         return total / count
 
     def capture(self, tokens, sites: Iterable[Any], edits: Mapping[Site, Edit] = NO_EDITS) -> Captured:
@@ -119,6 +121,8 @@ class LanguageModel:
             raise ValueError(f"tokens are [batch, seq], got shape {tokens.shape}: add a batch axis, tokens[None]")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens are integers [batch, seq], got {tokens.dtype} of shape {tokens.shape}")
+        if not tokens.shape[1]:
+            raise ValueError(f"rows have at least one token, got tokens of shape {tokens.shape}")
         if tokens.shape[1] > self.config.n_ctx:
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit the context of {self.config.n_ctx}: shorten the text, or cut it "
@@ -150,7 +154,8 @@ def load(source: str | Path, attn_scale: float | int | None = None, compute_dtyp
     Raises:
         FileNotFoundError: for a source or a file that isn't there; it lists what can be loaded.
         ConnectionError: where the hub can't be reached and its cache doesn't hold the model.
-        ValueError: for a damaged checkpoint, or one that its config doesn't describe.
+        ValueError: for a damaged checkpoint, or one that its config doesn't describe; for another compute_dtype than of
+            floats.
 
     Example:
         >>> import bilinear_jax as bj
@@ -159,5 +164,11 @@ def load(source: str | Path, attn_scale: float | int | None = None, compute_dtyp
     """
     from bilinear_jax.checkpoint import load_model
 
+    try:
+        floats = jnp.issubdtype(compute_dtype, jnp.floating)
+    except TypeError:
+        floats = False
+    if not floats:
+        raise ValueError(f"compute_dtype is a type of floats, such as jnp.bfloat16; got {compute_dtype!r}")
     files = load_model(source, attn_scale=attn_scale)
     return LanguageModel(files.params, files.config, files.source, files.tokenizer_source, compute_dtype)

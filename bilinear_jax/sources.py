@@ -100,6 +100,9 @@ def find_sae(
 
     Raises ``FileNotFoundError`` if none has, and ``ValueError`` if several have; both list what the source holds.
     """
+    for name, value in (("layer", layer), ("expansion", expansion), ("k", k)):
+        if value is not None and not hasattr(value, "__index__"):
+            raise ValueError(f"{name} is a whole number, got {value!r}")
     wanted = layer, site.replace("-", "_"), expansion, k, tag
     names = _scope(source)[1]
     found = [
@@ -126,6 +129,8 @@ def _local(source: str | Path) -> Path | None:
     if isinstance(source, str) and source in builtin_names():
         return PRETRAINED / source
     path = Path(source).expanduser()
+    if source == "":
+        raise FileNotFoundError(f"the name of the model is empty. {_what_there_is()}")
     if path.is_dir():
         return path
     if path.exists():

@@ -97,7 +97,9 @@ class TopSpectrum:
     values: Array  # [U, k], signed, the largest |value| first (the most positive or most negative if asked for)
     vectors: Array  # [U, k, in]: row i belongs to values[:, i]; orthonormal, each up to its sign
     residuals: Array  # [U, k]: r = |Q v - l v|; an eigenvalue lies within r of l, whatever else is true
-    bounds: Array  # [U, k]: how far l is from that eigenvalue at most: min(r, r^2 / gap), see top_eigh
+    bounds: (
+        Array  # [U, k]: how far l is from that eigenvalue at most, if none was missed: min(r, r^2 / gap), see top_eigh
+    )
     converged: Array  # [U] bool: the bounds are within the tolerance
     steps: Array  # [U] int: products of Q_u with a vector that were spent; 0 where it was decomposed densely
     explained: Array  # [U]: sum of values^2 / |Q_u|_F^2, the share of the matrix that these eigenpairs are
@@ -140,7 +142,8 @@ def top_eigh(
         directions: the output directions ``[U, out]``, a row each.
         k: eigenpairs of each direction.
         which: "magnitude": the largest |eigenvalues|; "positive": the largest, "negative": the smallest eigenvalues.
-        rtol: tolerance of the sum of the k |values|, relative to it.
+        rtol: tolerance of the sum of the k |values|, relative to it. Beyond 1e-4 it says what counts as converged, and
+            spares nothing: a search that ends early has seen too few eigenvalues for its bounds to hold.
         max_steps: products of a Q_u with a vector before it is decomposed densely. By default ``in / 8``, at least 128
             and at least 12 k.
         key: of the random start; by default a fixed one, so that the same input gives the same numbers.
@@ -204,7 +207,7 @@ def _check_request(tensor: BilinearTensor, directions, basis, k, which, rtol, ma
         raise ValueError(f"directions are rows [U, {tensor.n_out}] for this tensor, got shape {directions.shape}")
     if not len(directions):
         raise ValueError("there are no directions: give at least one row")
-    if not 1 <= k <= pairs:
+    if not hasattr(k, "__index__") or not 1 <= k <= pairs:
         raise ValueError(f"k must lie in 1 ... {pairs} (the number of inputs), got {k}")
     if which not in ENDS:
         raise ValueError(f"which must be one of {', '.join(ENDS)}, got {which!r}")

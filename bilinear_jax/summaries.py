@@ -122,8 +122,7 @@ def pair_summaries(
         >>> bool(np.all(found.mean[found.interference] == 0))
         True
     """
-    if not pairs:
-        raise ValueError("name at least one output feature, with its pairs, such as {7: [(3, 12)]}")
+    check_request(pairs)
     check_tracer(tracer, lm)
     chosen = {feature: checked_pairs(tracer, feature, given) for feature, given in pairs.items()}
     weights = {feature: pair_weights(tracer, feature, some) for feature, some in chosen.items()}
@@ -232,6 +231,12 @@ def _read_with_bias(tracer: Tracer, features: list[int]) -> Float[np.ndarray, "U
         bias = jnp.pad(bias, (0, tracer.tensor.n_in - config.d_model))
         directions = tracer.directions[np.asarray(features, np.int32)]
         return np.asarray(2 * tracer.tensor.matvec(directions, bias) @ tracer.basis, np.float64)
+
+
+def check_request(pairs: Mapping[int, Any]) -> None:
+    """Raises ``ValueError`` unless there are output features, each with its pairs."""
+    if not isinstance(pairs, Mapping) or not pairs:
+        raise ValueError("name at least one output feature, with its pairs, such as {7: [(3, 12)]}")
 
 
 def checked_pairs(tracer: Tracer, feature: int, pairs) -> Int[np.ndarray, "n 2"]:

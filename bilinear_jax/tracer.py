@@ -57,8 +57,8 @@ def mlp_tensor(lm: LanguageModel, layer: int) -> BilinearTensor:
     if not config.bilinear or config.gate is not None:
         kind = f"gated by {config.gate}" if config.bilinear else "plain (bilinear=False)"
         raise ValueError(f"the MLP of this model is {kind}; only an MLP that is bilinear without a gate is a tensor")
-    if not 0 <= layer < config.n_layer:
-        raise ValueError(f"layer must lie in 0 ... {config.n_layer - 1} for this model, got {layer}")
+    if not hasattr(layer, "__index__") or not 0 <= layer < config.n_layer:
+        raise ValueError(f"layer must lie in 0 ... {config.n_layer - 1} for this model, got {layer!r}")
     mlp = {name: weight[layer] for name, weight in lm.params["layers"]["mlp"].items()}
     biases = (mlp.get(name) for name in ("b_l", "b_r", "b_p"))
     return BilinearTensor.from_mlp(mlp["w_l"], mlp["w_r"], mlp["w_p"], *biases)
@@ -266,6 +266,8 @@ class Tracer:
             True
         """
         features = np.unique(self._features(slice(None) if feature is None else feature)[0])
+        if not len(features):
+            raise ValueError("name at least one output feature, or None for all")
         found = top_interactions(self.tensor, self.directions[features], self.basis, n, mesh=mesh)
         return dataclasses.replace(found, out=jnp.asarray(features)[found.out])
 
@@ -342,6 +344,10 @@ def _resolve_sae(argument: str, given, sites: tuple[str, ...], lm: LanguageModel
         sae = given
         _check_site(argument, sae.config.site, sites)
     else:
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(
+                f"{argument} is an SAE or a dict such as {{'site': {sites[-1]!r}, 'k': 20}}, not {given!r}"
+            )
         wanted = {"site": sites[0], **(given or {})}
         unknown = sorted(set(wanted) - {"site", "expansion", "k", "tag"})
         if unknown:

@@ -91,6 +91,8 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
 
     Source: the "logit lens" of a decoder direction, as feature dashboards show it (Bricken et al. 2023).
     """
+    if k < 0:
+        raise ValueError(f"the number of tokens on either side is at least 0, got {k}")
     if not isinstance(feature, Tracer):
         feature = check_feature(sae, feature)
     effects = direct_effects(lm, sae, feature)
@@ -211,17 +213,26 @@ class Visualizer:
         """The ``k`` largest activations of each feature with ``window`` tokens on either side; none of a dead one."""
         if k < 1:
             raise ValueError(f"k is the number of contexts to show, at least 1; got {k}")
+        if window < 0:
+            raise ValueError(f"window is the number of tokens on either side, at least 0; got {window}")
         numbers = list(dict.fromkeys(check_feature(self.sae, feature) for feature in features))
         tops = {feature: self._largest(feature, k) for feature in numbers}
         rows = sorted({row for top in tops.values() for _, row, _ in top})
         if not rows:
             return {feature: [] for feature in numbers}
         codes = row_codes(self.lm, self.sae, self.tokens, rows)
-        found = {}
+        found, others = {}, []
         for feature, top in tops.items():
             activations = dict(zip(rows, feature_codes(codes, feature), strict=True))
-            self._check_same(feature, top, activations)
+            others += self._differences(feature, top, activations)
             found[feature] = [self._context(*one, activations[one[1]], window) for one in top]
+        if others:
+            more = f", and {len(others) - 1} more features likewise" if len(others) > 1 else ""
+            warnings.warn(
+                f"{others[0]}{more}: the stored ones are from other tokens, or another model; pass tokens= to compute "
+                "them anew",
+                stacklevel=2,
+            )
         return found
 
     def _largest(self, feature: int, k: int) -> list[tuple[float, int, int]]:
@@ -233,18 +244,16 @@ class Visualizer:
         columns = (np.asarray(part[place]).tolist() for part in (top.values, top.rows, top.positions))
         return [one for one in zip(*columns, strict=True) if one[1] >= 0][:k]
 
-    def _check_same(self, feature: int, top, activations: dict[int, np.ndarray]) -> None:
-        """Warn where the model gives other activations on these tokens than the ones that are stored."""
+    def _differences(self, feature: int, top, activations: dict[int, np.ndarray]) -> list[str]:
+        """Where the model gives another activation on these tokens than the one that is stored; the first alone."""
         for value, row, position in top:
             found = activations[row][position] if position < len(activations[row]) else 0.0
             if abs(value - found) > 0.05 * abs(top[0][0]):
-                warnings.warn(
+                return [
                     f"feature {feature} of SAE {self.sae.name}: the stored activation at row {row}, position "
-                    f"{position} is {value:.3g}, the model gives {found:.3g}: the stored ones are from other tokens, "
-                    "or another model; pass tokens= to compute them anew",
-                    stacklevel=4,
-                )
-                return
+                    f"{position} is {value:.3g}, the model gives {found:.3g}"
+                ]
+        return []
 
     def _context(self, value: float, row: int, position: int, activations: np.ndarray, window: int) -> Context:
         ids = np.asarray(self.tokens[row])

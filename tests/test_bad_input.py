@@ -1,5 +1,11 @@
 """Mistakes that a user makes with the model that ships: each an error that names the mend, never a wrong number."""
 
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,6 +49,17 @@ def test_the_loss_of_no_tokens_is_not_a_perfect_one(lm):
     assert np.isnan(lm.loss(TOKENS, token_mask=np.zeros(TOKENS.shape)))
 
 
+@pytest.mark.parametrize("value", [0.5, 2, np.nan])
+def test_a_mask_of_weights(lm, tracer, value):
+    mask = np.ones(TOKENS.shape, np.float32)
+    assert lm.loss(TOKENS, token_mask=mask) == lm.loss(TOKENS, token_mask=mask > 0)
+    mask[0, -1] = value
+    with pytest.raises(ValueError, match="weights aren't supported"):
+        lm.loss(TOKENS, token_mask=mask)
+    with pytest.raises(ValueError, match="weights aren't supported"):
+        bj.evaluation.evaluate_sae(lm, tracer.out, TOKENS, mask)
+
+
 @pytest.mark.parametrize("sites", ["mlp_in", ("mlp_in", 2)])
 def test_sites_are_a_list(lm, sites):
     with pytest.raises(ValueError, match="sites are a list"):
@@ -57,8 +74,65 @@ def test_an_sae_itself_is_no_edit(lm, tracer):
 def test_numbers_that_are_none(lm):
     with pytest.raises(ValueError, match="attn_scale must be a finite number"):
         bj.load("ts-nano", attn_scale=float("nan"))
+    with pytest.raises(ValueError, match="finite number in float32, got 1e\\+300"):
+        bj.load("ts-nano", attn_scale=1e300)
     with pytest.raises(ValueError, match="temperature must be 0"):
         lm.generate("Once", temperature=float("nan"))
+    with pytest.raises(ValueError, match=r"seed must lie in 0 \.\.\. 2\^32 - 1, got 4294967296"):
+        lm.generate("Once", seed=2**32)
+
+
+WRONG_TYPES = """
+import jax.numpy as jnp
+import bilinear_jax as bj
+
+lm = bj.load("ts-nano")
+tracer = bj.Tracer(lm, 2)
+for run in (
+    lambda: bj.Tracer(lm, "2"),
+    lambda: bj.Tracer(lm, 2, inp="mlp-in"),
+    lambda: bj.load_sae("ts-nano", layer="2"),
+    lambda: bj.load("ts-nano", compute_dtype="foo"),
+    lambda: tracer.top_eigh(k=2.5),
+    lambda: bj.interventions.ablate_pairs(tracer, lm, lm.encode("a cat"), [(3, 12)]),
+    lambda: bj.attribution.account(tracer, lm, jnp.zeros((1, 0), int), 7),
+):
+    try:
+        run()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_arguments_of_other_types():
+    """In a process of its own: here, the annotations are checked too, and would say it first."""
+    printed = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True, check=True).stdout
+    expected = [
+        "layer must lie in 0 ... 3 for this model, got '2'",
+        "inp is an SAE or a dict such as {'site': 'resid_mid', 'k': 20}, not 'mlp-in'",
+        "layer is a whole number, got '2'",
+        "compute_dtype is a type of floats, such as jnp.bfloat16; got 'foo'",
+        "k must lie in 1 ... 256 (the number of inputs), got 2.5",
+        "name at least one output feature, with its pairs, such as {7: [(3, 12)]}",
+        "rows have at least one token, got tokens of shape (1, 0)",
+    ]
+    assert printed.splitlines() == expected
+
+
+def test_a_model_that_gives_nan(lm, tracer):
+    """It is told by whatever looks at its values, and is still the model that was traced."""
+    broken = dataclasses.replace(lm, params=jax.tree.map(lambda a: a * jnp.nan, lm.params))
+    for run in (
+        lambda: bj.evaluation.mean_loss(broken, TOKENS),
+        lambda: bj.evaluation.evaluate_sae(broken, tracer.out, TOKENS),
+        lambda: bj.activations.top_activations(broken, tracer.out, TOKENS),
+    ):
+        with pytest.raises(ValueError, match=r"not finite in rows 0 \.\.\. 0: check its parameters"):
+            run()
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        broken.generate("Once")
+    found = bj.attribution.account(bj.Tracer(broken, 2, tracer.inp, tracer.out), broken, TOKENS, 7)
+    assert np.isnan(found.preactivation).all()
 
 
 def test_a_submatrix_is_of_one_feature(tracer):

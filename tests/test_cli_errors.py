@@ -1,5 +1,7 @@
 """Each way to use ``bilinear-jax`` wrongly, and each failure, by its exit status and its one line."""
 
+import argparse
+import dataclasses
 import os
 import signal
 
@@ -41,20 +43,30 @@ def failed(words: list, capsys) -> str:
         ("tour --mod ts-nano", "unrecognized arguments: --mod ts-nano"),
         ("generate", "the following arguments are required: --prompt (see bilinear-jax generate --help)"),
         ("generate --prompt a --temperature -1", "--temperature is 0 or more"),
-        ("generate --prompt a --temperature nan", "--temperature is 0 or more"),
+        ("generate --prompt a --temperature nan", "--temperature: 'nan' is no finite number"),
         ("generate --prompt a --max-length 0", "--max-length: '0' is no whole number of at least 1"),
         ("spectra", "required: --layer"),
         ("spectra --layer -1", "--layer: '-1' is no whole number of at least 0"),
         ("spectra --layer two", "--layer: 'two' is no whole number"),
         ("spectra --layer 2 --which both", "choose from"),
-        ("spectra --layer 2 --rtol 1.5", "--rtol lies between 0 and 1"),
-        ("spectra --layer 2 --features top:many", "name features as top:200, 3,17,20-30 or all, not 'top:many'"),
+        ("spectra --layer 2 --rtol 1.5", "--rtol lies between 4e-06 (what float32 can hold) and 1"),
+        ("spectra --layer 2 --rtol 1e-300", "--rtol lies between 4e-06"),
+        ("spectra --layer 2 --features top:many", "name features as 'top:200', '3,17,20-30' or 'all', got 'top:many'"),
+        ("spectra --layer 2 --features top:0", "an N of at least 1, got 'top:0'"),
+        ("spectra --layer 2 --features 3,17,1-4", "output feature 3 is named twice"),
+        ("spectra --layer 2 --features 30-20", "the range 30-20 is empty: write 20-30"),
         ("spectra --layer 2 --features 3,,4", "name features as"),
         ("trace --layer 2", "required: --feature"),
         ("trace --layer 2 --feature -3", "--feature: '-3' is no whole number"),
         ("trace --layer 2 --feature 3 --position 1", "give --text too"),
         ("trace --layer 2 --feature 3 --inp-sae k=20,x=4", "'k=20,x=4' names no SAE: write for instance"),
         ("trace --layer 2 --feature 3 --out-sae k=none", "'none' is no whole number"),
+        ("trace --layer 2 --feature 3 --inp-sae site=foo", "unknown SAE site 'foo'; choose one of"),
+        ("trace --layer 2 --feature 3 --inp-sae tag=", "'tag=' names no SAE"),
+        ("trace --layer 2 --feature 3 --text a --no-use-encoder", "leave out --no-use-encoder"),
+        ("trace --layer 2 --feature 3 --text \udcff", "is not UTF-8"),
+        ("generate --prompt \udcff", "is not UTF-8"),
+        ("generate --prompt a --seed 4294967296", "a seed must lie in 0 ... 2^32 - 1, got 4294967296"),
         ("pages --layer 2", "required: --out"),
         ("pages --layer 2 --out o --bins 0", "bins must be at least 1, got 0"),
         ("eval --attn-scale inf", "--attn-scale: 'inf' is no finite number"),
@@ -82,6 +94,16 @@ def test_wrong_use(words, message, capsys):
         (["spectra", "--layer", 2, "--scope", "nowhere"], "no folder nowhere"),
         (["spectra", "--layer", 2, "--features", "3,1024"], "are 0 ... 1023, got 1024"),
         (["trace", "--layer", 2, "--feature", 1024], "are 0 ... 1023, got 1024"),
+        (["trace", "--layer", 2, "--feature", 3, "--k", 257], "has 256 eigenvalues, --k is 257"),
+        (
+            ["trace", "--layer", 2, "--feature", 3, "--attn-scale", 1e38, "--text", "a cat"],
+            "not finite in rows 0 ... 0",
+        ),
+        (["generate", "--prompt", "a cat", "--attn-scale", 1e38], "the logits are not finite"),
+        (["eval", "--saes", "none", "--attn-scale", 1e38], "not finite in rows 0 ... 15"),
+        (["eval", "--saes", "2-mlp-in-x4-k20", "--attn-scale", 1e38], "not finite in rows 0 ... 15"),
+        (["eval", "--attn-scale", 1e300], "attn_scale must be a finite number in float32, got 1e+300"),
+        (["eval", "--model", ""], "the name of the model is empty"),
         (["eval", "--saes", "3-mlp-in-x4-k20"], "no SAE 3-mlp-in-x4-k20 in ts-nano"),
         (["eval", "--data", "nowhere.txt"], "there is no file nowhere.txt"),
         (["eval", "--data", "nowhere.npy"], "there is no file nowhere.npy"),
@@ -135,8 +157,6 @@ def test_warnings_are_lines_of_their_own(capsys, tmp_path):
 
 
 def test_text_that_fills_rows_and_text_that_does_not(tmp_path):
-    import argparse
-
     from bilinear_jax.language import load
 
     lm = load("ts-nano")
@@ -144,13 +164,27 @@ def test_text_that_fills_rows_and_text_that_does_not(tmp_path):
     options = argparse.Namespace(data=[str(tmp_path / "text.txt")], field="text", model="ts-nano")
     tokens, name = common.load_tokens(options, lm)
     ids = lm.tokenizer(("A dog sat. " * 300).strip())["input_ids"]
-    assert (tokens.tolist(), name) == (
-        [ids[start : start + 256] for start in range(0, len(ids) - 255, 256)],
-        "text.txt",
-    )
+    assert name == "text.txt" and tokens.shape == (5, 256)
+    assert tokens.reshape(-1).tolist() == ids + [lm.config.pad_id] * (5 * 256 - len(ids))
+    assert int(lm.token_mask(tokens).sum()) == len(ids) - 5
+    bare = dataclasses.replace(lm, config=dataclasses.replace(lm.config, pad_id=None))
+    full, name = common.load_tokens(options, bare)
+    assert full.tolist() == tokens[:4].tolist()
+    assert name == f"text.txt (without its last {len(ids) - 4 * 256} tokens, which fill no row)"
     assert common.load_tokens(options, lm, rows=2)[0].shape == (2, 256)
+    assert common.load_tokens(options, bare, rows=2)[1] == "text.txt"
     (tmp_path / "text.txt").write_text("A dog sat.")
     assert common.load_tokens(options, lm)[0].tolist() == lm.encode("A dog sat.").tolist()
+
+
+def test_rows_longer_than_the_context(tmp_path):
+    from bilinear_jax.language import load
+
+    np.save(tmp_path / "tokens.npy", np.arange(600).reshape(2, 300))
+    options = argparse.Namespace(data=[str(tmp_path / "tokens.npy")], field="text", model="ts-nano")
+    tokens, name = common.load_tokens(options, load("ts-nano"))
+    assert tokens[1].tolist() == list(range(300, 556))
+    assert name == "tokens.npy (the first 256 of the 300 tokens of each row)"
 
 
 @pytest.fixture

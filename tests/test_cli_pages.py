@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import tempfile
 
 import pytest
 from published import snapshot
@@ -87,12 +88,15 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_work(above, words, tm
     def fail(*_, **__):
         raise AssertionError("it was computed first")
 
+    def forbidden(*_, **__):
+        raise PermissionError("not here")
+
     monkeypatch.setattr(gather, "gather", fail)
     if above == "file":
         (tmp_path / above).write_text("")
     else:  # the tests may run as root, who may write anywhere
         (tmp_path / above).mkdir()
-        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        monkeypatch.setattr(tempfile, "mkdtemp", forbidden)
     before = snapshot(tmp_path)
     assert main([*words[:-1], str(tmp_path / above / "new" / "site")]) == 1
     assert "no folder that one may write to" in capsys.readouterr().err

@@ -366,6 +366,9 @@ def test_steering_that_is_refused(golden):
             steer(sae, 3, **options)
     with pytest.raises(ValueError, match="to must be finite, got nan"):
         steer(sae, 3, to=float("nan"))
+    for options in ({"add": jnp.ones(3)}, {"to": jnp.ones((4, 1, 2))}, {"add": 1, "where": jnp.ones((3, 1), bool)}):
+        with pytest.raises(ValueError, match=r"has shape \(.*, the tokens \(2, 2\): it must broadcast"):
+            steer(sae, 3, **options)["mlp_out", 1](jnp.ones((2, 2, golden.lm.config.d_model)))
     with pytest.raises(ValueError, match=r"features 0 \.\.\. 127, got 128"):
         steer(sae, 128, add=1.0)
     traced = jax.jit(lambda y, feature, much: steer(sae, feature, add=much)["mlp_out", 1](y))

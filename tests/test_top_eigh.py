@@ -283,6 +283,15 @@ def test_low_default_precision_does_not_reach_it():
     assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
+def test_a_loose_tolerance_is_no_loose_search():
+    """A search that ended early would have seen too little for its bounds to hold."""
+    tensor, _ = gaussian()
+    strict, loose = (spectra.top_eigh(tensor, jnp.eye(12), k=4, rtol=rtol) for rtol in (1e-4, 0.1))
+    np.testing.assert_array_equal(loose.values, strict.values)
+    np.testing.assert_array_equal(loose.bounds, strict.bounds)
+    assert (strict.steps > 0).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -287,7 +287,7 @@ def test_top_interactions_of_nothing_or_too_much(tracer):
         tracer.top_interactions(5, 128)
     with pytest.raises(ValueError, match=r"n must lie in 1 \.\.\. 8256, the pairs i <= j of 128 features for 1 dir"):
         tracer.top_interactions(8257, 0)
-    with pytest.raises(ValueError, match=r"n must lie in 1 \.\.\. 0"):
+    with pytest.raises(ValueError, match=r"name at least one output feature"):
         tracer.top_interactions(1, [])
 
 

@@ -157,6 +157,13 @@ def test_a_feature_out_of_range_is_told(vis, lm, sae):
             logit_effects(lm, sae, feature)
 
 
+def test_windows_and_lists_of_negative_length(vis):
+    with pytest.raises(ValueError, match="window is the number of tokens on either side, at least 0; got -5"):
+        vis.text(NOT, window=-5)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        vis.text(NOT, logits=-1)
+
+
 def test_top_activations_come_from_beside_the_model(lm, sae, tokens, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("bilinear_jax.sources.folder_of", lambda source, files: tmp_path)
     monkeypatch.setattr("bilinear_jax.checkpoint.corpus", lambda source: tokens)

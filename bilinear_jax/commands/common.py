@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bilinear_jax.fields import SEED
+
 SENTENCE = "Once upon a time, there was a cat."
 
 
@@ -124,8 +126,27 @@ def scale_or_auto(text: str) -> float | str:
 
 def features(text: str) -> str:
     """A text of the form that ``pages.options.select_features`` reads, once there are features to choose from."""
-    if not re.fullmatch(r"all|top:\d+|\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise argparse.ArgumentTypeError(f"name features as top:200, 3,17,20-30 or all, not {text!r}")
+    from bilinear_jax.pages.options import parse_features
+
+    try:
+        parse_features(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def seed(text: str) -> int:
+    if not SEED.fits(number := _whole(text, 0)):
+        raise argparse.ArgumentTypeError(f"a seed {SEED.says}, got {text}")
+    return number
+
+
+def unicode(text: str) -> str:
+    """A text that is none, for the terminal or the shell gave bytes that aren't UTF-8, is a wrong use."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from error
     return text
 
 
@@ -136,14 +157,24 @@ def sae_choice(text: str) -> dict[str, Any]:
         >>> sae_choice("site=resid-mid,k=20")
         {'site': 'resid-mid', 'k': 20}
     """
-    kinds = {"site": str, "expansion": positive, "k": positive, "tag": str}
+    kinds = {"site": _site, "expansion": positive, "k": positive, "tag": str}
     choice: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
-        if not equals or name not in kinds or name in choice:
+        if not equals or not value or name not in kinds or name in choice:
             raise argparse.ArgumentTypeError(f"{text!r} names no SAE: write for instance site=resid-mid,k=20")
         choice[name] = kinds[name](value)
     return choice
+
+
+def _site(text: str) -> str:
+    from bilinear_jax.nn.sae import site_name
+
+    try:
+        site_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 # What is loaded
@@ -153,9 +184,14 @@ def load_model(options: argparse.Namespace):
     from bilinear_jax.language import load
 
     lm = load(options.model, attn_scale=options.attn_scale)
+    say_loaded(options, lm)
+    return lm
+
+
+def say_loaded(options: argparse.Namespace, lm) -> None:
+    """What ``--verbose`` asks for."""
     if options.verbose:
         print(described(lm), file=sys.stderr)
-    return lm
 
 
 def described(lm) -> str:
@@ -182,7 +218,8 @@ def load_tracer(options: argparse.Namespace, lm):
 def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> tuple[Any, str]:
     """The token ids ``[rows, seq]`` that ``--data`` stands for, at most so many rows, and a name for them.
 
-    Text is read and encoded as for training, and cut into full rows; a text that doesn't fill one is one shorter row.
+    Text is read and encoded as for training, and cut into rows. The last is filled up with padding; where the model
+    has none, the name says what was left out. It says so too of token ids in rows longer than the context.
     """
     from bilinear_jax.datasets import COLUMN, load_token_rows
 
@@ -193,12 +230,26 @@ def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> tup
     name = ", ".join(source if source.startswith("hub:") else Path(source).name for source in options.data)
     ids = [source.endswith(".npy") or options.field == COLUMN for source in options.data]
     if not any(ids):
-        stream = _tokenized(options, lm, rows)
-        width = min(lm.config.n_ctx, len(stream))
-        return stream[: len(stream) // width * width].reshape(-1, width)[:rows], name
+        return _in_rows(_tokenized(options, lm, rows), lm.config, rows, name)
     if len(ids) > 1:
         raise WrongUse("--data takes one source of token ids, or texts")
-    return load_token_rows(options.data[0], lm.config.n_ctx)[:rows], name
+    found, width = load_token_rows(options.data[0])[:rows], lm.config.n_ctx
+    if found.shape[1] > width:
+        name += f" (the first {width} of the {found.shape[1]} tokens of each row)"
+    return found[:, :width], name
+
+
+def _in_rows(stream, config, rows: int | None, name: str) -> tuple[Any, str]:
+    import numpy as np
+
+    width = min(config.n_ctx, len(stream))
+    over = len(stream) % width
+    if over and (rows is None or len(stream) // width < rows):
+        if config.pad_id is None:
+            stream, name = stream[:-over], f"{name} (without its last {over} tokens, which fill no row)"
+        else:
+            stream = np.pad(stream, (0, width - over), constant_values=config.pad_id)
+    return stream[: len(stream) // width * width].reshape(-1, width)[:rows], name
 
 
 def _tokenized(options: argparse.Namespace, lm, rows: int | None):

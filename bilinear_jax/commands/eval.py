@@ -1,7 +1,6 @@
 """``bilinear-jax eval``: the loss of a language model, and the scores of its SAEs."""
 
 import argparse
-import dataclasses
 import json
 import math
 from typing import Any
@@ -50,24 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from bilinear_jax import evaluation
+    from bilinear_jax.language import load
 
     measured = options.attn_scale == "auto"
-    options.attn_scale = 1.0 if measured else options.attn_scale
-    lm = common.load_model(options)
+    lm = load(options.model, attn_scale=1.0) if measured else common.load_model(options)
     saes = _saes(options)
     tokens, name = common.load_tokens(options, lm, options.rows)
     scores, size = {}, options.batch_size
     scales = {}
     if measured:
         scales = evaluation.attn_scale_losses(lm, tokens, size)
-        lm = dataclasses.replace(
-            lm, config=dataclasses.replace(lm.config, attn_scale=min(scales, key=scales.__getitem__))
-        )
+        lm = load(options.model, attn_scale=min(scales, key=scales.__getitem__))
+        common.say_loaded(options, lm)
     if saes:
         metrics = evaluation.evaluate_saes(lm, saes, tokens, batch_size=size, correlation_ks=options.correlation_ks)
         scores = json.loads(evaluation.to_json(metrics))
         first = next(iter(metrics.values()))
         loss, count = first.loss_clean, first.tokens
+    elif measured:
+        loss, count = min(scales.values()), int(lm.token_mask(tokens).sum())
     else:
         loss, count = evaluation.mean_loss(lm, tokens, size)
     return {
@@ -94,8 +94,9 @@ def _saes(options: argparse.Namespace) -> list[Any]:
 
 
 def text(result: dict[str, Any]) -> str:
+    rows = f"{result['rows']} row{'s' * (result['rows'] != 1)}"
     lines = [
-        f"{result['model']} on {result['rows']} rows of {result['seq']} tokens of {result['data']}",
+        f"{result['model']} on {rows} of {result['seq']} tokens of {result['data']}",
         f"loss: {result['loss']:.4f} nats a token over {result['tokens']:,} tokens, all but position 0 and padding "
         f"(perplexity {math.exp(result['loss']):.2f})",
     ]

@@ -18,13 +18,22 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="give it again for several")
+    parser.add_argument(
+        "--prompt",
+        type=common.unicode,
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="give it again for several",
+    )
     parser.add_argument(
         "--max-length", type=common.positive, default=60, metavar="N", help="new tokens at most (default: 60)"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0: the most likely (default: 1)")
+    parser.add_argument(
+        "--temperature", type=common.scale, default=1.0, metavar="X", help="0: the most likely (default: 1)"
+    )
     parser.add_argument("--top-k", type=common.positive, metavar="N", help="sample among so many of the most likely")
-    parser.add_argument("--seed", type=common.natural, default=0, metavar="N", help="of what is random (default: 0)")
+    parser.add_argument("--seed", type=common.seed, default=0, metavar="N", help="of what is random (default: 0)")
     parser.add_argument("--stop", action="store_true", help="end where the model ends the text")
     common.add_json(parser)
 

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature", type=common.natural, required=True, help="the output feature")
     parser.add_argument("--n", type=common.positive, default=20, help="pairs of input features (default: 20)")
     parser.add_argument("--k", type=common.positive, default=6, help="eigenvalues (default: 6)")
-    parser.add_argument("--text", help="the exact account of the feature at the tokens of this text")
+    parser.add_argument(
+        "--text", type=common.unicode, help="the exact account of the feature at the tokens of this text"
+    )
     parser.add_argument(
         "--position", type=common.natural, help="the token, from 0, that is accounted for (default: the strongest)"
     )
@@ -43,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.text is None and options.position is not None:
         raise common.WrongUse("--position is one of a text: give --text too")
+    if options.text is not None and not options.use_encoder:
+        raise common.WrongUse("--text shows what makes a feature fire, its encoder row: leave out --no-use-encoder")
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
     result = {
@@ -53,6 +57,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "use_encoder": options.use_encoder,
         "feature": options.feature,
     }
+    if options.k > tracer.tensor.n_in:
+        raise ValueError(f"each feature has {tracer.tensor.n_in} eigenvalues, --k is {options.k}: ask for fewer")
     result |= from_weights(tracer, options.feature, options.k, options.n)
     if options.text is not None:
         tokens = lm.encode(options.text)
@@ -92,6 +98,7 @@ def at_tokens(tracer, lm, tokens, feature: int, n: int, position: int | None) ->
     """The account of the pre-activation at each token, and at one of them its parts."""
     import numpy as np
 
+    from bilinear_jax.activations import not_finite
     from bilinear_jax.attribution import account
     from bilinear_jax.rendering import token_label
 
@@ -99,6 +106,8 @@ def at_tokens(tracer, lm, tokens, feature: int, n: int, position: int | None) ->
     site = "mlp_out", tracer.layer
     codes = tracer.out.encode(lm.capture(tokens, [site])[site], sparse=True)
     active = np.where(np.asarray(codes.indices) == feature, codes.values, 0).sum(axis=-1)[0]
+    if not np.isfinite(np.asarray(found.preactivation)).all():
+        raise not_finite(0, 1)
     preactivation, counts = np.asarray(found.preactivation)[0], np.asarray(lm.token_mask(tokens))[0]
     if position is None:
         position = int(np.argmax(np.where(counts | ~counts.any(), preactivation, -np.inf)))

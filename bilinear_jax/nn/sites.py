@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bilinear_jax.nn.transformer import (
@@ -186,9 +188,13 @@ def default_token_mask(tokens: Int[Array, "batch seq"], pad_id: int | None) -> B
 
 
 def check_token_mask(tokens: Any, token_mask: Any) -> None:
-    """Raises ``ValueError`` unless the mask has the shape of the tokens."""
+    """Raises ``ValueError`` unless the mask has the shape of the tokens, and says of each yes or no."""
     if token_mask.shape != tokens.shape:
         raise ValueError(f"token_mask has shape {token_mask.shape}, the tokens {tokens.shape}: they must agree")
+    if token_mask.dtype == bool or isinstance(token_mask, Tracer):
+        return
+    if not np.all((np.asarray(token_mask) == 0) | (np.asarray(token_mask) == 1)):
+        raise ValueError("token_mask says which tokens count, by True and False, or 1 and 0: weights aren't supported")
 
 
 def _resolve(config: TransformerConfig, site: Site) -> tuple[str, range]:

@@ -87,8 +87,8 @@ class TransformerConfig:
         object.__setattr__(self, "normalization", three)
         if self.attn_scale is None:
             object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
-        if not math.isfinite(self.attention_factor):
-            raise ValueError(f"attn_scale must be a finite number, got {self.attn_scale}")
+        if not abs(self.attention_factor) <= float(jnp.finfo(jnp.float32).max):
+            raise ValueError(f"attn_scale must be a finite number in float32, got {self.attn_scale}")
 
     @property
     def d_head(self) -> int:

@@ -1,6 +1,7 @@
 """What a site of feature pages shows, and of which features."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -51,18 +52,32 @@ def select_features(wanted: str, tracer: Tracer) -> list[int]:
         >>> select_features("3,17,20-22", tracer), len(select_features("top:5", tracer))
         ([3, 17, 20, 21, 22], 5)
     """
-    wanted, number = wanted.strip(), tracer.n_features
-    if wanted == "all":
+    number, named = tracer.n_features, parse_features(wanted)
+    if named is None:
         return list(range(number))
+    if isinstance(named, list):
+        if (high := max(some[-1] for some in named)) >= number:
+            raise ValueError(f"output features of {tracer.out.name} are 0 ... {number - 1}, got {high}")
+        return [feature for some in named for feature in some]
+    if named > number:
+        raise ValueError(f"top:N takes an N in 1 ... {number}, the features of {tracer.out.name}, got {wanted!r}")
+    strength = jnp.abs(tracer.top_eigh(k=2).values).sum(axis=1)
+    return jax.lax.top_k(strength, named)[1].tolist()
+
+
+def parse_features(wanted: str) -> int | list[range] | None:
+    """The N of ``"top:N"``, the ranges of ``"3,17,20-30"``, or None for ``"all"``; see ``select_features``."""
+    wanted = wanted.strip()
+    if wanted == "all":
+        return None
     head, colon, count = wanted.partition(":")
     if colon:
         if head != "top" or not count.strip().isdecimal():
             raise _unreadable(wanted)
-        if not 1 <= int(count) <= number:
-            raise ValueError(f"top:N takes an N in 1 ... {number}, the features of {tracer.out.name}, got {wanted!r}")
-        strength = jnp.abs(tracer.top_eigh(k=2).values).sum(axis=1)
-        return jax.lax.top_k(strength, int(count))[1].tolist()
-    features: list[int] = []
+        if int(count) < 1:
+            raise ValueError(f"top:N takes an N of at least 1, got {wanted!r}")
+        return int(count)
+    ranges = []
     for part in wanted.split(","):
         ends = [end.strip() for end in part.split("-")]
         if len(ends) > 2 or not all(end.isdecimal() for end in ends):
@@ -70,10 +85,11 @@ def select_features(wanted: str, tracer: Tracer) -> list[int]:
         low, high = int(ends[0]), int(ends[-1])
         if low > high:
             raise ValueError(f"the range {part.strip()} is empty: write {high}-{low}")
-        if high >= number:
-            raise ValueError(f"output features of {tracer.out.name} are 0 ... {number - 1}, got {high}")
-        features += range(low, high + 1)
-    return checked_features(features, tracer)
+        ranges.append(range(low, high + 1))
+    for before, after in itertools.pairwise(sorted(ranges, key=lambda some: some[0])):
+        if after[0] in before:
+            raise ValueError(f"output feature {after[0]} is named twice: name each once")
+    return ranges
 
 
 def checked_features(features: list[int], tracer: Tracer) -> list[int]:
@@ -85,7 +101,7 @@ def checked_features(features: list[int], tracer: Tracer) -> list[int]:
         if not 0 <= feature < number:
             raise ValueError(f"output features of {tracer.out.name} are 0 ... {number - 1}, got {feature}")
         if feature in seen:
-            raise ValueError(f"output feature {feature} is named twice: each has one page")
+            raise ValueError(f"output feature {feature} is named twice: name each once")
         seen.add(feature)
     return list(features)
 

@@ -50,7 +50,7 @@ def spectra(tracer: Tracer, features: list[int], options: PageOptions) -> dict[i
             some = features[start : start + FEATURES_AT_ONCE]
             # The last batch is filled up with its last feature, so that there is one shape to compile for.
             padded = np.pad(some, (0, min(FEATURES_AT_ONCE, len(features)) - len(some)), mode="edge")
-            top = tracer.top_eigh(k, padded, exact=len(features) == 1)  # one: decomposed before a search is compiled
+            top = tracer.top_eigh(k, padded, exact=True)  # effective rank takes all eigenvalues anyway
             with one_blas_thread():
                 ranks, norms, projected = jax.device_get(_sizes(tracer.q(padded), gram))
             with jax.default_matmul_precision("highest"):
