@@ -16,10 +16,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
-import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,15 +29,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 import weights_convert
+from bilinear_jax.folders import atomic_folder, read_json
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.sources import builtin_names, find_sae, folder_of, list_saes, load_tokenizer, sae_folder, sae_names
 
 __all__ = [
     "ModelFiles",
-    "atomic_folder",
     "builtin_names",
-    "check_place",
     "copy_tokenizer",
     "corpus",
     "folder_of",
@@ -82,7 +78,7 @@ def load_model(source: str | Path, *, attn_scale: float | int | None = None) -> 
         ValueError: for a checkpoint that is damaged, of a newer format, or in disagreement with its config.
     """
     folder = folder_of(source)
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if raw is None or "format" not in raw:
         if raw is None and weights_convert.sae_folders(folder):
             raise FileNotFoundError(f"{source} holds SAEs and no model: load the model that they belong to, or one SAE")
@@ -127,7 +123,7 @@ def load_sae(
         'mlp_in'
     """
     folder = sae_folder(source, find_sae(source, site_name(site), layer, expansion, k, tag))
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if raw is not None and "format" in raw:
         config = SAEConfig(**_own_config(folder, raw, SAE_FORMAT, SAEConfig))
         return SAE(_restore(folder, raw, _abstract_sae(config)), config, str(source))
@@ -189,57 +185,6 @@ def corpus(source: str | Path) -> np.ndarray:
     if tokens.ndim != 2 or tokens.dtype != np.uint16:
         raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected uint16 [rows, n_ctx]")
     return tokens
-
-
-def check_place(path: str | Path, *, force: bool = False, record: str = "config.json") -> Path:
-    """Where ``atomic_folder`` would write, absolute; raises ``OSError`` if it can be seen that it couldn't."""
-    path = Path(path).expanduser().resolve()
-    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if occupied and not force:
-        raise FileExistsError(f"{path} exists: name another folder, or replace it with force (--force)")
-    if occupied and "format" not in (_read_json(path / record) or {}):
-        raise FileExistsError(
-            f"{path} holds no {record} of this library, so it is something else and not even force replaces it: move "
-            "it away"
-        )
-    above = next(folder for folder in path.parents if folder.exists())
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".bilinear-jax-", dir=above))
-    except OSError as error:
-        raise OSError(
-            f"{path} can't be written: {above} is no folder that one may write to. Name another place"
-        ) from error
-    return path
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path, *, force: bool = False, record: str = "config.json") -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place once the block has ended without an error.
-
-    A killed process leaves nothing at ``path`` but what was there before (and the hidden temporary folder, named
-    ``.<name>.partial-...``, which can be deleted). With ``force``, an older folder of the same kind, known by the
-    ``format`` in its ``record``, is moved aside when the new one is whole, and deleted when that is in its place.
-    """
-    path = check_place(path, force=force, record=record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    partial, old = path.with_name(f".{path.name}.partial-{mark}"), path.with_name(f".{path.name}.old-{mark}")
-    partial.mkdir()
-    try:
-        yield partial
-        if not path.exists():
-            os.replace(partial, path)
-            return
-        os.replace(path, old)
-        try:
-            os.replace(partial, path)
-        except BaseException:
-            os.replace(old, path)
-            raise
-        shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Origin, dtype: Any) -> None:
@@ -409,14 +354,3 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): convert or download it again") from error
-    return value if isinstance(value, dict) else None

@@ -50,13 +50,13 @@ def convert(
 ) -> list[str]:
     """Write the Orbax checkpoint of a published model, with the SAEs of ``scope``; returns their names.
 
-    ``out`` appears when it is whole: see ``bilinear_jax.checkpoint.atomic_folder``.
+    ``out`` appears when it is whole: see ``bilinear_jax.folders.atomic_folder``.
     """
     import jax
     import jax.numpy as jnp
 
     import weights_convert
-    from bilinear_jax import checkpoint, sources
+    from bilinear_jax import checkpoint, folders, sources
     from bilinear_jax.nn.sae import SAE, SAEConfig
 
     if force and scope is None and (Path(out) / "scope").is_dir():
@@ -64,7 +64,7 @@ def convert(
     names = [] if scope is None else sources.sae_names(scope)
     if scope is not None and not names:
         raise FileNotFoundError(f"{scope} holds no SAEs: give --scope the folder or the hub name that does")
-    with checkpoint.atomic_folder(out, force=force) as partial:
+    with folders.atomic_folder(out, force=force) as partial:
         config = _convert_model(source, partial, attn_scale)
         for sae_name in names:
             sae_folder = sources.sae_folder(str(scope), sae_name)

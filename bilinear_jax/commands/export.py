@@ -59,26 +59,26 @@ def export(
     import numpy as np
 
     import weights_convert
-    from bilinear_jax import checkpoint
+    from bilinear_jax import checkpoint, folders
 
     out = Path(out).expanduser()
     places = [out] if scope is None else [out, out.with_name(f"{out.name}-scope")]
     for place in places:
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
             raise FileExistsError(f"{place} exists: name another OUT, or move it away")
-        checkpoint.check_place(place)
+        folders.check_place(place)
     files = checkpoint.load_model(source, attn_scale=attn_scale)
     named = [] if scope is None else checkpoint.list_saes(scope)
     if scope is not None and not named:
         raise FileNotFoundError(f"{scope} holds no SAEs: give --scope the folder or the hub name that does")
     names = []
-    with checkpoint.atomic_folder(out) as partial:
+    with folders.atomic_folder(out) as partial:
         config = dataclasses.asdict(files.config)
         weights_convert.write_transformer(partial, config, jax.tree.map(np.asarray, files.params), repo=repo)
         if files.tokenizer_source is not None:
             checkpoint.copy_tokenizer(Path(files.tokenizer_source), partial)
         if scope is not None:
-            with checkpoint.atomic_folder(places[1]) as partial_scope:
+            with folders.atomic_folder(places[1]) as partial_scope:
                 for name in named:
                     sae = checkpoint.load_sae(scope, **name._asdict())
                     (partial_scope / sae.name).mkdir()

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         shown = PageOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PageOptions)})
     except ValueError as error:
         raise common.WrongUse(str(error)) from error
-    from bilinear_jax.checkpoint import check_place
+    from bilinear_jax.folders import check_place
     from bilinear_jax.pages import gather, neuronpedia, site
 
     check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work, rather than after

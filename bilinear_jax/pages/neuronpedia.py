@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bilinear_jax.activations import check_feature
-from bilinear_jax.checkpoint import atomic_folder
+from bilinear_jax.folders import atomic_folder
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.pages.activity import significant

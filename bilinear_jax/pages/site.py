@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bilinear_jax import checkpoint
+from bilinear_jax.folders import atomic_folder
 from bilinear_jax.pages import render
 from bilinear_jax.pages.facts import Site
 
@@ -47,7 +47,7 @@ def write_site(site: Site, out: Path | str, *, force: bool = False) -> Path:
     from tqdm.auto import tqdm
 
     out = Path(out).expanduser().resolve()
-    with checkpoint.atomic_folder(out, force=force, record=RECORD) as folder:
+    with atomic_folder(out, force=force, record=RECORD) as folder:
         for name in ("output", "input", "data", "static"):
             (folder / name).mkdir()
         _write(folder / "static" / "style.css", render.style("parts.css", "style.css"))

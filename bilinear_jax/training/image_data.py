@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bilinear_jax.checkpoint import atomic_folder
+from bilinear_jax.folders import atomic_folder
 
 FOLDER_VARIABLE = "BILINEAR_JAX_DATA"
 """The environment variable that names the folder in which datasets are looked for, and to which they are downloaded."""

@@ -1,5 +1,7 @@
 """A small training run, for tests that stop it in all sorts of ways; they run it in processes of its own."""
 
+import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -109,3 +111,22 @@ def train_saes_on_a_model(directory: Path) -> None:
     train_saes(
         LanguageModel(params, config), [SAEConfig("mlp_in", 0, 8, 2, 2)], recipe, tokens, directory, save_every=4
     )
+
+
+# What is in a run's folder
+
+
+def checkpoints(directory: Path) -> set[str]:
+    """Names of the checkpoints, and of those being written."""
+    there = directory / "checkpoints"
+    return set(os.listdir(there)) if there.exists() else set()
+
+
+def complete(directory: Path) -> set[str]:
+    return {name for name in checkpoints(directory) if name.isdigit()}
+
+
+def metrics(directory: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
