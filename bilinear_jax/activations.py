@@ -221,8 +221,10 @@ def check_feature(sae: SAE, feature) -> int:
 
 
 @jax.jit
-def _sparse_codes(lm: LanguageModel, sae: SAE, tokens: Int[Array, "batch seq"]) -> SparseCodes:
-    return sae.encode(site_values(lm, [sae], tokens)[0], sparse=True)
+def _sparse_codes(lm: LanguageModel, sae: SAE, tokens: Int[Array, "batch seq"]):
+    """The codes, and whether what they are of is finite."""
+    x = site_values(lm, [sae], tokens)[0]
+    return sae.encode(x, sparse=True), jnp.isfinite(x).all()
 
 
 def row_codes(lm: LanguageModel, sae: SAE, tokens, rows, batch_size: int = 8) -> SparseCodes:
@@ -232,7 +234,7 @@ def row_codes(lm: LanguageModel, sae: SAE, tokens, rows, batch_size: int = 8) ->
         ``SparseCodes`` ``[len(rows), seq, k]``.
 
     Raises:
-        ValueError: for a row that the dataset doesn't have.
+        ValueError: for a row that the dataset doesn't have, or a model that gives values that are not finite.
     """
     rows = np.asarray(rows)
     outside = rows[(rows < 0) | (rows >= len(tokens))]
@@ -242,7 +244,12 @@ def row_codes(lm: LanguageModel, sae: SAE, tokens, rows, batch_size: int = 8) ->
             "computed on"
         )
     chosen = np.stack([tokens[row] for row in rows])
-    parts = [_sparse_codes(lm, sae, batch) for _, batch, _ in token_batches(lm, chosen, None, batch_size)]
+    parts = []
+    for start, batch, _ in token_batches(lm, chosen, None, batch_size):
+        codes, finite = _sparse_codes(lm, sae, batch)
+        if not finite:
+            raise not_finite(start, min(batch_size, len(rows) - start))
+        parts.append(codes)
     return jax.tree.map(lambda *part: jnp.concatenate(part)[: len(rows)], *parts)
 
 

@@ -126,6 +126,7 @@ def test_a_model_that_gives_nan(lm, tracer):
         lambda: bj.evaluation.mean_loss(broken, TOKENS),
         lambda: bj.evaluation.evaluate_sae(broken, tracer.out, TOKENS),
         lambda: bj.activations.top_activations(broken, tracer.out, TOKENS),
+        lambda: bj.activations.row_codes(broken, tracer.out, TOKENS, [0]),
     ):
         with pytest.raises(ValueError, match=r"not finite in rows 0 \.\.\. 0: check its parameters"):
             run()
