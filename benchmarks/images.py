@@ -17,7 +17,8 @@ import numpy as np
 from measure import best_of, case, report
 
 from bilinear_jax.nn.image import ImageConfig, unit_range
-from bilinear_jax.training.images import ImageRecipe, image_state, image_update, pixel_noise
+from bilinear_jax.training.images import ImageRecipe, image_state, image_update
+from bilinear_jax.training.noise import pixel_noise
 
 CONFIG = ImageConfig()
 RECIPES = [ImageRecipe(seed=seed) for seed in range(5)]

@@ -9,6 +9,7 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -50,23 +51,25 @@ class ImageClassifier(nn.Module):
     """
 
     config: ImageConfig
+    linear: Callable[..., Array] = linear  # how x, a weight and a bias make weight x + bias
 
     def setup(self):
         c = self.config
         self.w_e = self.param("w_e", _uniform(c.n_inputs), (c.d_hidden, c.n_inputs))
-        self.layers = _Layers(c)
+        self.layers = _Layers(c, self.linear)
         self.w_u = self.param("w_u", _uniform(c.d_hidden), (c.n_classes, c.d_hidden))
 
     def __call__(self, x: Float[Array, "*batch n_inputs"]) -> Float[Array, "*batch n_classes"]:
         if x.shape[-1] != self.config.n_inputs:
             raise ValueError(f"images must have {self.config.n_inputs} pixels in one axis, got shape {x.shape}")
-        return linear(self.layers(linear(x, self.w_e)), self.w_u)
+        return self.linear(self.layers(self.linear(x, self.w_e)), self.w_u)
 
 
 class _Layers(nn.Module):
     """All bilinear layers, their parameters stacked."""
 
     config: ImageConfig
+    linear: Callable[..., Array]
 
     @nn.compact
     def __call__(self, h: Float[Array, "*batch d_hidden"]) -> Float[Array, "*batch d_hidden"]:
@@ -76,7 +79,7 @@ class _Layers(nn.Module):
         if c.bias:
             b_l, b_r = (self.param(n, _uniform(c.d_hidden), (c.n_layer, c.d_hidden)) for n in ("b_l", "b_r"))
         for n in range(c.n_layer):
-            product = linear(h, w_l[n], b_l[n]) * linear(h, w_r[n], b_r[n])
+            product = self.linear(h, w_l[n], b_l[n]) * self.linear(h, w_r[n], b_r[n])
             h = h + product if c.residual else product
         return h
 

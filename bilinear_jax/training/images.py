@@ -9,7 +9,6 @@ appendix on training.
 
 import dataclasses
 import functools
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig, unit_range
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
+from bilinear_jax.training.noise import pixel_noise
 
 TOGETHER = ("epochs", "batch_size")
 """Fields of a recipe that models which are trained at once have in common."""
@@ -131,7 +131,7 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
     for name in TOGETHER:
         if len({getattr(recipe, name) for recipe in recipes}) > 1:
             raise ValueError(f"models that are trained at once have one {name}; train the others by another call")
-    first, module = recipes[0], ImageClassifier(config)
+    first, module = recipes[0], ImageClassifier(config, linear=_linear)
     each = {n: jnp.asarray([getattr(r, n) for r in recipes], jnp.float32) for n in ("lr", "weight_decay", "noise")}
     keys = jnp.stack([jax.random.fold_in(jax.random.key(recipe.seed), 1) for recipe in recipes])
 
@@ -171,23 +171,6 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
     return update
 
 
-def pixel_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Standard normal numbers of 16 random bits each: any of 65,536 equally likely quantiles, the largest at 4.3.
-
-    Half the random bits of ``jax.random.normal`` and two thirds of its time, in which noise would be a third of a
-    step's. The variance is 1 to 1e-4.
-
-    Example:
-        >>> x = pixel_noise(jax.random.key(0), (200, 301))
-        >>> x.shape, round(float(x.std()), 2), round(float((x**4).mean()), 1)
-        ((200, 301), 1.0, 3.0)
-    """
-    size = math.prod(shape)
-    bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
-    quantiles = jnp.concatenate([bits & 0xFFFF, bits >> 16])[:size].astype(jnp.float32).reshape(shape)
-    return math.sqrt(2) * jax.lax.erf_inv((quantiles - 32767.5) / 32768)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> Float[Array, ""]:
     """The share of images whose largest logit is that of their label."""
@@ -211,6 +194,27 @@ def check_images(config: ImageConfig, images: Any, labels: Any) -> tuple[np.ndar
             raise ValueError(f"pixels must lie in 0 ... 1, got {images.min():g} ... {images.max():g}: divide them")
         images = images.astype(np.float32)
     return images, labels.astype(np.int32)
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "... inp"], weight: Float[Array, "out inp"]) -> Float[Array, "... out"]:
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _product_backward(saved, dy):
+    """The weight's gradient as a product of two row-major matrices: on a CPU, a sixth faster than of columns."""
+    x, weight = saved
+    columns = jax.lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]).T)
+    return dy @ weight, columns @ x.reshape(-1, x.shape[-1])
+
+
+_product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_backward)
+
+
+def _linear(x, weight, bias=None):
+    """``nn.transformer.linear``, for training alone: it has gradients, and no other derivatives."""
+    y = _product(x, weight)
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
 def _optimizer() -> optax.GradientTransformation:

@@ -11,6 +11,7 @@ import pytest
 
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
 from bilinear_jax.training.images import ImageRecipe, accuracy, image_state, image_update, train_images
+from bilinear_jax.training.noise import random_words
 
 CONFIG = ImageConfig(n_inputs=6, d_hidden=8, n_classes=3)
 RECIPE = ImageRecipe(epochs=3, batch_size=16, noise=0.3, weight_decay=0.5, lr=0.01)
@@ -32,17 +33,18 @@ def test_many_at_once_end_as_each_alone():
     assert min(jax.tree.leaves(different)) > 1e-3
 
 
-def test_a_step_is_that_of_adamw_at_the_rate_of_its_epoch():
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, n_layer=2, bias=True, residual=True)])
+def test_a_step_is_that_of_adamw_at_the_rate_of_its_epoch(config):
     """One batch an epoch, without noise, so that order doesn't matter."""
     images, labels = data(16)
     recipe = dataclasses.replace(RECIPE, noise=0.0, epochs=4)
-    params = jax.tree.map(lambda leaf: leaf[0], image_state(CONFIG, [recipe]).params)
-    got = train_images(CONFIG, recipe, images, labels)
+    params = jax.tree.map(lambda leaf: leaf[0], image_state(config, [recipe]).params)
+    got = train_images(config, recipe, images, labels)
     optimizer = optax.adamw(lambda epoch: 0.01 * (1 + jnp.cos(jnp.pi * epoch / 4)) / 2, weight_decay=0.5)
     state = optimizer.init(params)
 
     def loss(params):
-        logits = ImageClassifier(CONFIG).apply({"params": params}, jnp.asarray(images))
+        logits = ImageClassifier(config).apply({"params": params}, jnp.asarray(images))
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(16), labels])
 
     for _ in range(4):
@@ -50,6 +52,12 @@ def test_a_step_is_that_of_adamw_at_the_rate_of_its_epoch():
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, params)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_random_words_are_those_of_jax(size):
+    for key in (jax.random.key(0), jax.random.fold_in(jax.random.key(2**32 - 1), 5), jax.random.key(3, impl="rbg")):
+        np.testing.assert_array_equal(random_words(key, size), jax.random.bits(key, (size,)))
 
 
 def test_noise_is_that_of_every_pixel():
