@@ -13,7 +13,7 @@ and judged on other rows of the corpus, by medians over the output features:
     fires still of the tokens at which the feature fires, those at which it does with these pairs taken away
     fires alone and those at which it does with everything taken away but them
 
-The last line has these numbers as JSON. It takes about ten minutes on 2 cores.
+The last line has these numbers as JSON. It takes half an hour on 2 cores.
 
     python benchmarks/pairs.py [output features, 32 by default] [rows, 64 by default]
 """
