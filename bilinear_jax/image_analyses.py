@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from bilinear_jax.images import image_tensor, pixel_eigenvectors
-from bilinear_jax.nn.image import ImageClassifier, ImageConfig, unit_range
+from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, unit_range
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.spectra import effective_rank
 
@@ -58,8 +58,7 @@ def truncated_accuracy(
     if not len(ks) or not all(1 <= k <= config.d_hidden for k in ks):
         raise ValueError(f"each k must lie in 1 ... {config.d_hidden} (the eigenvalues of a class), got {list(ks)}")
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    if not len(images) or labels.shape != images.shape[:1]:
-        raise ValueError(f"images must be at least one, with a label each; got {images.shape} and {labels.shape}")
+    check_labelled(config, images, labels)
     return _truncated_accuracy(config, tuple(map(int, ks)), params, images, labels)
 
 
@@ -107,7 +106,7 @@ def most_positive(config: ImageConfig, params: PyTree, k: int = 1) -> Float[Arra
 
 
 def eigenvector_similarity(
-    first: Float[Array, "models classes n_inputs"], second: Float[Array, "others classes n_inputs"] | None = None
+    first: Float[Array, "models classes n_inputs"], second: Array | None = None
 ) -> Float[Array, " classes"]:
     """The mean |cosine| of each class's eigenvectors over all pairs of different models.
 
@@ -116,10 +115,10 @@ def eigenvector_similarity(
 
     Args:
         first: one image a class of every model, such as ``most_positive(config, params)[:, 0]``.
-        second: the same of other models.
+        second: the same of other models, ``[others, classes, n_inputs]``.
 
     Raises:
-        ValueError: if there is no pair.
+        ValueError: if there is no pair, or if classes or pixels don't agree.
 
     Example:
         >>> a = jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 2.0]]])  # three models of one class
@@ -130,6 +129,8 @@ def eigenvector_similarity(
     pairs = len(first) * (len(first) - 1) if second is None else len(first) * len(other)
     if not pairs:
         raise ValueError(f"there is no pair among {len(first)} models{'' if second is None else ' and the others'}")
+    if first.shape[1:] != other.shape[1:]:
+        raise ValueError(f"images of both must agree in classes and pixels, got {first.shape} and {other.shape}")
     first, other = (images / jnp.linalg.norm(images, axis=-1, keepdims=True) for images in (first, other))
     with jax.default_matmul_precision("highest"):
         cosines = jnp.abs(jnp.einsum("mcp,ncp->mnc", first, other))
@@ -232,18 +233,22 @@ def adversarial_masks(
         The masks, of the most positive eigenvector first.
 
     Raises:
-        ValueError: for a larger k, a class without images, more than one layer, or biases.
+        ValueError: for a larger k, a class without images, images, labels or pixels of another shape, more than one
+            layer, or biases.
     """
     if not 1 <= k * config.n_classes <= config.d_hidden:
         raise ValueError(
             f"{config.n_classes} classes of {k} eigenvectors can't be told apart in {config.d_hidden} dimensions: "
             f"k must lie in 1 ... {config.d_hidden // config.n_classes}"
         )
-    labels = np.asarray(labels)
+    images, labels = jnp.asarray(images), np.asarray(labels)
+    check_labelled(config, images, labels)
+    if pixels is not None and np.shape(pixels) != (config.n_inputs,):
+        raise ValueError(f"pixels must be [{config.n_inputs}] booleans, got shape {np.shape(pixels)}")
     missing = sorted(set(range(config.n_classes)) - set(labels.tolist()))
     if missing:
         raise ValueError(f"the signs of masks need images of all classes; there are none of {missing}")
-    images = unit_range(jnp.asarray(images))
+    images = unit_range(images)
     means = jnp.stack([images[labels == c].mean(axis=0) for c in range(config.n_classes)])
     vectors = pixel_eigenvectors(config, params)[0].vectors[:, :, : -k - 1 : -1]  # [classes, d_hidden, k]
     with jax.default_matmul_precision("highest"):
@@ -296,7 +301,11 @@ def masked_accuracy(
     config: ImageConfig, params: PyTree, masks: Float[Array, "*masks n_inputs"], images: Any, labels: Any
 ) -> Float[Array, "*masks"]:
     """The accuracy with each mask added to all images, as it is: pixels may leave 0 ... 1. For any classifier."""
-    x = unit_range(jnp.asarray(images))
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    check_labelled(config, images, labels)
+    if masks.shape[-1] != config.n_inputs:
+        raise ValueError(f"masks must have {config.n_inputs} pixels in their last axis, got shape {masks.shape}")
+    x = unit_range(images)
 
     def one(mask):
         logits = run_module(ImageClassifier(config), params, x + mask[None])

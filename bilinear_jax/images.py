@@ -54,7 +54,8 @@ def image_tensor(
             has one more input, the last one, which is always 1 (``tensor.with_constant``), as it has with biases.
 
     Raises:
-        ValueError: for an unknown basis, pixels of another layer than the first, ``residual`` where the model has none.
+        ValueError: for an unknown basis, pixels of another layer than the first, ``residual`` where the model has none,
+            params of another config.
         IndexError: if there is no such layer.
 
     Example:
@@ -75,6 +76,11 @@ def image_tensor(
         raise ValueError(f"layer {layer} is of a higher degree than 2 in the pixels: take basis='hidden', or layer 0")
     if residual and not config.residual:
         raise ValueError("this model has no residual: leave residual out")
+    sizes = [tuple(params[name].shape) for name in ("w_e", "w_u")]
+    if sizes != [(config.d_hidden, config.n_inputs), (config.n_classes, config.d_hidden)]:
+        raise ValueError(
+            f"w_e and w_u have shapes {sizes}, which are not those of {config}: give the params' own config"
+        )
     part = {name: weight[layer] for name, weight in params["layers"].items()}
     left, right = part["w_l"], part["w_r"]
     b_left, b_right = part.get("b_l"), part.get("b_r")

@@ -79,8 +79,9 @@ def _expectation(a: BilinearTensor, b: BilinearTensor) -> Float[Array, ""]:
 
 
 def _normalised(product, a: BilinearTensor, b: BilinearTensor) -> Float[Array, ""]:
-    squares = product(a, a) * product(b, b)
-    return jnp.where(squares > 0, product(a, b) / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    squares = jnp.stack([product(a, a), product(b, b)])
+    nothing = jnp.any(squares <= 0)  # not where one is nan, which the result then is too
+    return jnp.where(nothing, 0, product(a, b) / jnp.prod(jnp.sqrt(jnp.where(nothing, 1, squares))))
 
 
 def _check_alike(a: BilinearTensor, b: BilinearTensor) -> None:

@@ -308,5 +308,5 @@ def _outlying(x: Float[Array, "*batch n"], factor: float) -> Float[Array, "*batc
 
 def _ratio(numerator: Float[Array, "*batch"], denominator: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """numerator / denominator, and 0, with gradient 0, where the denominator is 0."""
-    positive = denominator > 0
-    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+    nothing = denominator <= 0  # not where it is nan, which the result then is too
+    return jnp.where(nothing, 0, numerator / jnp.where(nothing, 1, denominator))

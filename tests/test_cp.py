@@ -52,6 +52,16 @@ def test_similarities_of_nothing_and_of_what_doesn_t_fit():
         inner_product(a, made(1, 3, outputs=3))
 
 
+@pytest.mark.parametrize("measure", [cosine_similarity, functional_similarity])
+@pytest.mark.parametrize("scale", [1e-7, 1e7])
+def test_similarities_don_t_depend_on_size_and_pass_nan_on(measure, scale):
+    """The product of two squared norms would leave the range of float32."""
+    a, b = made(0, 5), made(1, 5)
+    scaled = [BilinearTensor(tensor.left * scale, tensor.right * scale, tensor.down) for tensor in (a, b)]
+    np.testing.assert_allclose(measure(*scaled), measure(a, b), rtol=1e-5)
+    assert np.isnan(measure(a, BilinearTensor(b.left * jnp.nan, b.right, b.down)))
+
+
 def test_the_golden_case():
     """A CP model of rank 7 of the image model's tensor in pixels."""
     from safetensors.numpy import load_file

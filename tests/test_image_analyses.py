@@ -10,6 +10,7 @@ import pytest
 from bilinear_jax import image_analyses as analyses
 from bilinear_jax.images import pixel_eigenvectors
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
+from bilinear_jax.training.images import accuracy
 
 
 def made(residual=False, n_inputs=9, d_hidden=7, n_classes=3):
@@ -147,8 +148,22 @@ def test_what_is_refused():
     for ks in ([], [0], [8]):
         with pytest.raises(ValueError, match=r"each k must lie in 1 \.\.\. 7"):
             analyses.truncated_accuracy(config, params, images, labels, ks)
-    with pytest.raises(ValueError, match=r"with a label each; got \(41, 9\) and \(40,\)"):
-        analyses.truncated_accuracy(config, params, images, labels[1:], [1])
+    masks = analyses.adversarial_masks(config, params, images, labels, k=1)[:, 0]
+    for some, few in ((images, labels[1:]), (images[:, 1:], labels), (images[:0], labels[:0])):
+        for run in (
+            lambda *data: analyses.truncated_accuracy(config, params, *data, [1]),
+            lambda *data: analyses.adversarial_masks(config, params, *data, k=1),
+            lambda *data: analyses.masked_accuracy(config, params, masks, *data),
+            lambda *data: accuracy(config, params, *data),
+        ):
+            with pytest.raises(ValueError, match=r"images must be \[n, 9\], one at least, and labels \[n\]; got \("):
+                run(some, few)
+    with pytest.raises(ValueError, match=r"pixels must be \[9\] booleans, got shape \(4,\)"):
+        analyses.adversarial_masks(config, params, images, labels, k=1, pixels=np.ones(4, bool))
+    with pytest.raises(ValueError, match="masks must have 9 pixels"):
+        analyses.masked_accuracy(config, params, masks[:, 1:], images, labels)
+    with pytest.raises(ValueError, match="must agree in classes and pixels"):
+        analyses.eigenvector_similarity(jnp.ones((2, 3, 9)), jnp.ones((2, 3, 8)))
     with pytest.raises(ValueError, match=r"k must lie in 1 \.\.\. 2"):
         analyses.adversarial_masks(config, params, images, labels, k=3)
     with pytest.raises(ValueError, match=r"there are none of \[2\]"):

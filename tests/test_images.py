@@ -1,5 +1,6 @@
 """Image classifiers: the golden case, tensors of every kind of model against the model itself."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -78,6 +79,8 @@ def test_what_is_refused():
         image_tensor(config, params, 2)
     with pytest.raises(ValueError, match="has no residual"):
         image_tensor(config, params, residual=True)
+    with pytest.raises(ValueError, match=r"w_e and w_u have shapes .* give the params' own config"):
+        image_tensor(dataclasses.replace(config, n_inputs=config.n_inputs + 1), params)
     with pytest.raises(ValueError, match="basis is one of 'hidden', 'pixels'"):
         image_tensor(config, params, 0, "pixel")
     with pytest.raises(ValueError, match="one bilinear layer without biases"):

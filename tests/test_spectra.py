@@ -78,8 +78,9 @@ def test_effective_rank_counts_equal_eigenvalues(rank, scale, seed):
     np.testing.assert_allclose(spectra.effective_rank(q), rank, rtol=1e-4)
 
 
-def test_summaries_of_zero_and_of_one_entry_are_numbers():
+def test_summaries_of_zero_of_one_entry_and_of_nan():
     zero, one = jnp.zeros((1, 3, 3)), jnp.full((1, 1, 1), 2.0)
+    assert np.isnan(spectra.effective_rank(zero * jnp.nan))
     assert spectra.effective_rank(zero) == 0 and spectra.kurtosis(zero) == 0 and not spectra.outliers(zero).any()
     assert spectra.effective_rank(one) == 1 and spectra.kurtosis(one) == 0 and not spectra.outliers(one).any()
     assert not jax.grad(lambda q: spectra.effective_rank(q)[0])(zero).any()

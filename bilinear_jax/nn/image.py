@@ -10,6 +10,7 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -82,6 +83,14 @@ class _Layers(nn.Module):
             product = self.linear(h, w_l[n], b_l[n]) * self.linear(h, w_r[n], b_r[n])
             h = h + product if c.residual else product
         return h
+
+
+def check_labelled(config: ImageConfig, images: Any, labels: Any) -> None:
+    """Raises ``ValueError`` unless images are ``[n, n_inputs]``, with n at least 1, and labels ``[n]``."""
+    if images.ndim != 2 or images.shape[1] != config.n_inputs or not len(images) or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"images must be [n, {config.n_inputs}], one at least, and labels [n]; got {images.shape}, {labels.shape}"
+        )
 
 
 def unit_range(images: Array) -> Float[Array, "..."]:

@@ -20,7 +20,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from bilinear_jax.nn.image import ImageClassifier, ImageConfig, unit_range
+from bilinear_jax.fields import SEED, check_fields
+from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, unit_range
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
 from bilinear_jax.training.noise import pixel_noise
@@ -44,6 +45,7 @@ class ImageRecipe:
         for name in TOGETHER:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, SEED, "seed")
         for name in ("lr", "weight_decay", "noise"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -174,7 +176,9 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
 @functools.partial(jax.jit, static_argnums=0)
 def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> Float[Array, ""]:
     """The share of images whose largest logit is that of their label."""
-    logits = run_module(ImageClassifier(config), params, unit_range(jnp.asarray(images)))
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    check_labelled(config, images, labels)
+    logits = run_module(ImageClassifier(config), params, unit_range(images))
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 

@@ -111,6 +111,9 @@ def test_what_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             train_images(CONFIG, RECIPE, *wrong)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"seed must lie in 0 \.\.\. 2\^32 - 1, got {seed}"):
+            ImageRecipe(seed=seed)
     with pytest.raises(ValueError, match="one batch_size"):
         train_images(CONFIG, [RECIPE, dataclasses.replace(RECIPE, batch_size=8)], images, labels)
     with pytest.raises(ValueError, match="at least one recipe"):
