@@ -1,13 +1,13 @@
-"""The conversion of a published model of fw-medium's size against copying its file, and the memory that it takes.
+"""Converting a published model of fw-medium's size, against copying its file; and the memory that this takes.
 
-334 million random weights in float32, 1.3 GB in one safetensors file, are converted to a checkpoint of this library:
-read, checked, hashed and written. "Copy" copies that file and waits until it is on the disk, as the checkpoint is when
-the conversion ends. The two take turns; the least times are compared. Needs 4.5 GB of free disk.
+334 million random weights in float32 (1.3 GB in one safetensors file) are converted to a checkpoint of this library:
+read, checked, hashed and written. "Copy" copies that file and waits until it is on disk, as the conversion does for
+its checkpoint. The two take turns, and the shortest times are compared. Needs 4.5 GB of free disk.
 
     python benchmarks/convert.py [FOLDER]      # ratio: seconds of the copy / ours; FOLDER: where it may write
 
-The first case is the function, the second the process with its start and imports. Peak memory is that of the whole
-process, resident, as Linux counts it; the error is 0 if every weight is the same, bit for bit.
+The first case is the function, the second the whole process with its imports. Peak memory is the resident memory of
+the whole process, as Linux counts it. The error is 0 if every weight is the same, bit for bit.
 """
 
 import os
@@ -24,8 +24,8 @@ from measure import FW_MEDIUM, case, random_params, report
 
 CONVERT = """
 import sys, time
-from bilinear_jax.commands.convert import convert
-import bilinear_jax.checkpoint, jax, safetensors  # these and JAX's start are in the second case alone
+from bilinear_jax.store.convert import convert
+import bilinear_jax.store.checkpoint, jax, safetensors  # these and JAX's start are in the second case alone
 from orbax.checkpoint import v1
 jax.devices()
 jax.random.key(0)
@@ -61,7 +61,7 @@ def main():
     import dataclasses
 
     import weights_convert
-    from bilinear_jax.checkpoint import load_model
+    from bilinear_jax.store.checkpoint import load_model
 
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as temporary:
         source, target, copied = (Path(temporary) / name for name in ("model", "converted", "copy.safetensors"))

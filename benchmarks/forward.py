@@ -1,7 +1,7 @@
-"""Tokens per second of the forward pass against a plain torch model of the same shape, in the same process.
+"""Tokens per second of the forward pass, against a plain torch model of the same shape in the same process.
 
-Random weights of fw-medium's shape (334M parameters, float32), 4 x 256 tokens, all cores. Without torch, only our
-own speed is measured. The error is the largest difference of logits over the largest logit.
+Random weights of fw-medium's shape (334M parameters, float32), 4 x 256 tokens, all cores. Without torch, only our own
+speed is measured. The error is the largest difference of logits, divided by the largest logit.
 
     python benchmarks/forward.py
 """

@@ -1,11 +1,11 @@
 """Generation with a cache against recomputing from scratch, and its one-token step against reading the weights once.
 
 Random weights of fw-medium's shape (334M parameters, float32), one prompt, greedy. A step at batch 1 multiplies every
-weight once, so it can't take less than reading them: all but the input embedding, of which it reads one row. Reading
-is measured as the fastest of a few jitted reductions over the same arrays, on all cores, run as often in a row as
-there are steps, since memory is not equally fast at all times. A step's time is the difference between a long and a
-short continuation, divided. The error is the share of the new tokens that are not the most likely ones according to
-one forward pass over the finished text.
+weight once. So it cannot be faster than reading the weights (of the input embedding, only one row). The time of
+reading is the fastest of a few jitted reductions over the same arrays, on all cores. They run as often in a row as
+there are steps, because the speed of memory varies. The time of a step is the difference between a long and a short
+continuation, divided by the number of steps. The error is the fraction of new tokens that are not the most likely ones
+in one forward pass over the finished text.
 
     python benchmarks/generation.py
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import FW_MEDIUM, best_of, case, peak_bytes, random_params, report
 
-from bilinear_jax.generation import generate
+from bilinear_jax.nn.generation import generate
 from bilinear_jax.nn.sites import forward
 
 NEW = 30

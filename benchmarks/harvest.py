@@ -1,13 +1,14 @@
-"""Tokens per second into and out of the activation buffer: all mlp_in and mlp_out sites at once against one by one.
+"""Tokens per second through the activation buffer: all mlp_in and mlp_out sites at once, against one by one.
 
-A model of the published TinyStories shape (6 layers of width 512, context 256) with random weights, float32; 4 rows a
-forward pass, a buffer of 8192 tokens, all cores. "One by one" harvests the same tokens once for each of the 12 sites,
-running no layer beyond the site, as a run for each SAE does. Both fill the same chunks, and serve all their batches.
+A model of the published TinyStories shape (6 layers, width 512, context 256) with random weights, float32; 4 rows per
+forward pass, a buffer of 8192 tokens, all cores. "One by one" harvests the same tokens once for each of the 12 sites
+and computes no layer after the site, as a separate run for each SAE does. Both fill the same chunks and serve all of
+their batches.
 
     python benchmarks/harvest.py      # ratio: seconds of one by one / ours
 
-Peak memory is the forward pass that fills the buffer, by XLA's own account: parameters, buffer, and what is needed in
-between. The error is the largest difference of the two's batches, by the largest entry of each site.
+Peak memory is that of the forward pass that fills the buffer, as XLA reports it: parameters, buffer and intermediate
+values. The error is the largest difference between the two batches, divided by the largest entry of each site.
 """
 
 import jax
@@ -17,7 +18,7 @@ from measure import best_of, case, random_params, report
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.training import harvest
-from bilinear_jax.training.data import batches
+from bilinear_jax.training.batches import batches
 
 CONFIG = TransformerConfig(n_layer=6, n_head=8, d_model=512, d_hidden=2048, n_ctx=256, n_vocab=4096)
 SITES = [(name, layer) for layer in range(CONFIG.n_layer) for name in ("mlp_in", "mlp_out")]

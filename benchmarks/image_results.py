@@ -1,24 +1,24 @@
 """The published numbers of image classifiers beside ours: the tables of docs/results.md.
 
     regimes     accuracy and effective rank with noise, weight decay, both and neither, on both datasets
-    sizes       accuracy by hidden size, and how alike the first eigenvectors of different seeds are
+    sizes       accuracy by hidden size, and how similar the first eigenvectors of different seeds are
     truncation  test error if each class keeps its k largest |eigenvalues|
     noise       accuracy by the noise in training
-    masks       accuracy under masks made from the eigenvectors, and under controls
+    masks       accuracy with masks made from the eigenvectors, and with controls
 
-The last line is the benchmarks' one; there "ratio" is the published number over ours, not one of seconds,
-"max_relative_error" is how far ours is from it, and "peak_bytes" is the memory of the whole program.
+The last line has the form of all benchmarks. Here "ratio" is the published number divided by ours (not of seconds),
+"max_relative_error" is the distance of ours from it, and "peak_bytes" is the memory of the whole program.
 
 Protocol: a linear embedding, one bilinear layer, a linear head, no biases; AdamW, learning rate 1e-3 with a cosine over
-epochs to 0, batches of 2048, Gaussian noise on every pixel, images in 0 ... 1; everything is measured on the test set.
-Each group of models is trained in a folder of its own under ``--out``: give the same command again after an
-interruption, and it goes on; what is trained isn't trained again.
+epochs to 0, batches of 2048, Gaussian noise on every pixel, images in 0 ... 1. Everything is measured on the test set.
+Each group of models is trained in its own folder under ``--out``. After an interruption, give the same command again:
+it resumes, and does not train finished models again.
 
     BILINEAR_JAX_DATA=<folder of mnist/ and fashion-mnist/> python benchmarks/image_results.py --out runs/image-results
     python benchmarks/image_results.py --out runs/try --data <folder> --epochs 2 --seeds 2
 
-The published numbers are those of the paper's code and of independent reproductions. Not all of them name every
-setting: "noise" is taken at hidden size 300 here, with the weight decay of "sizes".
+The published numbers are those of the paper's code and of independent reproductions. Not all of them state every
+setting: here "noise" uses hidden size 300, with the weight decay of "sizes".
 """
 
 import argparse
@@ -33,9 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from measure import report
 
-from bilinear_jax import image_analyses as analyses
+from bilinear_jax.images import analyses
+from bilinear_jax.images.data import ImageData, load_images
 from bilinear_jax.nn.image import ImageConfig
-from bilinear_jax.training.image_data import ImageData, load_images
 from bilinear_jax.training.images import ImageRecipe, accuracy, train_images
 
 REGIMES = {"none": (0.0, 0.0), "noise": (0.5, 0.0), "weight decay": (0.0, 1.0), "both": (0.5, 1.0)}

@@ -1,12 +1,13 @@
-"""Five image classifiers at once against five runs of the same loop in plain torch, in the same process.
+"""Five image classifiers at once, against five runs of the same loop in plain torch in the same process.
 
 MNIST's shape: 60,000 images of 784 pixels, 256 hidden units, 10 classes, batches of 2048, noise of 0.5 on every pixel,
-AdamW with weight decay, 29 updates an epoch; random images, for speed doesn't depend on them. Seconds are those of an
-epoch of all five models; a run of 100 epochs is 100 times as much. Torch's loop takes its batches from a DataLoader, as
-the published code does ("torch"), and from tensors indexed by a permutation, its fastest form ("torch, indexed").
+AdamW with weight decay, 29 updates per epoch. The images are random, which does not change the speed. Seconds are those
+of one epoch of all five models; a run of 100 epochs takes 100 times as long. Torch's loop takes its batches from a
+DataLoader, as the published code does ("torch"), or from tensors indexed by a permutation, its fastest form ("torch,
+indexed").
 
-The largest relative error is that of the parameters of one model, by the largest entry of each, after ten updates from
-the same start, on the same batches with the same noise.
+The largest relative error is that of the parameters of one model, divided by the largest entry of each, after ten
+updates from the same initial values, on the same batches with the same noise.
 
     python benchmarks/images.py
 """

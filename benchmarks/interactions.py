@@ -1,10 +1,10 @@
 """The n largest interactions, against projecting every interaction matrix onto the SAE and taking its largest entries.
 
-The baseline is compiled once, projects one output feature at a time (D^T Q D, [features, features]), takes the
-``top_k`` of its |entries|, and merges: what can be done without bounds and without symmetry. The cases are all output
-features of the model that ships, and Gaussian factors of fw-medium's shape with 8,192 input features, where no bound
-helps: nothing stands out of noise. The error is the largest difference of the n |values| over the largest of them.
-Memory is that of the compiled search, its arguments included.
+The baseline is compiled once. It projects one output feature at a time (D^T Q D, [features, features]), takes the
+``top_k`` of its |entries|, and merges: the method without bounds and without symmetry. The cases are all output
+features of the model that ships with the package, and Gaussian factors of fw-medium's shape with 8,192 input features.
+There bounds do not help, because noise has no outliers. The error is the largest difference of the n |values|, divided
+by the largest of them. Memory is that of the compiled search, with its arguments.
 
     python benchmarks/interactions.py [output features of the Gaussian case, 8 by default]
 """
@@ -18,7 +18,7 @@ import numpy as np
 from measure import FW_MEDIUM, best_of, case, report
 
 import bilinear_jax as bj
-from bilinear_jax import interactions
+from bilinear_jax.explain import interactions
 from bilinear_jax.nn.sae import unit_columns
 
 FEATURES = 8192

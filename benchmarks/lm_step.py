@@ -1,8 +1,8 @@
-"""Tokens per second of a whole training step against a plain torch model of the same shape, in the same process.
+"""Tokens per second of a whole training step, against a plain torch model of the same shape in the same process.
 
-The published TinyStories shape (29M parameters: 6 layers of width 512, context 256), float32, 8 x 256 tokens, all
-cores. A step is forward, backward, clipping to norm 1, and AdamW. Torch runs eagerly, with its fused AdamW. The error
-is the largest relative difference of the loss over the first four steps, from the same parameters.
+The published TinyStories shape (29M parameters: 6 layers, width 512, context 256), float32, 8 x 256 tokens, all cores.
+A step is forward, backward, clipping to norm 1, and AdamW. Torch runs eagerly, with its fused AdamW. The error is the
+largest relative difference of the loss over the first four steps, from the same parameters.
 
     python benchmarks/lm_step.py
 """

@@ -1,17 +1,17 @@
-"""How much of an output feature its pairs of input features explain: on the model that ships, and what ablation says.
+"""How much of an output feature its pairs of input features explain, on the model that ships with the package.
 
 For the output features of layer 2 of ts-nano with the largest two |eigenvalues|, pairs of input features are chosen
 
-    by weight   the n largest |entries| of D^T Q D: from the weights alone
+    by weight   the n largest |entries| of D^T Q D, from the weights alone
     by data     the n largest mean |contributions| over some rows of the corpus
     at random   n of the pairs that fire together in these rows: the control
 
-and judged on other rows of the corpus, by medians over the output features:
+and measured on other rows of the corpus, as medians over the output features:
 
-    share       of all |terms| of the exact account (attribution.account), these pairs
-    R2          how well the sum of these pairs alone predicts the pre-activation: 1 is perfect, 0 as good as its mean
-    fires still of the tokens at which the feature fires, those at which it does with these pairs taken away
-    fires alone and those at which it does with everything taken away but them
+    share       the fraction of all |terms| of the exact account (explain.account) that is in these pairs
+    R2          how well the sum of these pairs alone predicts the pre-activation: 1 is perfect, 0 is as good as its
+    mean fires still the fraction of the tokens where the feature fires at which it still fires without these pairs
+    fires alone the same, with everything removed but these pairs
 
 The last line has these numbers as JSON. It takes half an hour on 2 cores.
 
@@ -24,8 +24,8 @@ import sys
 import numpy as np
 
 import bilinear_jax as bj
-from bilinear_jax.cofiring import co_firing, strongest_pairs
-from bilinear_jax.pages.options import select_features
+from bilinear_jax.explain.select import select_features
+from bilinear_jax.measure.cofiring import co_firing, strongest_pairs
 
 NUMBERS = (5, 50, 500)
 MEASURES = ("share", "R2", "fires still", "fires alone")
@@ -46,11 +46,11 @@ def chosen(tracer, found, features: list[int], n: int) -> dict[str, dict[int, np
     }
 
 
-def measured(tracer, lm, tokens, pairs: dict[int, np.ndarray]) -> dict[str, float]:
+def measured(tracer, tokens, pairs: dict[int, np.ndarray]) -> dict[str, float]:
     """The median of each measure over the output features that fire."""
-    summaries = bj.summaries.pair_summaries(tracer, lm, tokens, pairs)
+    summaries = bj.pair_summaries(tracer, tokens, pairs)
     runs = {
-        name: bj.interventions.ablate_pairs(tracer, lm, tokens, pairs, remove=remove)
+        name: bj.ablate_pairs(tracer, tokens, pairs, remove=remove)
         for name, remove in (("fires still", "these"), ("fires alone", "all_else"))
     }
     firing = [feature for feature in pairs if runs["fires still"][feature].clean.fires]
@@ -67,15 +67,15 @@ def main() -> None:
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 32
     rows = int(sys.argv[2]) if len(sys.argv) > 2 else 64
     lm = bj.load("ts-nano")
-    tracer, corpus = bj.Tracer(lm, layer=2), bj.checkpoint.corpus("ts-nano")
+    tracer, corpus = bj.Tracer(lm, layer=2), bj.load_corpus("ts-nano")
     features = select_features(f"top:{number}", tracer)
-    found = co_firing(tracer, lm, corpus[:512])
+    found = co_firing(tracer, corpus[:512])
     tokens = corpus[512 : 512 + rows]
     print(f"| pairs | chosen | {' | '.join(MEASURES)} |\n|---|---|{'---|' * len(MEASURES)}")
     cases = []
     for n in NUMBERS:
         for how, pairs in chosen(tracer, found, features, n).items():
-            numbers = measured(tracer, lm, tokens, pairs)
+            numbers = measured(tracer, tokens, pairs)
             print(f"| {n} | {how} | {' | '.join(f'{numbers[name]:.3f}' for name in MEASURES)} |", flush=True)
             cases.append({"pairs": n, "chosen": how} | numbers)
     print(json.dumps({"benchmark": "pairs", "rows": rows, "cases": cases}))

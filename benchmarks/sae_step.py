@@ -1,15 +1,15 @@
-"""One training step of an SAE, sparse, against the same step by dense autodiff, and by torch where it is installed.
+"""One sparse training step of an SAE, against the same step with dense autodiff, and with torch if it is installed.
 
 A step is what ``training.sae`` does on a batch of activations: encode, top-k, decode, the gradients of all parameters,
-the part along the decoder's columns removed, Adam, columns back to unit length, and the counters of dead features, at
-d_model 1024, expansion 8, k 30, batch 4096, float32. The dense step differs in one thing: codes are written out as
-``[batch, features]`` and reconstruction and derivatives are JAX's own, of the dense matrix product.
+removal of the part along the decoder's columns, Adam, columns scaled back to unit length, and the counters of dead
+features, with d_model 1024, expansion 8, k 30, batch 4096, float32. The dense step differs in one point: its codes are
+an array ``[batch, features]``, and reconstruction and derivatives are those of JAX's dense matrix product.
 
     python benchmarks/sae_step.py            # ratio: seconds of the other / ours; peak_bytes: ours
 
-Peak memory is that of the compiled step by XLA's own account, with the state donated (arguments, results and what is
-needed in between); the dense step's is printed beside it. The largest relative error is that of the gradients, by the
-largest entry of each, from the same parameters.
+Peak memory is that of the compiled step as XLA reports it, with the state donated (arguments, results and intermediate
+values); that of the dense step is printed beside it. The largest relative error is that of the gradients, divided by
+the largest entry of each, from the same parameters.
 """
 
 import argparse

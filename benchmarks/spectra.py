@@ -1,11 +1,11 @@
 """The two largest |eigenvalues| of every output feature, against building each matrix and calling LAPACK.
 
-At d_model 1024 and d_hidden 4096, in one process: ``spectra.top_eigh`` at rtol 1e-4 from the factors alone, on Gaussian
-factors and on factors with outliers as trained models have them; and the exact path, ``truncated_eigenvalues`` of built
-matrices. The baseline builds Q_u by one GEMM and calls ``eigvalsh`` (NumPy; torch too where it is installed). It takes
-turns with ours, in the same minute, since the machine is noisy; seconds are per feature, the mean of a turn (24 of the
-baseline, 8,192 of ours), and of the turns the least. Errors are of the sum of the two |values|, against float64, the
-largest of the sampled features that are reported as converged.
+With d_model 1024 and d_hidden 4096, in one process: ``spectra.top_eigh`` at rtol 1e-4 from the factors, on Gaussian
+factors and on factors with outliers like those of trained models; and the exact path, ``truncated_eigenvalues`` of
+built matrices. The baseline builds Q_u with one GEMM and calls ``eigvalsh`` (NumPy, and torch if it is installed). It
+takes turns with ours in the same minute, because the machine is noisy. Seconds are per feature: the mean of a turn (24
+features of the baseline, 8,192 of ours), and the shortest of the turns. Errors are those of the sum of the two
+|values|, against float64: the largest among the sampled features that are reported as converged.
 
     python benchmarks/spectra.py            # the claims; a few minutes
     python benchmarks/spectra.py growth     # cost as directions, width and k grow
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import best_of, case, report
 
-from bilinear_jax import spectra
+from bilinear_jax.explain import spectra
 from bilinear_jax.tensor import BilinearTensor
 
 INPUTS, HIDDEN, DIRECTIONS, SAMPLE, BASELINE, TURNS = 1024, 4096, 8192, 64, 24, 2

@@ -1,8 +1,8 @@
 """bilinear_jax: read what a bilinear network computes from its weights.
 
-A bilinear layer ``y = down ((left x) * (right x))`` is a third-order tensor. For every output direction u there is
-an interaction matrix ``Q_u`` with ``u . y = x^T Q_u x``; its eigenvectors say which inputs the direction looks for, and
-in the basis of a sparse autoencoder (SAE) its entries say which features make which features.
+A bilinear layer ``y = down ((left x) * (right x))`` is a third-order tensor. Every output direction u has an
+interaction matrix ``Q_u`` with ``u . y = x^T Q_u x``. Its eigenvectors are the inputs that the direction responds to.
+In the basis of a sparse autoencoder (SAE), its entries say which input features make which output features.
 
 Axis names, in every signature:
 
@@ -11,12 +11,12 @@ Axis names, in every signature:
     d_model          width of the residual stream
     d_hidden         hidden units of an MLP
     d_head, n_head   width and number of attention heads
-    n_layer          layers; the first axis of everything under params["layers"]
+    n_layer          layers; the first axis of every array under params["layers"]
     n_vocab          tokens of the vocabulary
     features, k      features of an SAE, and how many are active at a token
     out, hidden, in  the axes of a BilinearTensor's factors
-    U                output directions asked about at once
-    rank             min(in, new) of a basis: as many eigenvalues of basis^T Q basis can differ from zero
+    U                the output directions of one call
+    rank             min(in, new) of a basis: at most this many eigenvalues of basis^T Q basis are not zero
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from ``facade``. JAX is imported when the first is asked for: a command's help needs none."""
+    """A public name, from ``facade``, imported when it is first used. So the help of a command does not import JAX."""
     import importlib
 
     if not name.startswith("__") or name == "__all__":
         facade = importlib.import_module("bilinear_jax.facade")
-        found = vars(facade) if name in vars(facade) else globals()  # modules that it has imported are here by now
+        # Importing the facade has also put the subpackages into globals().
+        found = vars(facade) if name in vars(facade) else globals()
         if name in found:
             return found[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

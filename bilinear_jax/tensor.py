@@ -1,22 +1,23 @@
-"""A bilinear layer is a third-order tensor that is never formed: this file is the whole method.
+"""The bilinear layer as a third-order tensor, stored as three factors. The whole method is in this file.
 
 The layer ``y = down ((left x) * (right x))``, with ``*`` elementwise, is the tensor
 
     B[o, i, j] = sum_m  down[o, m] left[m, i] right[m, j]
 
-and ``BilinearTensor`` keeps the three factors. An output direction u turns it into a quadratic form, which is what
-the layer writes along u, exactly, for every input:
+The tensor itself is never formed: ``BilinearTensor`` keeps the three factors. For an output direction u, the output
+along u is a quadratic form of the input. This is exact for every input:
 
     u . y = x^T Q_u x        Q_u = 1/2 (left^T diag(g) right + right^T diag(g) left)        g = down^T u
 
-The eigenvectors of the interaction matrix Q_u are the input patterns that raise u . y (positive eigenvalues) and
-that lower it (negative ones). Only the symmetric part ever acts on ``x x^T``, so that is what Q_u is.
+Q_u is the interaction matrix of u. Its eigenvectors are input patterns: those with positive eigenvalues raise u . y,
+and those with negative eigenvalues lower it. Q_u is symmetric because only the symmetric part of a matrix acts on
+``x x^T``.
 
-Three moves make everything else: a change of input basis multiplies ``left`` and ``right`` from the right; a change
-of output basis multiplies ``down`` from the left; a bias is one more input coordinate, which is always 1.
+All else is built from three operations. A change of input basis multiplies ``left`` and ``right`` from the right. A
+change of output basis multiplies ``down`` from the left. A bias is one more input coordinate, which is always 1.
 
-Axes: ``in`` inputs, ``hidden`` hidden units, ``out`` outputs, ``U`` output directions, ``new`` a new basis,
-``rank`` the smaller of ``in`` and ``new``.
+Axes: ``in`` inputs, ``hidden`` hidden units, ``out`` outputs, ``U`` output directions, ``new`` a new basis, ``rank``
+the smaller of ``in`` and ``new``.
 
 Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", sections 3 and 4.
 """
@@ -35,7 +36,7 @@ class BilinearTensor:
     """The three factors of a bilinear layer; a pytree, so it can be an argument of ``jit``, ``vmap`` and ``grad``.
 
     Raises:
-        ValueError: when it is made of factors whose shapes don't fit each other.
+        ValueError: if the shapes of the factors do not fit each other.
 
     Example:
         The layer y = x_0 x_1, and its interaction matrix:
@@ -56,16 +57,20 @@ class BilinearTensor:
             object.__setattr__(self, name, jnp.asarray(getattr(self, name)))
         left, right, down = self.left.shape, self.right.shape, self.down.shape
         if len(left) != 2 or left != right:
-            raise ValueError(f"left and right are matrices of one shape [hidden, in], got {left} and {right}")
+            raise ValueError(
+                f"left has shape {left} and right {right}, but both must be matrices [hidden, in] of one shape"
+            )
         if len(down) != 2 or down[1] != left[0]:
-            raise ValueError(f"down is [out, hidden] with hidden = {left[0]} as in left {left}, got {down}")
+            raise ValueError(
+                f"down has shape {down}, but it must be [out, {left[0]}]: its hidden units are the rows of left {left}"
+            )
 
     def tree_flatten_with_keys(self):
         return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ("left", "right", "down")], None
 
     @classmethod
     def tree_unflatten(cls, _, factors):
-        # JAX rebuilds pytrees around placeholders and batched factors, so nothing is checked here.
+        # No check here: JAX also rebuilds pytrees around placeholders and batched factors.
         tensor = object.__new__(cls)
         for name, factor in zip(("left", "right", "down"), factors, strict=True):
             object.__setattr__(tensor, name, factor)
@@ -82,9 +87,9 @@ class BilinearTensor:
     ) -> "BilinearTensor":
         """The layer ``y = down ((left x + b_left) * (right x + b_right)) + b_down`` as one tensor.
 
-        With any bias it has one more input, the last one, which is always 1 (``with_constant`` appends it):
-        ``b_left`` and ``b_right`` become the last columns of left and right, and ``b_down`` the effect of one more
-        hidden unit, constant * constant. Without biases it has the inputs of the layer.
+        If there is any bias, the tensor has one more input, the last one, which is always 1. ``with_constant`` appends
+        it to x. ``b_left`` and ``b_right`` become the last columns of left and right. ``b_down`` becomes one more
+        hidden unit, constant * constant. Without biases, the tensor has the inputs of the layer.
 
         Example:
             >>> one = jnp.ones((1, 1))
@@ -108,7 +113,7 @@ class BilinearTensor:
 
     @property
     def n_in(self) -> int:
-        """Number of inputs, the constant one included."""
+        """Number of inputs, including the constant one."""
         return self.left.shape[-1]
 
     @property
@@ -117,21 +122,21 @@ class BilinearTensor:
         return self.down.shape[-2]
 
     def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """``y = down ((left x) * (right x))``: the layer itself."""
+        """The layer itself: ``y = down ((left x) * (right x))``."""
         _check_width("x", x, "in", self.n_in)
         left, right = jnp.einsum("mi,...i->...m", self.left, x), jnp.einsum("mi,...i->...m", self.right, x)
         return jnp.einsum("om,...m->...o", self.down, left * right)
 
     def in_basis(self, basis: Float[Array, "in new"]) -> "BilinearTensor":
-        """The tensor as a function of coordinates f, where ``x = basis f``: ``Q_u`` becomes ``basis^T Q_u basis``.
+        """The tensor as a function of coordinates f, where ``x = basis f``. ``Q_u`` becomes ``basis^T Q_u basis``.
 
-        With an SAE's decoder columns as the basis, f are its codes.
+        If the basis holds the decoder columns of an SAE, f are its codes.
         """
         _check_width("basis", basis.T, "in", self.n_in)
         return BilinearTensor(self.left @ basis, self.right @ basis, self.down)
 
     def out_basis(self, directions: Float[Array, "U out"]) -> "BilinearTensor":
-        """The tensor whose output number u is ``directions[u] . y``: what the layer writes along each direction."""
+        """The tensor whose output u is ``directions[u] . y``: what the layer writes along each direction."""
         return BilinearTensor(self.left, self.right, self._gates(directions))
 
     def interaction(
@@ -141,20 +146,21 @@ class BilinearTensor:
         *,
         symmetric: bool = True,
     ) -> Float[Array, "U new new"]:
-        """The interaction matrices ``Q_u`` of the output directions, ``x^T Q_u x = u . apply(x)``.
+        """The interaction matrices ``Q_u`` of the output directions: ``x^T Q_u x = u . apply(x)``.
 
             Q_u[i, j] = 1/2 sum_m g[u, m] (left[m, i] right[m, j] + right[m, i] left[m, j])      g = directions down
 
         Args:
-            directions: the output directions, a row each.
-            basis: gives ``basis^T Q_u basis`` instead, ``[U, new, new]``. It either contracts Q_u once that is
-                built or changes the basis of the factors first, whichever needs fewer multiplications: the former
-                where a basis is wider than the input, as that of an SAE.
-            symmetric: False leaves out the symmetrisation: ``left^T diag(g) right``, which the original torch code
-                calls the interaction matrix. It gives the same quadratic form, but its eigenvalues mean nothing.
-                For comparison only.
+            directions: the output directions, one a row.
+            basis: if given, the result is ``basis^T Q_u basis``, ``[U, new, new]``. There are two orders of
+                computation: build Q_u, then contract it with the basis; or change the basis of the factors first. The
+                one with fewer multiplications is used. It is the first where the basis is wider than the input, as for
+                an SAE.
+            symmetric: False returns ``left^T diag(g) right`` without symmetrising, for comparison only. The original
+                torch code calls this the interaction matrix. It gives the same quadratic form, but its eigenvalues have
+                no meaning.
 
-        Memory: the result, twice with a basis, and ``hidden * in`` numbers. Bound it by calling this for a batch of
+        Memory: the result, twice with a basis, and ``hidden * in`` numbers. To use less, call this for a batch of
         directions at a time.
 
         Example:
@@ -175,14 +181,18 @@ class BilinearTensor:
             return _quadratic_forms(gates, self.left @ basis, self.right @ basis, symmetric)
         q = _quadratic_forms(gates, self.left, self.right, symmetric)
         q = jnp.einsum("uik,kj->uij", jnp.einsum("ki,ukj->uij", basis, q), basis)
-        return _symmetrised(q) if symmetric else q  # again: the two products round differently
+        return _symmetrised(q) if symmetric else q  # again, because the two products round differently
 
     def matvec(
         self, directions: Float[Array, "U out"], v: Float[Array, "U in"] | Float[Array, " in"]
     ) -> Float[Array, "U in"]:
-        """``Q_u v_u`` for every direction, without forming any ``Q_u``; one vector each, or one for all.
+        """``Q_u v_u`` for every direction, without forming any ``Q_u``.
 
             Q_u v = 1/2 (left^T (g * (right v)) + right^T (g * (left v)))      8 hidden in flops
+
+        Args:
+            directions: the output directions, one a row.
+            v: one vector for each direction, or one for all.
 
         Memory: a few times ``U * hidden`` numbers.
 
@@ -198,14 +208,15 @@ class BilinearTensor:
         return (from_left + from_right) / 2
 
     def gram(self) -> Float[Array, "hidden hidden"]:
-        """Inner products of what the hidden units add to an interaction matrix: all that norms and cosines need.
+        """Inner products of what each hidden unit adds to an interaction matrix. Norms and cosines need only these.
 
             Q_u     = sum_m g[m] S_m                                  S_m = 1/2 (left_m right_m^T + right_m left_m^T)
             K[m, n] = <S_m, S_n> = sum_ij S_m[i, j] S_n[i, j]         <Q_u, Q_v> = g_u K g_v^T
             K       = 1/2 ((left left^T) * (right right^T) + (left right^T) * (left right^T)^T)
 
-        ``out_basis`` leaves it as it is; ``in_basis`` changes it. ``6 hidden^2 in`` flops; memory: the result and at
-        most three more of its size.
+        ``out_basis`` does not change K; ``in_basis`` does.
+
+        Cost: ``6 hidden^2 in`` flops. Memory: the result and at most three more of its size.
 
         Example:
             >>> tensor = BilinearTensor(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[1.0]]))
@@ -230,16 +241,19 @@ class BilinearTensor:
     def norms(
         self, directions: Float[Array, "U out"], gram: Float[Array, "hidden hidden"] | None = None
     ) -> Float[Array, " U"]:
-        """Frobenius norms ``|Q_u| = sqrt(sum_ij Q_u[i, j]^2) = sqrt(g K g^T)``, with ``K = gram()``: give it if known.
+        """Frobenius norms ``|Q_u| = sqrt(sum_ij Q_u[i, j]^2) = sqrt(g K g^T)``.
 
-        A few matrices are cheaper built than K, and then they are. The gradient is 0 where the norm is 0.
+        Pass ``gram`` if you have already computed ``K = gram()``. Otherwise K is computed, or, for a few directions,
+        the matrices Q_u are built, because that is cheaper. The gradient is 0 where the norm is 0.
 
-        Accuracy: with eps that of the dtype and ``s = sqrt(sum_m g[m]^2 K[m, m])``, the norm if the hidden units didn't
-        interfere, the error is a few ``eps s`` where Q_u is built, and by K a few ``eps s^2 / |Q_u|``, at most about
-        ``sqrt(eps) s``: so much can be left of a zero matrix whose units cancel. Measured in float32: 1e-7 of the norm,
-        7e-7 with one unit 10,000 times the others, 2e-4 where the units cancel to a hundredth.
+        Accuracy: let eps be that of the dtype, and ``s = sqrt(sum_m g[m]^2 K[m, m])``, the norm if the hidden units did
+        not interfere. If Q_u is built, the error is a few ``eps s``. With K it is a few ``eps s^2 / |Q_u|``, and at
+        most about ``sqrt(eps) s``. So if the units cancel to a zero matrix, its norm can come out as large as that.
+        Measured in float32: 1e-7 of the norm; 7e-7 with one unit 10,000 times the others; 2e-4 where the units cancel
+        to a hundredth.
 
-        Memory: that of ``gram``, or 64 MiB at a time of matrices and scaled factors, at least those of one.
+        Memory: that of ``gram``; or, where matrices are built, 64 MiB of matrices and scaled factors at a time, or
+        those of one direction if they are larger.
 
         Example:
             >>> tensor = BilinearTensor(jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0]]), jnp.array([[1.0]]))
@@ -258,9 +272,9 @@ class BilinearTensor:
                 squares = jax.lax.map(square_of_built, gates, batch_size=batch)
             else:
                 rows, form = gates, self._checked(gram)
-                if number > self.n_out:  # cheaper as forms of the directions themselves
+                if number > self.n_out:  # then forms of the directions themselves are cheaper
                     rows, form = directions, self.down @ form @ self.down.T
-                # In batches: as one product of 4096 x 4096 matrices, this took XLA 20 times as long on a CPU.
+                # In batches, because one product of 4096 x 4096 matrices took XLA 20 times as long on a CPU.
                 batch = min(max(number, 1), 1024)
                 squares = jax.lax.map(lambda row: jnp.sum((row @ form) * row), rows, batch_size=batch)
         zero = squares <= 0
@@ -269,10 +283,12 @@ class BilinearTensor:
     def cosines(
         self, directions: Float[Array, "U out"], gram: Float[Array, "hidden hidden"] | None = None
     ) -> Float[Array, "U U"]:
-        """Cosines ``<Q_u, Q_v> / (|Q_u| |Q_v|)`` between all interaction matrices; ``gram()`` is used, if given.
+        """Cosines ``<Q_u, Q_v> / (|Q_u| |Q_v|)`` between all interaction matrices.
 
-        1 where two directions read the same function of the input, up to a positive factor. Exactly symmetric, and 0
-        for a matrix that is zero or can't be told from zero: ``|Q_u|^2 <= 16 eps s^2``, with eps and s as in ``norms``.
+        A cosine is 1 if two directions read the same function of the input, up to a positive factor. The result is
+        exactly symmetric. It is 0 for a matrix that is zero or cannot be told from zero: ``|Q_u|^2 <= 16 eps s^2``,
+        with eps and s as in ``norms``. Pass ``gram`` if you have already computed ``gram()``.
+
         Memory: that of ``gram``, ``U * hidden`` and three times the result.
 
         Example:
@@ -292,15 +308,17 @@ class BilinearTensor:
     def _gates(self, directions: Float[Array, "U out"]) -> Float[Array, "U hidden"]:
         """``g = directions down``: how much of each hidden unit every direction reads."""
         if directions.ndim != 2:
-            raise ValueError(f"directions are rows [U, out], got shape {directions.shape}: add an axis, u[None]")
+            raise ValueError(
+                f"directions have shape {directions.shape}, but they must be rows [U, out]: write u[None] for one"
+            )
         _check_width("directions", directions, "out", self.n_out)
         return directions @ self.down
 
     def _checked(self, gram: Array | None) -> Float[Array, "hidden hidden"]:
-        """K: the one given, if it fits, or else a new one."""
+        """``gram`` if it is given and fits, else ``gram()``."""
         hidden = self.left.shape[0]
         if gram is not None and gram.shape != (hidden, hidden):
-            raise ValueError(f"gram must be gram() of this tensor, {(hidden, hidden)}, got shape {gram.shape}")
+            raise ValueError(f"gram has shape {gram.shape}, but it must be gram() of this tensor, {(hidden, hidden)}")
         return self.gram() if gram is None else gram
 
 
@@ -317,17 +335,20 @@ class BasisFactors(NamedTuple):
 
 
 def factor_basis(basis: Float[Array, "in new"]) -> BasisFactors:
-    """A basis of more vectors than there are inputs, such as an SAE's decoder, brought down to a square one.
+    """Reduces a basis of more vectors than inputs, such as an SAE's decoder, to a square one.
 
         basis^T Q basis = isometry (root^T Q root) isometry^T
 
-    so all there is to know of this ``[new, new]`` matrix is in that of ``in_basis(root)``: it has the same eigenvalues,
-    beside zeros, the same trace and norm, and ``isometry @ z`` for an eigenvector z, unit and orthogonal as they are.
+    So the interaction matrix of ``in_basis(root)`` holds all that there is to know of the ``[new, new]`` matrix. Both
+    have the same trace, the same norm and, apart from zeros, the same eigenvalues. If z is an eigenvector of the small
+    matrix, ``isometry @ z`` is one of the large matrix, and unit and orthogonal vectors stay so.
 
-    By a QR decomposition of ``basis^T``; one of ``basis basis^T`` would square the condition number. The isometry is
-    orthonormal to rounding whatever the basis, one of lower rank included. Memory: three times that of the basis.
-    1024 inputs and 8192 features take half a second on two cores; where these have other work, LAPACK's threads wait
-    for each other, and ``threadpoolctl.threadpool_limits(1, "blas")`` around the call made it ten times faster.
+    This is a QR decomposition of ``basis^T``. (A decomposition of ``basis basis^T`` would square the condition number.)
+    The isometry is orthonormal to rounding for every basis, also for one of lower rank.
+
+    Memory: three times that of the basis. Cost: 1024 inputs and 8192 features take half a second on two cores. If the
+    cores have other work, LAPACK's threads wait for each other. ``threadpoolctl.threadpool_limits(1, "blas")`` around
+    the call then made it ten times faster.
 
     Example:
         >>> import jax
@@ -344,10 +365,10 @@ def factor_basis(basis: Float[Array, "in new"]) -> BasisFactors:
 
 
 def _quadratic_forms(gates, left, right, symmetric: bool) -> Float[Array, "U in in"]:
-    # One direction after the other: all at once would be one matrix product too, but slower on a CPU (its factor, left
-    # scaled by every gate, leaves the caches), and a planner of contractions would form a tensor [hidden, in, in].
+    # One direction at a time: one product for all is slower on a CPU, because left scaled by every gate does not fit
+    # the caches. A contraction planner would form a tensor [hidden, in, in].
     q = jax.lax.map(lambda gates: (left.T * gates[None]) @ right, gates)
-    return _symmetrised(q) if symmetric else q  # of what the loop left: within it, rounding could differ
+    return _symmetrised(q) if symmetric else q  # after the loop: inside it, rounding could differ
 
 
 def _symmetrised(q: Float[Array, "*U in in"]) -> Float[Array, "*U in in"]:

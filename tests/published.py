@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
-from bilinear_jax.tracer import Tracer
 
 TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
 MODEL, SCOPE = TS_MICRO / "model", TS_MICRO / "scope"
@@ -136,8 +136,10 @@ def make_params(config, seed: int = 0):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(np.float32)), shapes)
 
 
-def biased_tracer() -> tuple[Tracer, LanguageModel, np.ndarray]:
-    """A random model with biases; its input SAE reads before the norm, and passes two coordinates through."""
+def biased_tracer() -> tuple[Tracer, np.ndarray]:
+    """A tracer of a random model with biases, and tokens. Its input SAE reads before the norm, and passes two
+    coordinates through.
+    """
     config = TransformerConfig(1, 1, 8, 12, 16, 11, bias=True)
     lm = LanguageModel(make_params(config), config)
     saes = []
@@ -149,7 +151,7 @@ def biased_tracer() -> tuple[Tracer, LanguageModel, np.ndarray]:
             name: jnp.asarray(rng.normal(size=sae.params[name].shape), jnp.float32) for name in ("b_dec", "b_enc")
         }
         saes.append(SAE(sae.params | biases, sae.config))
-    return Tracer(lm, 0, *saes), lm, np.random.default_rng(9).integers(0, 11, (6, 9))
+    return Tracer(lm, 0, *saes), np.random.default_rng(9).integers(0, 11, (6, 9))
 
 
 def same(left, right) -> bool:

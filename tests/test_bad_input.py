@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import bilinear_jax as bj
-from bilinear_jax.cli import main
+from bilinear_jax.commands.main import main
+from bilinear_jax.measure.activations import row_codes
+from bilinear_jax.nn.generation import generate
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +33,17 @@ def test_ids_that_32_bits_would_wrap_are_outside_the_vocabulary(lm):
     with pytest.raises(ValueError, match="outside the vocabulary"):
         lm.logits(wide)
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        bj.generation.generate(lm.config, lm.params, wide, max_length=2)
+        generate(lm.config, lm.params, wide, max_length=2)
 
 
 def test_features_that_32_bits_would_wrap_are_out_of_range(tracer):
-    with pytest.raises(IndexError, match=r"are 0 \.\.\. 1023"):
+    with pytest.raises(bj.UnknownNameError, match=r"no feature 4294967299 in SAE .*: choose one of 0 \.\.\. 1023"):
         tracer.q(2**32 + 3)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (1, 3), (4,)])
 def test_a_mask_of_another_shape(lm, shape):
-    with pytest.raises(ValueError, match="they must agree"):
+    with pytest.raises(ValueError, match="give one value a token"):
         lm.loss(TOKENS, token_mask=np.ones(shape))
 
 
@@ -54,15 +56,15 @@ def test_a_mask_of_weights(lm, tracer, value):
     mask = np.ones(TOKENS.shape, np.float32)
     assert lm.loss(TOKENS, token_mask=mask) == lm.loss(TOKENS, token_mask=mask > 0)
     mask[0, -1] = value
-    with pytest.raises(ValueError, match="weights aren't supported"):
+    with pytest.raises(ValueError, match="weights are not supported"):
         lm.loss(TOKENS, token_mask=mask)
-    with pytest.raises(ValueError, match="weights aren't supported"):
+    with pytest.raises(ValueError, match="weights are not supported"):
         bj.evaluation.evaluate_sae(lm, tracer.out, TOKENS, mask)
 
 
 @pytest.mark.parametrize("sites", ["mlp_in", ("mlp_in", 2)])
 def test_sites_are_a_list(lm, sites):
-    with pytest.raises(ValueError, match="sites are a list"):
+    with pytest.raises(ValueError, match=re.escape(f"but it must be a list of sites: write [{sites!r}]")):
         lm.capture(TOKENS, sites)
 
 
@@ -94,13 +96,13 @@ for run in (
     lambda: bj.load_sae("ts-nano", layer="2"),
     lambda: bj.load("ts-nano", compute_dtype="foo"),
     lambda: tracer.top_eigh(k=2.5),
-    lambda: bj.interventions.ablate_pairs(tracer, lm, lm.encode("a cat"), [(3, 12)]),
-    lambda: bj.attribution.account(tracer, lm, jnp.zeros((1, 0), int), 7),
+    lambda: bj.ablate_pairs(tracer, lm.encode("a cat"), [(3, 12)]),
+    lambda: bj.account(tracer, jnp.zeros((1, 0), int), 7),
 ):
     try:
         run()
-    except ValueError as error:
-        print(error)
+    except (ValueError, bj.UnknownNameError) as error:
+        print(f"{type(error).__name__}: {error}")
 """
 
 
@@ -108,41 +110,41 @@ def test_arguments_of_other_types():
     """In a process of its own: here, the annotations are checked too, and would say it first."""
     printed = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True, check=True).stdout
     expected = [
-        "layer must lie in 0 ... 3 for this model, got '2'",
-        "inp is an SAE or a dict such as {'site': 'resid_mid', 'k': 20}, not 'mlp-in'",
-        "layer is a whole number, got '2'",
-        "compute_dtype is a type of floats, such as jnp.bfloat16; got 'foo'",
-        "k must lie in 1 ... 256 (the number of inputs), got 2.5",
-        "name at least one output feature, with its pairs, such as {7: [(3, 12)]}",
-        "rows have at least one token, got tokens of shape (1, 0)",
+        "UnknownNameError: there is no layer '2' in this model: choose one of 0 ... 3",
+        "ValueError: inp is 'mlp-in', but it must be an SAE or a dict such as {'site': 'resid_mid', 'k': 20}",
+        "ValueError: layer must be a whole number, got '2'",
+        "ValueError: compute_dtype is 'foo', but it must be a float type, such as jnp.bfloat16",
+        "ValueError: k is 2.5, but it must be between 1 and 256 (the number of inputs)",
+        "ValueError: pairs must map at least one output feature to its pairs, such as {7: [(3, 12)]}",
+        "ValueError: tokens of shape (1, 0) have no token in a row: give at least one",
     ]
     assert printed.splitlines() == expected
 
 
 def test_a_model_that_gives_nan(lm, tracer):
-    """It is told by whatever looks at its values, and is still the model that was traced."""
+    """It is told by whatever looks at its values; its accounts are NaN."""
     broken = dataclasses.replace(lm, params=jax.tree.map(lambda a: a * jnp.nan, lm.params))
     for run in (
-        lambda: bj.evaluation.mean_loss(broken, TOKENS),
+        lambda: broken.mean_loss(TOKENS),
         lambda: bj.evaluation.evaluate_sae(broken, tracer.out, TOKENS),
-        lambda: bj.activations.top_activations(broken, tracer.out, TOKENS),
-        lambda: bj.activations.row_codes(broken, tracer.out, TOKENS, [0]),
+        lambda: bj.top_activations(broken, tracer.out, TOKENS),
+        lambda: row_codes(broken, tracer.out, TOKENS, [0]),
     ):
         with pytest.raises(ValueError, match=r"not finite in rows 0 \.\.\. 0: check its parameters"):
             run()
-    with pytest.raises(ValueError, match="the logits are not finite"):
+    with pytest.raises(ValueError, match="not finite as logits: check its parameters"):
         broken.generate("Once")
-    found = bj.attribution.account(bj.Tracer(broken, 2, tracer.inp, tracer.out), broken, TOKENS, 7)
+    found = bj.account(bj.Tracer(broken, 2, tracer.inp, tracer.out), TOKENS, 7)
     assert np.isnan(found.preactivation).all()
 
 
 def test_a_submatrix_is_of_one_feature(tracer):
-    with pytest.raises(ValueError, match="name one output feature"):
+    with pytest.raises(ValueError, match="but it must be one output feature, an int"):
         tracer.interaction_submatrix([1, 2])
 
 
 def test_no_contexts_and_no_batch(lm, tracer):
-    with pytest.raises(ValueError, match="at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"k \(contexts to show\) must be at least 1, got 0"):
         bj.Visualizer(lm, tracer.out).contexts(3, k=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         bj.evaluation.evaluate_sae(lm, tracer.out, TOKENS, batch_size=0)

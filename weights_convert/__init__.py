@@ -1,14 +1,14 @@
-"""The published torch checkpoints from and to plain dicts of numpy arrays, bit for bit; needs neither torch nor JAX.
+"""Convert the published torch checkpoints to dicts of numpy arrays and back, bit for bit. Needs neither torch nor JAX.
 
-    read_transformer(folder) -> (config, params)      a model's folder: config.json and the weights
-    read_sae(folder)         -> (config, params)      one SAE's folder of a ``-scope`` repository
-    write_transformer(folder, config, params)         and back
-    write_sae(folder, config, params)
-    sae_folders(folder)      -> {name: SAEName}       the SAEs that a ``-scope`` folder holds
+    read_transformer(folder) -> (config, params)      the folder of a model: config.json and the weights
+    read_sae(folder)         -> (config, params)      the folder of one SAE in a ``-scope`` repository
+    write_transformer(folder, config, params)         the inverse of read_transformer
+    write_sae(folder, config, params)                 the inverse of read_sae
+    sae_folders(folder)      -> {name: SAEName}       the SAEs in a ``-scope`` folder
 
 ``config`` holds the keyword arguments of ``bilinear_jax.nn.transformer.TransformerConfig`` or
-``bilinear_jax.nn.sae.SAEConfig``; ``params`` is laid out as those modules want it. ``python -m weights_convert``
-writes them as Orbax checkpoints, ``python -m weights_convert export`` goes back.
+``bilinear_jax.nn.sae.SAEConfig``. ``params`` has the layout of those modules. ``python -m weights_convert`` converts
+to Orbax checkpoints; ``python -m weights_convert export`` converts back.
 """
 
 from weights_convert.export import write_sae, write_transformer

@@ -1,12 +1,15 @@
-"""``python -m weights_convert SOURCE OUT``: the same as ``bilinear-jax convert``; with ``export`` first, as that."""
+"""The command ``python -m weights_convert``.
+
+``python -m weights_convert SOURCE OUT`` is ``bilinear-jax convert``. With ``export`` as first word it exports.
+"""
 
 import sys
 
-from bilinear_jax import cli
+from bilinear_jax.commands import main as cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert or export as the command line says; returns the exit status."""
+    """Convert or export, as the command line says. Returns the exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     return cli.main(words if words[:1] == ["export"] else ["convert", *words])
 

@@ -1,7 +1,7 @@
-"""The way back: a config and params as a published folder, which the original's code reads.
+"""Write a config and params as a published folder, which the original torch code can read.
 
-The inverse of ``transformer.py`` and ``sae.py``, bit for bit: what is written here and read there is the same config
-and the same params.
+This is the inverse of ``transformer.py`` and ``sae.py``, bit for bit: reading what was written here gives the same
+config and the same params.
 """
 
 import json
@@ -25,21 +25,23 @@ _SAE_DEFAULTS = {"bilinear_encoder": False, "encoder_bias": False, "normalize": 
 def write_transformer(
     folder: str | Path, config: Mapping[str, Any], params: Mapping[str, Any], *, repo: str | None = None
 ) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` of a model into an existing folder.
+    """Write ``config.json`` and ``model.safetensors`` of a model into an existing folder.
 
     Args:
-        config: the keyword arguments of ``TransformerConfig``, as ``read_transformer`` gives them.
-        params: nested dicts of arrays, as ``read_transformer`` gives them; written in the dtype that they have.
-        repo: the name under which the files will be published, if it is known.
+        folder: the existing folder.
+        config: the keyword arguments of ``TransformerConfig``, as from ``read_transformer``.
+        params: nested dicts of arrays, as from ``read_transformer``. They keep their dtype.
+        repo: the name under which the files will be published. None: not known.
 
     Warns:
-        UserWarning: for what the original's present code reads otherwise: an attention scale of 1, norms of which some
-            are off, biases of the attention, a tokenizer that it doesn't know.
+        UserWarning: if the current original code would read the model differently: an attention scale of 1, only some
+            norms switched off, biases of the attention, or an unknown tokenizer.
 
     Raises:
-        ValueError: for what the layout can't say: another attention scale than 1 and ``1 / sqrt(2 n_layer)`` (to six
-            digits), biases of the attention without biases of the MLP; and for params that aren't those of the config,
-            are not finite, or of another dtype than float32, float16 and bfloat16. Nothing is written then.
+        ValueError: if the layout cannot describe the model: an attention scale other than 1 and
+            ``1 / sqrt(2 n_layer)`` (to six digits), or biases of the attention without biases of the MLP. Also if the
+            params do not match the config, are not finite, or are not float32, float16 or bfloat16. Nothing is written
+            then.
 
     Example:
         >>> import tempfile
@@ -65,24 +67,25 @@ def write_transformer(
 
 
 def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` of an SAE into an existing folder.
+    """Write ``config.json`` and ``model.safetensors`` of an SAE into an existing folder.
 
     Args:
-        config: the keyword arguments of ``SAEConfig``, as ``read_sae`` gives them.
-        params: arrays, as ``read_sae`` gives them.
+        folder: the existing folder, which has the name of the SAE.
+        config: the keyword arguments of ``SAEConfig``, as from ``read_sae``.
+        params: arrays, as from ``read_sae``.
 
     Warns:
-        UserWarning: for ``passthrough``, which the original's present code drops.
+        UserWarning: for ``passthrough``, which the current original code ignores.
 
     Raises:
-        ValueError: for ``apply_normalize``, which the layout can't say, a folder that doesn't bear the SAE's name, and
-            params as in ``write_transformer``. Nothing is written then.
+        ValueError: for ``apply_normalize``, which the layout cannot describe; for a folder that does not have the name
+            of the SAE; and for params as in ``write_transformer``. Nothing is written then.
     """
     folder = Path(folder)
     if config.get("apply_normalize"):
         raise ValueError(
             "the published layout has no apply_normalize: divide w_enc by normalize, multiply "
-            "w_dec and b_dec by it, and leave it out, which computes the same"
+            "w_dec and b_dec by it, and leave out apply_normalize. The result is the same"
         )
     raw = {
         **{"point": [config["site"].replace("_", "-"), config["layer"]], "target": None},
@@ -92,10 +95,10 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
     }
     if config.get("passthrough"):
         raw["passthrough"] = list(config["passthrough"])
-        _warn("drops passthrough: there, these coordinates of the reconstruction are wrong")
+        _warn("ignores passthrough: there, these coordinates of the reconstruction are wrong")
     name = SAEName(config["layer"], config["site"], config["expansion"], config["k"], config.get("tag"))
     if parse_sae_name(folder.resolve().name) != name:
-        raise ValueError(f"an SAE's folder bears its name, by which it is found; {folder} is no name of {name}")
+        raise ValueError(f"the folder of an SAE must have its name, but {folder} is not a name of {name}: rename it")
     state = {key: np.ascontiguousarray(params[name]) for key, name in sae.PARAMS.items() if name in params}
     _check(state, sae.expected_shapes(config), params)
     _write(folder, raw, state, None)
@@ -106,16 +109,16 @@ def _write(folder: Path, raw: Mapping[str, Any], state: dict[str, np.ndarray], m
 
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / "model.safetensors", metadata=metadata)
-    os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode & 0o777)  # not for its writer alone
+    os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode & 0o777)  # readable for others too
 
 
 def _check(state: dict[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]) -> str:
-    """The dtype of the weights, if they are those of the config, and each of the params has gone into them."""
+    """The dtype of the weights. Raises ``ValueError`` unless they match the config and every param is among them."""
     missing, extra, wrong = differences({key: value.shape for key, value in state.items()}, expected)
     numbers = [sum(value.size for value in _leaves(tree)) for tree in (params, state)]
     if missing or extra or wrong or numbers[0] != numbers[1]:
         raise ValueError(
-            "params and config disagree: give the config that belongs to the params. In the model but not in the "
+            "the params do not match the config: give the config of these params. In the model but not in the "
             f"params: {', '.join(missing) or 'nothing'}; in the params but not in the model: "
             f"{', '.join(extra) or 'nothing'}; shapes: {'; '.join(wrong) or 'as expected'}; numbers: {numbers[0]} in "
             f"the params, {numbers[1]} in the files"
@@ -124,7 +127,7 @@ def _check(state: dict[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
         if value.dtype.name not in FLOATS:
             raise ValueError(f"{key} is {value.dtype}: give it as one of {', '.join(FLOATS)}")
         if not np.isfinite(value).all():
-            raise ValueError(f"{key} has NaN or infinite values: take an earlier checkpoint")
+            raise ValueError(f"{key} has NaN or infinite values: use an earlier checkpoint")
     return next(iter(state.values())).dtype.name
 
 
@@ -133,24 +136,24 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"the original's present code {what}", stacklevel=4)
+    warnings.warn(f"the current code of the original {what}", stacklevel=4)
 
 
 def _transformer_config(config: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
     if config["attention_bias"] and not config["bias"]:
         raise ValueError(
-            "the published layout has no biases of the attention alone: give the MLP biases of 0, and bias=True"
+            "the published layout cannot have biases in the attention only: add biases of 0 to the MLP, with bias=True"
         )
     if config["gate"] not in transformer.GATES:
         raise ValueError(f"unknown gate {config['gate']!r}; known: {transformer.GATES}")
     tokenizer, norms = config.get("tokenizer"), config["normalization"]
     norms = [norms] * 3 if isinstance(norms, bool) else list(norms)
     if len(set(norms)) > 1:
-        _warn("has all norms or none: there, those that are off in this model are on")
+        _warn("has either all norms or none: there, the norms that are off in this model are on")
     if config["attention_bias"]:
-        _warn("has no biases on queries, keys and values: it can't load this model")
+        _warn("has no biases on queries, keys and values: it cannot load this model")
     if tokenizer not in (None, *transformer.PAD_IDS):
-        _warn(f"knows the tokenizers {', '.join(transformer.PAD_IDS)}, and not {tokenizer}: give it along")
+        _warn(f"knows the tokenizers {', '.join(transformer.PAD_IDS)}, but not {tokenizer}: publish the tokenizer too")
     optional = {"dataset": config.get("dataset"), "pad_token_id": config.get("pad_id")}
     return {
         "architectures": ["Transformer"],
@@ -165,24 +168,24 @@ def _transformer_config(config: Mapping[str, Any], repo: str | None) -> dict[str
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:
-    """What ``scale_attn`` says of the factor on the attention's output."""
+    """The value of ``scale_attn`` for the factor on the attention's output."""
     factor, scaled = config.get("attn_scale"), 1 / math.sqrt(2 * config["n_layer"])
     if factor is None or math.isclose(factor, scaled, rel_tol=1e-6):
         return True
     if factor == 1:
         _warn(
-            f"scales the attention by {scaled:.6g} whatever scale_attn says, and this model's has scale 1: for it, "
-            f"multiply w_o by {1 / scaled:.6g} and set attn_scale to None"
+            f"always scales the attention by {scaled:.6g}, but this model has scale 1: to run it there, multiply w_o "
+            f"by {1 / scaled:.6g} and set attn_scale to None"
         )
         return False
     raise ValueError(
-        f"the published layout has the attention scales 1 and {scaled:.6g} alone, this model's is {factor:.6g}: "
-        f"multiply w_o by {factor / scaled:.6g} and set attn_scale to None, which computes the same"
+        f"attn_scale is {factor:.6g}, but the published layout only allows 1 and {scaled:.6g}: "
+        f"multiply w_o by {factor / scaled:.6g} and set attn_scale to None. The result is the same"
     )
 
 
 def _state(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """All weights under their published names; what is missing is missing here too."""
+    """All weights under their published names. Params that are missing are also missing here."""
     whole = {"transformer.wte.weight": "w_e", "lm_head.weight": "w_u"}
     state = {key: np.ascontiguousarray(params[name]) for key, name in whole.items() if name in params}
     layers = params.get("layers", {})

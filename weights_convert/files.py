@@ -1,4 +1,4 @@
-"""The files of a published model's folder: found, and read no further than it is safe to."""
+"""Find the files of a published model, and read them only as far as is safe."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 16 * 2**20
-"""Bytes of a JSON file at most: the index of the largest published model has less than a thousandth of them."""
+"""Most bytes of a JSON file. The index of the largest published model has less than a thousandth of this."""
 
 _INDEXES = {"model.safetensors": "model.safetensors.index.json", "pytorch_model.bin": "pytorch_model.bin.index.json"}
-"""The files that may hold the weights, the preferred one first, and what names their parts if they are cut up."""
+"""The files that may hold the weights, the preferred one first, each with the index of its shards."""
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name``; raises ``ValueError`` if that is a link to something outside the folder.
+    """``folder / name``. Raises ``ValueError`` if this is a link to something outside the folder.
 
-    The hub's cache is made of links from ``snapshots/<commit>`` to ``blobs``: these are followed.
+    Links of the hub's cache, from ``snapshots/<commit>`` to ``blobs``, are allowed.
     """
     path, home = folder / name, folder.resolve()
     if not path.is_symlink():
@@ -24,24 +24,24 @@ def inside(folder: Path, name: str) -> Path:
     blobs = [above.parent / "blobs" for above in (home, *home.parents) if above.name == "snapshots"]
     if not any(target.is_relative_to(place) for place in (home, *blobs)):
         raise ValueError(
-            f"{path} is a link to something outside its folder: put the file itself there, if you trust it"
+            f"{path} is a link to something outside its folder: if you trust it, put the file itself there"
         )
     return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ``ValueError`` if it holds something else, or more than ``LARGEST_JSON`` bytes."""
+    """The JSON object in a file. Raises ``ValueError`` for anything else, or for more than ``LARGEST_JSON`` bytes."""
     size = path.stat().st_size
     if size > LARGEST_JSON:
         raise ValueError(
-            f"{path} has {size} bytes, at most {LARGEST_JSON} are read: it is no such file as it should be"
+            f"{path} has {size} bytes, but at most {LARGEST_JSON} are read: it is not a config or index file"
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object: download it again")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: download it again")
     return value
 
 
@@ -55,12 +55,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_keys(path: Path, config: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
-    """Raises ``ValueError`` for keys that aren't known, and for required ones that aren't there."""
+    """Raise ``ValueError`` for unknown keys and for required keys that are missing."""
     unknown = sorted(config.keys() - set(known))
     if unknown:
         raise ValueError(
-            f"{path} has unknown keys {unknown}: the weights may mean something that isn't known here. If they change "
-            f"nothing in how the model runs, take them out of the file. Known: {sorted(known)}"
+            f"{path} has unknown keys {unknown}, which may change what the model computes. If they do not, remove "
+            f"them from the file. Known keys: {sorted(known)}"
         )
     lacking = sorted(set(required) - config.keys())
     if lacking:
@@ -68,26 +68,26 @@ def check_keys(path: Path, config: Mapping[str, Any], known: Iterable[str], requ
 
 
 def check_kinds(path: Path, config: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Raises ``ValueError`` for values of another kind than their keys have; null stands for a key's absence."""
+    """Raise ``ValueError`` if a value has another type than its key requires. null counts as missing."""
     for key, kind in kinds.items():
         value = config.get(key)
         allowed = kind if isinstance(kind, tuple) else (kind,)
         if value is not None and type(value) not in allowed:
             names = " or ".join(one.__name__ for one in allowed)
-            raise ValueError(f"{path}: {key} is {value!r:.100}, expected {names}: correct it")
+            raise ValueError(f"{path}: {key} is {value!r:.100}, but must be {names}: correct it")
 
 
 def check_sizes(path: Path, config: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raises ``ValueError`` unless the values of all these keys are whole numbers of at least 1."""
+    """Raise ``ValueError`` unless the values of all these keys are whole numbers of at least 1."""
     wrong = {key: config[key] for key in keys if type(config[key]) is not int or config[key] < 1}
     if wrong:
         raise ValueError(f"{path}: {wrong!r:.200} must be whole numbers of at least 1")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a model's weights: ``model.safetensors``, the shards that its index names, or torch's own files.
+    """The files with the weights of a model: ``model.safetensors``, the shards in its index, or the files of torch.
 
-    Where there are both, safetensors are preferred; a whole file is, to shards.
+    safetensors are preferred to torch files, and one whole file to shards.
     """
     for single, index in _INDEXES.items():
         if (folder / single).is_file():
@@ -95,13 +95,13 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / index).is_file():
             return _shards(folder, inside(folder, index))
     sought = ", ".join(name for pair in _INDEXES.items() for name in pair)
-    raise FileNotFoundError(f"{folder} has no weights: none of {sought}. Download one of them")
+    raise FileNotFoundError(f"{folder} has no weights, that is none of {sought}. Download one of them")
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise ValueError(f"{index} is no index of shards (weight_map: names of weights to files): download it again")
+        raise ValueError(f"{index} is not an index of shards (weight_map: weight names to files): download it again")
     names = sorted(set(named.values()))
     bad = [name for name in names if Path(name).name != name or "\\" in name]
     if bad:
@@ -109,9 +109,9 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     bad = [name for name in names if Path(name).suffix != suffix]
     if bad:
-        raise ValueError(f"{index} names files that are no {suffix} files: {bad}: download it again")
+        raise ValueError(f"{index} names files that are not {suffix} files: {bad}: download it again")
     paths = [inside(folder, name) for name in names]
     lacking = [path.name for path in paths if not path.is_file()]
     if lacking:
-        raise FileNotFoundError(f"{folder} lacks shards that {index.name} names: {lacking}. Download them")
+        raise FileNotFoundError(f"{folder} lacks shards that are in {index.name}: {lacking}. Download them")
     return paths

@@ -9,7 +9,7 @@ _PATTERN = re.compile(r"(\d+)-([a-z][a-z-]*?)-x(\d+)-k(\d+)(?:-(.+))?")
 
 
 class SAEName(NamedTuple):
-    """The parts of a folder's name."""
+    """The parts of an SAE folder's name."""
 
     layer: int
     site: str  # with underscores: "mlp_out"
@@ -19,7 +19,7 @@ class SAEName(NamedTuple):
 
 
 def parse_sae_name(name: str) -> SAEName | None:
-    """The parts of an SAE folder's name, or None if it isn't one.
+    """The parts of an SAE folder's name. None if it is not such a name.
 
     Example:
         >>> parse_sae_name("12-mlp-out-x16-k30-v0")
@@ -33,13 +33,13 @@ def parse_sae_name(name: str) -> SAEName | None:
 
 
 def sae_names_among(names: Iterable[str]) -> dict[str, SAEName]:
-    """Those of the names that are an SAE folder's, with their parts, in the order of their layers."""
+    """The names that are names of SAE folders, with their parts, in the order of their layers."""
     parsed = {name: parts for name in names if (parts := parse_sae_name(name)) is not None}
     return dict(sorted(parsed.items(), key=lambda item: (item[1].layer, item[0])))
 
 
 def sae_folders(folder: str | Path) -> dict[str, SAEName]:
-    """The SAE folders inside ``folder``, by name, in the order of their layers; empty if it holds none."""
+    """The SAE folders in ``folder``, by name, in the order of their layers. Empty if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         return {}

@@ -1,9 +1,9 @@
-"""Files written by ``torch.save``, read without torch and without running anything that they name.
+"""Read files of ``torch.save`` without torch, and without running any code that they name.
 
-Such a file is a zip archive: ``data.pkl``, a pickle of the object with its tensors left out, and one entry a tensor's
-storage. A pickle is a program; loading it calls whatever it names. Here it can name the handful of things of which
-tensors are made, and those are our own functions on numpy arrays. Every other name becomes a ``Foreign``: data that
-says what it would have been.
+Such a file is a zip archive. It holds ``data.pkl``, a pickle of the object without its tensors, and one entry for each
+tensor storage. A pickle is a program: loading it calls whatever it names. Here it can only name the few things that
+tensors are made of, and those are functions of this module on numpy arrays. Every other name becomes a ``Foreign``,
+which records as data what the object would have been.
 
 Source: the zip format of torch 1.6 and later (``torch/serialization.py``); Python's ``pickle`` and ``pickletools``.
 """
@@ -25,13 +25,13 @@ import ml_dtypes
 import numpy as np
 
 LARGEST_PICKLE = 64 * 2**20
-"""Bytes of ``data.pkl`` at most: those of the largest published models are below one megabyte."""
+"""Most bytes of ``data.pkl``. The largest published models have less than one megabyte."""
 
 LARGEST_EXPANSION = 20_000_000
-"""Objects at most that a pickle's nested parts may stand for, each part counted as often as it is referred to."""
+"""Most objects in the nested parts of a pickle. Each part counts as often as it is referred to."""
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError, RuntimeError)
-"""What ``zipfile`` raises for one."""
+"""The errors of ``zipfile`` for a damaged file."""
 
 _DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -49,23 +49,24 @@ _DTYPES = {
 
 @dataclasses.dataclass(eq=False)
 class Foreign:
-    """Something that a file names and that was not looked up: what it would have been made of, as data."""
+    """Something that a file names and that was not looked up. It keeps, as data, what the object is made of."""
 
     name: str  # "module.attribute"
-    arguments: tuple = ()  # what it would have been called with
-    state: Any = None  # what its attributes would have been set from
+    arguments: tuple = ()  # the arguments of its call
+    state: Any = None  # the state that sets its attributes
 
 
 def read_torch(path: str | Path) -> Any:
-    """What ``torch.save`` put into a file, with numpy arrays for tensors and ``Foreign`` for objects of other classes.
+    """Read what ``torch.save`` wrote. Tensors become numpy arrays, objects of other classes ``Foreign``.
 
-    The arrays are read-only views of the file, mapped into memory. Each storage's checksum is compared.
+    The arrays are read-only and memory-mapped. The checksum of each storage is verified. Nothing that the file names is
+    imported or called.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for what is no such file or a damaged one, a tensor that reaches beyond its storage, a storage that
-            is compressed (torch never compresses, and a small file could become a huge one), or a pickle that can't be
-            read. Nothing that the file names is imported or called in any case.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged or was not written by ``torch.save``, if a tensor reaches beyond its storage,
+            if the pickle cannot be read, or if a storage is compressed (torch never compresses, and a small compressed
+            file could become a huge one).
     """
     path = Path(path)
     if not path.is_file():
@@ -78,10 +79,10 @@ def read_torch(path: str | Path) -> Any:
 
 
 def state_dict(loaded: Any) -> dict[str, np.ndarray]:
-    """The named arrays in what ``read_torch`` returned: a state dict, a module saved whole, or either under "model".
+    """The named arrays in the result of ``read_torch``: a state dict, a whole module, or either of them under "model".
 
     Raises:
-        ValueError: if there is none of these, naming what there is.
+        ValueError: if there is none of these. The message names what there is.
     """
     found = _named(loaded)
     if not found and isinstance(loaded, dict):
@@ -89,18 +90,18 @@ def state_dict(loaded: Any) -> dict[str, np.ndarray]:
             if found := _named(loaded.get(key)):
                 break
     if found and not all(isinstance(name, str) for name in found):
-        raise ValueError(f"the file holds a state dict whose names are no texts: {reprlib.repr(list(found))}")
+        raise ValueError(f"the names in the file's state dict are not all texts: {reprlib.repr(list(found))}")
     if not found:
         what = sorted(map(str, loaded)) if isinstance(loaded, dict) else getattr(loaded, "name", type(loaded).__name__)
         raise ValueError(
-            f"the file holds no state dict and no module, but {what}: save model.state_dict() from torch, and give that"
+            f"the file holds no state dict and no module, but {what}: save model.state_dict() with torch.save"
         )
     return found
 
 
 def _named(loaded: Any, prefix: str = "", depth: int = 0) -> dict[str, np.ndarray]:
     if depth > 100:
-        raise ValueError("the file's modules lie within each other more than 100 deep: it is damaged")
+        raise ValueError("the file's modules are nested more than 100 deep: it is damaged")
     if isinstance(loaded, Foreign) and isinstance(loaded.state, dict) and "_parameters" in loaded.state:
         found = {}
         for kind in ("_parameters", "_buffers"):
@@ -124,7 +125,7 @@ class _Storage(NamedTuple):
 
 
 class _Archive:
-    """One open file."""
+    """One open file of ``torch.save``."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile):
         self.path, self.archive = path, archive
@@ -156,18 +157,20 @@ class _Archive:
             MemoryError,
             RecursionError,
         ) as error:
-            raise ValueError(f"the pickle in {self.path} can't be read ({error!r}): download the file again") from error
+            raise ValueError(
+                f"the pickle in {self.path} cannot be read ({error!r}): download the file again"
+            ) from error
 
     def _check_size(self, data: bytes) -> None:
         try:
             _check_expansion(data)
-        except Exception as error:  # a broken pickle makes pickletools and this stumble in all ways
+        except Exception as error:  # a broken pickle can raise any error here
             raise ValueError(f"the pickle in {self.path} is damaged ({error}): download the file again") from error
 
     def _bytes(self, name: str, largest: int) -> bytes:
         info = self.archive.getinfo(self.root + name)
         if info.file_size > largest:
-            raise ValueError(f"{name} in {self.path} has {info.file_size} bytes, at most {largest} are read")
+            raise ValueError(f"{name} in {self.path} has {info.file_size} bytes, but at most {largest} are read")
         with self.archive.open(info) as entry:
             data = entry.read(largest + 1)
         if len(data) != info.file_size:
@@ -175,7 +178,7 @@ class _Archive:
         return data
 
     def storage(self, name: str, key: str, count: int) -> np.ndarray:
-        """The numbers of one storage: mapped into memory, their checksum compared."""
+        """The numbers of one storage, memory-mapped, with its checksum verified."""
         if name not in _DTYPES:
             raise ValueError(f"{self.path} has a tensor of {name}: save it as float32, float16 or bfloat16")
         dtype = _DTYPES[name].newbyteorder(self.order) if _DTYPES[name].kind != "V" else _DTYPES[name]
@@ -187,14 +190,14 @@ class _Archive:
         raw = self.storages[key]
         if len(raw) != count * dtype.itemsize:
             raise ValueError(
-                f"data/{key} in {self.path} has {len(raw)} bytes, expected {count * dtype.itemsize}: download it again"
+                f"data/{key} in {self.path} has {len(raw)} bytes, not {count * dtype.itemsize}: download it again"
             )
         return raw.view(dtype)
 
     def _mapped(self, info: zipfile.ZipInfo) -> np.ndarray:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise ValueError(f"{info.filename} in {self.path} is compressed, as torch never writes it")
-        with self.archive.open(info) as entry:  # reading to the end compares the checksum
+            raise ValueError(f"{info.filename} in {self.path} is compressed, but torch never compresses: save it again")
+        with self.archive.open(info) as entry:  # reading to the end verifies the checksum
             while entry.read(2**24):
                 pass
         if not info.file_size:
@@ -207,11 +210,13 @@ class _Archive:
 
 
 def _check_expansion(data: bytes) -> None:
-    """Raises ``ValueError`` for a small pickle that would take endless time or memory.
+    """Raise ``ValueError`` for a small pickle that would take endless time or memory.
 
-    It may ask for a table of any length by one high number; honest ones count up from 0. And it may nest tuples of
-    tuples, each holding the one before it twice, so that a hash of the outermost takes 2^depth steps. So the stack
-    machine of the pickle is followed with nothing on the stack but sizes, each in a list of one for what can grow.
+    Such a pickle can ask for a table of any length with one large index; a normal one counts up from 0. It can also
+    nest
+    tuples that each hold the previous one twice: a hash of the outermost then takes 2^depth steps. So this function
+    runs the stack machine of the pickle with only sizes on its stack. Each size is in a list of length 1, because it
+    can grow.
     """
     stack: list[list[int] | None] = []  # None: a mark
     memo: dict[Any, list[int]] = {}
@@ -220,7 +225,7 @@ def _check_expansion(data: bytes) -> None:
         if "PUT" in opcode.name or opcode.name == "MEMOIZE":
             index = len(memo) if argument is None else int(str(argument))
             if index > len(data):
-                raise ValueError(f"it numbers an object {index}")
+                raise ValueError(f"it gives an object the index {index}")
             memo[index] = stack[-1] or [1]
         elif opcode.name.endswith("GET"):
             stack.append(memo[int(str(argument))])
@@ -243,12 +248,12 @@ def _check_expansion(data: bytes) -> None:
                 size[0] += added
                 total += added
                 if total > LARGEST_EXPANSION:
-                    raise ValueError(f"written out it would have more than {LARGEST_EXPANSION} parts")
+                    raise ValueError(f"unfolded it would have more than {LARGEST_EXPANSION} parts")
                 stack.append(size)
 
 
 class _Unpickler(pickle.Unpickler):
-    """A pickle's names become our own functions or ``Foreign``; nothing is imported."""
+    """An unpickler that maps names to functions of this module or to ``Foreign``. It imports nothing."""
 
     def __init__(self, archive: _Archive, data: bytes):
         super().__init__(io.BytesIO(data))
@@ -271,14 +276,14 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", kind, str(key), str(), int(count)) if isinstance(kind, type) and count >= 0:
                 return _Storage(self._archive.storage(kind.__name__, key, count))
-        raise ValueError(f"{self._archive.path} names a storage in an unknown way: {reprlib.repr(pid)}")
+        raise ValueError(f"{self._archive.path} refers to a storage in an unknown way: {reprlib.repr(pid)}")
 
     def _tensor(self, storage, offset, size, stride, *rest) -> np.ndarray:
         values = storage.values if isinstance(storage, _Storage) else None
         numbers = (offset, *size, *stride)
         if values is None or len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(
-                f"{self._archive.path} has a tensor of storage {type(storage).__name__}, {reprlib.repr(numbers)}"
+                f"{self._archive.path} has a bad tensor: storage {type(storage).__name__}, {reprlib.repr(numbers)}"
             )
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -294,7 +299,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Call:
-    """A function that a pickle may call, and not change: it could set the attributes of a bare one."""
+    """A function that a pickle may call but not change. A pickle could set the attributes of a plain function."""
 
     __slots__ = ("_function",)
 
@@ -309,7 +314,7 @@ class _Call:
 
 
 def _foreign(full_name: str) -> type:
-    """A class whose instances keep what they are given; a new one each time, so that none is changed for others."""
+    """A class whose instances keep what they are given. Each call makes a new class, so that changes stay separate."""
 
     class Kept(Foreign):
         def __new__(cls, *arguments, **options):
@@ -343,6 +348,6 @@ def _what_else(path: Path) -> str:
         return "a damaged zip archive: download it again"
     if start[:1] == b"\x80":
         return (
-            "in torch's format before 1.6, or a bare pickle: load it in a torch that you trust and torch.save it again"
+            "in torch's format before 1.6, or a bare pickle: if you trust it, load it in torch and torch.save it again"
         )
-    return "no file that torch.save wrote: check the name, or download it again"
+    return "not a file of torch.save: check the name, or download it again"

@@ -1,4 +1,4 @@
-"""A published SAE's folder as a config and params."""
+"""Read the folder of a published SAE as a config and params."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from weights_convert.files import check_keys, check_kinds, check_sizes, read_config, weight_files
 from weights_convert.names import parse_sae_name
-from weights_convert.weights import Weights
+from weights_convert.weights import ReadModel, Weights
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
@@ -20,21 +20,23 @@ _TRAINING = {
 }
 
 
-def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config and the params of a published SAE.
+def read_sae(folder: str | Path) -> ReadModel:
+    """Read the config and the params of a published SAE.
 
-    ``folder`` holds ``config.json`` and ``model.safetensors``, and is named
-    ``<layer>-<point>-x<expansion>-k<k>[-<tag>]``. ``passthrough`` is carried over as a tuple; ``normalize`` is
-    recorded and, as in the original, not applied.
+    ``passthrough`` becomes a tuple. ``normalize`` is kept but, as in the original, not applied.
+
+    Args:
+        folder: a folder named ``<layer>-<point>-x<expansion>-k<k>[-<tag>]``, with ``config.json`` and
+            ``model.safetensors``.
 
     Returns:
-        ``(config, params)``: keyword arguments of ``SAEConfig``; ``w_enc [F, d]`` (``[2 F, d]`` for a bilinear
-        encoder), ``w_dec [d, F]``, ``b_dec [d]`` and, with an encoder bias, ``b_enc``, in the stored dtype.
+        ``(config, params)``: keyword arguments of ``SAEConfig``; and arrays in the stored dtype: ``w_enc [F, d]``
+        (``[2 F, d]`` for a bilinear encoder), ``w_dec [d, F]``, ``b_dec [d]`` and, with an encoder bias, ``b_enc``.
 
     Raises:
-        FileNotFoundError: for a file that isn't there.
-        ValueError: for unknown config keys, options that can't be represented, a config that contradicts the
-            folder's name or the weights, non-finite weights, and damaged files.
+        FileNotFoundError: if a file does not exist.
+        ValueError: for unknown config keys, for options that are not supported, if the config contradicts the folder's
+            name or the weights, if weights are not finite, and for damaged files.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -45,10 +47,10 @@ def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     site, layer = _point(path, raw["point"])
     if raw.get("target") is not None and _point(path, raw["target"]) != (site, layer):
         raise ValueError(
-            f"{path}: target {raw['target']} differs from point {raw['point']}: transcoders can't be loaded"
+            f"{path}: target {raw['target']} differs from point {raw['point']}: transcoders cannot be loaded"
         )
     if raw.get("token_lookup"):
-        raise ValueError(f"{path} has token_lookup: SAEs with a table of tokens can't be loaded")
+        raise ValueError(f"{path} has token_lookup: SAEs with a table of tokens cannot be loaded")
     config = {
         "site": site,
         "layer": layer,
@@ -65,15 +67,15 @@ def read_sae(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     weights = Weights(weight_files(folder))
     shapes = expected_shapes(config)
     weights.check(shapes)
-    return config, {PARAMS[key]: np.array(weights.read(key)) for key in shapes}
+    return ReadModel(config, {PARAMS[key]: np.array(weights.read(key)) for key in shapes})
 
 
 PARAMS = {"w_enc.weight": "w_enc", "w_dec.weight": "w_dec", "b_dec": "b_dec", "w_enc.bias": "b_enc"}
-"""How the published files name the params."""
+"""The names of the params in the published files, with those of this library."""
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The weights of an SAE and their shapes, as the published files name them."""
+    """The weights of an SAE and their shapes, under their published names."""
     d, features = config["d_model"], config["d_model"] * config["expansion"]
     rows = features * (2 if config.get("bilinear_encoder") else 1)
     shapes: dict[str, tuple[int, ...]] = {"w_enc.weight": (rows, d), "w_dec.weight": (d, features), "b_dec": (d,)}
@@ -81,7 +83,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _flattened(raw: dict[str, Any]) -> dict[str, Any]:
-    """The config with what the original didn't know, and put under ``kwargs`` at every save, taken out of there."""
+    """The config with the keys under ``kwargs`` moved to the top. The original put unknown keys there at every save."""
     flat: dict[str, Any] = {}
     level: Any = raw
     while isinstance(level, dict):
@@ -97,15 +99,17 @@ def _point(path: Path, point: Any) -> tuple[str, int]:
         if site in SITES and point[1] >= 0:
             return site, point[1]
     raise ValueError(
-        f"{path}: a point is a site and a layer, as ['mlp-out', 7], got {point!r}; sites: {', '.join(SITES)}"
+        f"{path}: point must be a site and a layer, such as ['mlp-out', 7], got {point!r}; sites: {', '.join(SITES)}"
     )
 
 
 def _passthrough(path: Path, value: Any, d_model: int) -> tuple[int, ...]:
-    """An int, a list of them, or nothing, as a tuple."""
+    """An int, a list of ints, or None, as a tuple."""
     dims = [] if value is None else [value] if type(value) is int else value
     if not isinstance(dims, list) or any(type(dim) is not int or not 0 <= dim < d_model for dim in dims):
-        raise ValueError(f"{path}: passthrough is a coordinate in 0 ... {d_model - 1} or a list of them, got {value!r}")
+        raise ValueError(
+            f"{path}: passthrough must be a coordinate in 0 ... {d_model - 1} or a list of them, got {value!r}"
+        )
     return tuple(dims)
 
 
@@ -113,12 +117,12 @@ def _normalize(path: Path, value: Any) -> float | None:
     if value is None or value is False:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{path}: normalize is a number or null, got {value!r}")
+        raise ValueError(f"{path}: normalize must be a number or null, got {value!r}")
     return float(value)
 
 
 def _check_name(folder: Path, config: dict[str, Any]) -> None:
-    """Raises ``ValueError`` if the folder's name says something else than its config; fills in a tag from it."""
+    """Raise ``ValueError`` if the folder's name contradicts its config. A missing tag is taken from the name."""
     named = parse_sae_name(folder.resolve().name)
     if named is None:
         return

@@ -1,6 +1,6 @@
-"""A published transformer's folder as a config and params.
+"""Read the folder of a published transformer as a config and params.
 
-What the state dict's keys become, with d = d_model, h = d_hidden (``h`` only half of ``mlp.w`` if bilinear):
+The keys of the state dict become, with d = d_model, h = d_hidden (``mlp.w`` has ``[h, d]`` if it is not bilinear):
 
     transformer.wte.weight          [V, d]     w_e
     transformer.h.{i}.attn.qkv      [3 d, d]   layers.attention.w_q, w_k, w_v  (rows in this order)
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from weights_convert.files import check_keys, check_kinds, check_sizes, read_config, weight_files
-from weights_convert.weights import Weights
+from weights_convert.weights import ReadModel, Weights
 
 PAD_IDS = {"ts-4096": 2, "mistral": 2, "gpt2": 50256}
-"""The token with which each known tokenizer pads."""
+"""The padding token id of each known tokenizer."""
 
 GATES = (None, "relu", "silu", "gelu")
 
@@ -42,7 +42,7 @@ _MEANT = _REQUIRED | {
 _OLDER = {"scale_attn", "attention2", "norm_bias", "mlp", "rms"}
 _HARMLESS = {
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
-    *("modifier", "noise"),  # a suffix of the name; noise while training
+    *("modifier", "noise"),  # a suffix of the name; the noise of the training
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id"),
 }
@@ -54,26 +54,25 @@ _KINDS = {
 _DEAD = re.compile(r"transformer\.(h\.\d+\.n[12]|n_f)\.norm\.linear\.weight")
 
 
-def read_transformer(
-    folder: str | Path, *, attn_scale: float | None = None, name: str | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config and the params of a published model.
+def read_transformer(folder: str | Path, *, attn_scale: float | None = None, name: str | None = None) -> ReadModel:
+    """Read the config and the params of a published model.
 
     Args:
-        folder: holds ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, each whole or as shards with
-            an index, ``model.safetensors.index.json``. Nothing that a pickle names is run: see ``read_torch``.
-        attn_scale: the factor on the attention's output. None: from the config's ``scale_attn``; else from the
-            model's name, with a warning: 1 for ts-*, 1/sqrt(2 n_layer) for all others.
-        name: the model's name; by default the config's ``repo``, else the folder's name.
+        folder: a folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``. The weights are one
+            file, or shards with an index such as ``model.safetensors.index.json``. No code in a pickle is run: see
+            ``read_torch``.
+        attn_scale: the factor on the attention's output. None: from ``scale_attn`` in the config; if it is missing,
+            from the model's name, with a warning: 1 for ts-*, 1/sqrt(2 n_layer) for all others.
+        name: the model's name. Default: ``repo`` in the config, or the folder's name.
 
     Returns:
         ``(config, params)``: keyword arguments of ``TransformerConfig``, and a nested dict of arrays in the stored
-        dtype, bit for bit (unless gains of an older file's norms are folded in, which a warning says).
+        dtype, bit for bit. One exception: gains of an older file's norms are folded into the weights, with a warning.
 
     Raises:
-        FileNotFoundError: for a file that isn't there.
-        ValueError: for unknown config keys, an architecture that can't be represented, missing, extra, misshapen or
-            non-finite weights, and damaged files.
+        FileNotFoundError: if a file does not exist.
+        ValueError: for unknown config keys, for an architecture that is not supported, for weights that are missing,
+            unexpected, of the wrong shape or not finite, and for damaged files.
     """
     folder = Path(folder)
     raw = read_config(folder)
@@ -100,34 +99,34 @@ def read_transformer(
         )
     known_as = name or raw.get("repo") or folder.resolve().name
     config["attn_scale"] = _attention_scale(attn_scale, raw.get("scale_attn"), known_as, config["n_layer"])
-    return config, params
+    return ReadModel(config, params)
 
 
 def _refuse(path: Path, raw: dict[str, Any]) -> None:
     if raw.get("attention2"):
         raise ValueError(
-            f"{path} has attention2: five projections and no softmax, which is another architecture. Only softmax "
-            "attention (attention2 false) can be loaded"
+            f"{path} has attention2: five projections and no softmax. Only softmax attention (attention2 false) can be "
+            "loaded"
         )
     if raw.get("norm_bias"):
-        raise ValueError(f"{path} has norm_bias: norms with a bias can't be loaded, only RMSNorm without one")
+        raise ValueError(f"{path} has norm_bias: norms with a bias cannot be loaded, only RMSNorm without one")
 
 
 def _config(path: Path, raw: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """All of the config but ``attn_scale``."""
+    """The config without ``attn_scale``."""
     config = {key: raw[key] for key in sorted(_REQUIRED)}
     if config["n_layer"] > len(weights.shapes):
         raise ValueError(
-            f"{path} has n_layer {config['n_layer']}, the weights are {len(weights.shapes)} in all: correct it"
+            f"{path} has n_layer {config['n_layer']}, but there are only {len(weights.shapes)} weights: correct it"
         )
     if config["d_model"] % (2 * config["n_head"]):
-        raise ValueError(f"{path}: d_model {config['d_model']} is no multiple of 2 n_head, {2 * config['n_head']}")
+        raise ValueError(f"{path}: d_model {config['d_model']} is not a multiple of 2 n_head, {2 * config['n_head']}")
     if raw.get("bilinear") is not None:
         config["bilinear"] = raw["bilinear"]
     elif (raw.get("mlp") or "bilinear") in ("bilinear", "blp"):
         config["bilinear"] = True
     else:
-        raise ValueError(f"{path} has mlp {raw['mlp']!r} and no bilinear: add bilinear and gate, which say what it is")
+        raise ValueError(f"{path} has mlp {raw['mlp']!r} but no bilinear: add the keys bilinear and gate")
     config["gate"] = raw.get("gate") or None  # false in mid-2024
     if config["gate"] not in GATES:
         raise ValueError(f"{path}: unknown gate {config['gate']!r}; known: {GATES}")
@@ -149,7 +148,7 @@ def _normalization(path: Path, raw: dict[str, Any]) -> tuple[bool, bool, bool]:
         return value, value, value
     if isinstance(value, list) and len(value) == 3 and all(isinstance(part, bool) for part in value):
         return value[0], value[1], value[2]
-    raise ValueError(f"{path}: normalization is true, false or three of them (attention, MLP, final), got {value!r}")
+    raise ValueError(f"{path}: normalization must be true, false or three (attention, MLP, final), got {value!r}")
 
 
 def _layer(index: int, name: str) -> str:
@@ -157,7 +156,7 @@ def _layer(index: int, name: str) -> str:
 
 
 def _gain_keys(config: dict[str, Any]) -> list[str]:
-    """Where an older file has the gains of its norms, for those norms that there are."""
+    """The keys of the gains that an older file may have, for the norms that are switched on."""
     attention, mlp, final = config["normalization"]
     keys = [
         _layer(i, n) for i in range(config["n_layer"]) for n, on in (("n1.weight", attention), ("n2.weight", mlp)) if on
@@ -166,7 +165,7 @@ def _gain_keys(config: dict[str, Any]) -> list[str]:
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The weights of a model and their shapes, as the published files name them."""
+    """The weights of a model and their shapes, under their published names."""
     d, h, n_vocab = config["d_model"], config["d_hidden"], config["n_vocab"]
     rows = 2 * h if config["bilinear"] else h
     layer = {
@@ -184,13 +183,13 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def rotary_frequencies(d_head: int) -> np.ndarray:
-    """The published models' ``inv_freq``: ``10000^(-2 i / d_head)``, ``i = 0 ... d_head / 2 - 1``, in float64."""
+    """The ``inv_freq`` of the published models, in float64: ``10000^(-2 i / d_head)``, ``i = 0 ... d_head / 2 - 1``."""
     half = d_head // 2
     return 10_000.0 ** -(np.arange(half) / half)
 
 
 def _check_rotary(weights: Weights, key: str, config: dict[str, Any]) -> None:
-    """Raises ``ValueError`` unless the stored frequencies are those that the model computes."""
+    """Raise ``ValueError`` unless the stored frequencies are those that the model computes."""
     frequencies = rotary_frequencies(config["d_model"] // config["n_head"])
     stored = weights.read(key)
     tolerance = 1e-5 if stored.dtype == np.float32 else 1e-2
@@ -198,17 +197,19 @@ def _check_rotary(weights: Weights, key: str, config: dict[str, Any]) -> None:
         stored.astype(np.float64), frequencies, rtol=tolerance, atol=0
     ):
         raise ValueError(
-            f"{key} is not the {len(frequencies)} frequencies of the rotary base 10000: another base can't be loaded"
+            f"{key} is not the {len(frequencies)} frequencies of the rotary base 10000: other bases cannot be loaded"
         )
 
 
 def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
     def stacked(key: str, *names: str) -> dict[str, np.ndarray]:
-        """The rows of a weight cut evenly among ``names``, with the layers stacked."""
+        """Split the rows of a weight evenly among ``names``, with the layers stacked."""
         keys = [_layer(i, key) for i in range(config["n_layer"])]
         dtypes = {weights.dtype(key) for key in keys}
         if len(dtypes) > 1:
-            raise ValueError(f"{key} is stored as {' and as '.join(sorted(dtypes))}: re-save all layers in one dtype")
+            raise ValueError(
+                f"{key} is stored as {' and as '.join(sorted(dtypes))}: save all layers again in one dtype"
+            )
         first = weights.read(keys[0])
         rows = first.shape[0] // len(names)
         parts = {n: np.empty((config["n_layer"], rows, *first.shape[1:]), first.dtype) for n in names}
@@ -218,7 +219,7 @@ def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
                 part[i] = value[j * rows : (j + 1) * rows]
         return parts
 
-    # The largest first: a tensor is mapped and copied, and adds to what is there by then.
+    # The largest first: during its copy a tensor is in memory twice.
     embeddings = {
         name: np.array(weights.read(key))
         for name, key in (("w_e", "transformer.wte.weight"), ("w_u", "lm_head.weight"))
@@ -234,7 +235,7 @@ def _params(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
 
 
 def _fold(params: dict[str, Any], gains: dict[str, np.ndarray]) -> None:
-    """Multiplies each norm's gain into the columns of the weights that read it: ``W (g * x) = (W g) x``."""
+    """Multiply each norm's gain into the columns of the weights that read it: ``W (g * x) = (W g) x``."""
     for key, gain in gains.items():
         if key == "transformer.n_f.weight":
             params["w_u"] = params["w_u"] * gain
@@ -247,7 +248,7 @@ def _fold(params: dict[str, Any], gains: dict[str, np.ndarray]) -> None:
 
 
 def _attention_scale(given: float | None, scale_attn: bool | None, name: str, n_layer: int) -> float:
-    """The factor on the attention's output: given, or from the config, or from the model's name with a warning."""
+    """The factor on the attention's output: as given, from the config, or from the model's name with a warning."""
     scaled = 1 / math.sqrt(2 * n_layer)
     if given is not None:
         return float(given)
@@ -255,15 +256,15 @@ def _attention_scale(given: float | None, scale_attn: bool | None, name: str, n_
         return scaled if scale_attn else 1.0
     short = name.rstrip("/").split("/")[-1]
     if short.startswith("ts-"):
-        chosen, why = 1.0, "1, since models named ts-* were trained so"
+        chosen, why = 1.0, "1, because models named ts-* were trained with it"
     elif short.startswith("fw-"):
-        chosen, why = scaled, f"1/sqrt(2 n_layer) = {scaled:.4g}, since models named fw-* were trained so"
+        chosen, why = scaled, f"1/sqrt(2 n_layer) = {scaled:.4g}, because models named fw-* were trained with it"
     else:
-        chosen, why = scaled, f"1/sqrt(2 n_layer) = {scaled:.4g}, the original's present default"
+        chosen, why = scaled, f"1/sqrt(2 n_layer) = {scaled:.4g}, the current default of the original"
     warnings.warn(
-        f"the files of {name} don't say how its attention's output is scaled; chosen: {why}. To check, compare the "
-        f"loss on text that it was trained on with attn_scale=1 and attn_scale={scaled:.6g}, as `bilinear-jax eval "
-        "--attn-scale auto --data TEXT` does: the right one is clearly lower. Giving attn_scale settles it",
+        f"the files of {name} do not give the scale of its attention's output; chosen: {why}. To check, run "
+        "`bilinear-jax eval --attn-scale auto --data TEXT` on text like its training text. It compares the losses of "
+        f"attn_scale=1 and attn_scale={scaled:.6g}: the right one is clearly lower. Then give that attn_scale",
         stacklevel=3,
     )
     return chosen

@@ -1,11 +1,11 @@
-"""The weights in safetensors files and in files of ``torch.save``: shapes at once, values when asked for."""
+"""The weights in safetensors files and in files of ``torch.save``: shapes at once, values on request."""
 
 import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,11 +13,11 @@ import numpy as np
 from weights_convert.pickled import read_torch, state_dict
 
 LARGEST_HEADER = 16 * 2**20
-"""Bytes of a safetensors header at most: those of the largest published models have less than a hundredth of them."""
+"""Most bytes of a safetensors header. The largest published models have less than a hundredth of this."""
 
 FLOATS = ("float32", "float16", "bfloat16")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""How safetensors calls what can be read."""
+"""The names that safetensors has for the supported dtypes."""
 
 
 class _Tensor(NamedTuple):
@@ -32,7 +32,7 @@ class _Tensor(NamedTuple):
 def differences(
     shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
 ) -> tuple[list[str], list[str], list[str]]:
-    """What is missing, what is there besides (``ignored`` aside), and which shapes are others, each sorted."""
+    """The names that are missing, the names that are extra (without ``ignored``) and the wrong shapes, each sorted."""
     missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys() - set(ignored)
     wrong = [
         f"{key} has {list(shapes[key])}, expected {list(shape)}"
@@ -42,8 +42,15 @@ def differences(
     return sorted(missing), sorted(extra), wrong
 
 
+class ReadModel(NamedTuple):
+    """A model or an SAE as read from files. ``config`` holds the keyword arguments of its config class."""
+
+    config: dict[str, Any]
+    params: dict[str, Any]  # nested dict of numpy arrays, in the dtype of the file
+
+
 class Weights:
-    """The tensors of one or more files, by their names."""
+    """The tensors of one or more files, by name."""
 
     def __init__(self, files: Iterable[Path]):
         self.files = list(files)
@@ -58,7 +65,7 @@ class Weights:
         self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
-        """Raises ``ValueError`` unless the tensors are exactly the expected ones, ``ignored`` aside."""
+        """Raise ``ValueError`` unless the tensors are exactly the expected ones. ``ignored`` may be there too."""
         where = ", ".join(path.name for path in self.files) + f" in {self.files[0].parent}"
         missing, extra, wrong = differences(self.shapes, expected, ignored)
         if missing or extra:
@@ -69,19 +76,19 @@ class Weights:
             )
         if wrong:
             raise ValueError(
-                f"shapes in {where} disagree with config.json: {'; '.join(wrong)}. "
+                f"shapes in {where} do not match config.json: {'; '.join(wrong)}. "
                 "Check that config.json belongs to these weights"
             )
 
     def dtype(self, key: str) -> str:
-        """How one tensor is stored; raises ``ValueError`` if it is no floating point that can be read."""
+        """The stored dtype of one tensor. Raises ``ValueError`` if it is not in ``FLOATS``."""
         path, _, dtype, _ = self._tensors[key]
         if dtype not in FLOATS:
-            raise ValueError(f"{key} in {path} is stored as {dtype}; re-save it as one of {', '.join(FLOATS)}")
+            raise ValueError(f"{key} in {path} is stored as {dtype}; save it again as one of {', '.join(FLOATS)}")
         return dtype
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, as stored and perhaps read-only; ``ValueError`` if it is no floating point, or not finite."""
+        """One tensor as stored, perhaps read-only. Raises ``ValueError`` for NaN, inf or a dtype outside ``FLOATS``."""
         self.dtype(key)
         value = self._tensors[key].read()
         if not np.isfinite(value).all():
@@ -95,13 +102,13 @@ class Weights:
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
-    """safetensors checks the file; what it says of each tensor is then read straight into numpy."""
+    """The tensors of one file. safetensors checks the file; then numpy maps the values."""
     from safetensors import SafetensorError, safe_open
 
     size = path.stat().st_size
 
     def damaged(why: object) -> ValueError:
-        return ValueError(f"{path} ({size} bytes) is cut short or no safetensors file ({why}): download it again")
+        return ValueError(f"{path} ({size} bytes) is cut short or not a safetensors file ({why}): download it again")
 
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -122,7 +129,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
 
 
 def _mapped(path: Path, dtype: str, place: int, shape: tuple[int, ...]) -> np.ndarray:
-    """A part of a file as an array, mapped for as long as someone holds it: longer, and all of it counts as memory."""
+    """A part of a file as a memory-mapped array. The map lives only as long as the array, to keep memory low."""
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).newbyteorder("<")
     count = math.prod(shape)
     if not count:

@@ -1,7 +1,7 @@
-"""The commands of ``bilinear-jax``, a file each.
+"""The commands of ``bilinear-jax``, one file each. ``main`` finds and runs them; ``common`` has what they share.
 
-Each has ``HELP`` (one line), ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``. What ``run`` returns is
-JSON, which ``--json`` prints; without that, ``text(result)`` is printed. A command that prints for itself returns
-nothing and has no ``text``. Nothing is imported at the top of these files that takes a while, for
-``bilinear-jax --help`` reads all of them.
+Each has ``HELP`` (one line), ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``. ``run`` returns JSON, which
+``--json`` prints. Otherwise ``text(result)`` is printed. A command that prints for itself returns None and has no
+``text``. These files import slow modules only inside functions, because ``bilinear-jax --help`` imports all of them.
+This package may import everything.
 """

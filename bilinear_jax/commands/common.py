@@ -1,4 +1,4 @@
-"""What several commands share: options, what they load, and how they print a table."""
+"""What several commands share: options, loading, and printing a table."""
 
 import argparse
 import math
@@ -6,19 +6,20 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from bilinear_jax.fields import SEED
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.store.fields import SEED
 
 SENTENCE = "Once upon a time, there was a cat."
 
 
 class WrongUse(Exception):
-    """The command line itself is wrong, as can be seen without loading anything: exit status 2."""
+    """The command line itself is wrong, and this is clear before anything is loaded: exit status 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Examples as they are written, no abbreviated options, and errors of one line."""
+    """A parser that keeps the layout of examples, has no abbreviated options, and prints errors in one line."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
@@ -31,38 +32,40 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """It may stand before the command, and after it."""
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+    """Add --debug, which may be before or after the command."""
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to the standard output")
+    parser.add_argument("--json", action="store_true", help="print only JSON to the standard output")
 
 
 def add_model(parser: argparse.ArgumentParser, *, measured_scale: bool = False) -> None:
     parser.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
-    help = "factor on the attention's output, over what the files say"
+    help = "factor on the attention's output, instead of that in the files"
     if measured_scale:
-        help += "; auto: whichever of 1 and 1/sqrt(2 n_layer) gives the lower loss, and says both"
+        help += "; auto: 1 or 1/sqrt(2 n_layer), the one with the lower loss; prints both losses"
     parser.add_argument("--attn-scale", type=scale_or_auto if measured_scale else scale, metavar="X", help=help)
     parser.add_argument(
-        "--verbose", action="store_true", help="say on the standard error what was loaded, and decode a line"
+        "--verbose", action="store_true", help="print what was loaded, and an encoded sentence, to the standard error"
     )
 
 
 def add_tracer(parser: argparse.ArgumentParser, *, use_encoder: bool = True) -> None:
-    """The arguments of ``Tracer``; its ``inp`` and ``out`` are --inp-sae and --out-sae, for --out names a folder."""
+    """Add the arguments of ``Tracer``. Here ``inp`` and ``out`` are --inp-sae and --out-sae; --out is a folder."""
     parser.add_argument("--layer", type=natural, required=True, help="the layer whose MLP is explained, from 0")
-    choice = "site=SITE,expansion=X,k=K,tag=TAG, each only where several SAEs would fit"
+    choice = "site=SITE,expansion=X,k=K,tag=TAG, only what is needed to choose one SAE"
     parser.add_argument("--inp-sae", type=sae_choice, metavar="CHOICE", help=f"the input SAE: {choice}")
     parser.add_argument("--out-sae", type=sae_choice, metavar="CHOICE", help=f"the output SAE: {choice}")
-    parser.add_argument("--scope", help="folder or hub name of the SAEs (default: where the model's own are)")
+    parser.add_argument("--scope", help="folder or hub name of the SAEs (default: those of the model)")
     if use_encoder:
         parser.add_argument(
             "--use-encoder",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help="explain what makes a feature fire (its encoder row), or what it stands for (its decoder column)",
+            help="explain what makes a feature fire (its encoder row), or what it represents (its decoder column)",
         )
 
 
@@ -78,22 +81,26 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="text: .txt (documents separated by <|endoftext|>), .txt.gz, .jsonl, .jsonl.gz or .parquet files or "
         "hub:OWNER/NAME[:CONFIG[:SPLIT]]; or token ids [rows, seq] in one .npy file or, with --field input_ids, in a "
-        "Parquet file, a folder of such, or a hub dataset OWNER/NAME (default: the corpus that lies beside the model)",
+        "Parquet file, a folder of such files, or a hub dataset OWNER/NAME (default: the corpus of the model)",
     )
-    parser.add_argument("--field", default="text", help="where JSONL, Parquet and hub datasets have it (default: text)")
+    parser.add_argument(
+        "--field",
+        default="text",
+        help="field of the text or the token ids in JSONL, Parquet and hub datasets (default: text)",
+    )
 
 
 def add_conversion(parser: argparse.ArgumentParser, source: str, out: str, scope: str) -> None:
-    """SOURCE, OUT and --scope, each with its help, and the factor on the attention's output."""
+    """Add SOURCE, OUT and --scope with their help texts, and --attn-scale."""
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("out", metavar="OUT", type=Path, help=out)
-    help = f"{scope}: all those of SCOPE_SOURCE (default: the model's own)"
+    help = f"{scope}: all of SCOPE_SOURCE (default: those of the model)"
     parser.add_argument("--scope", nargs="?", const=True, metavar="SCOPE_SOURCE", help=help)
     parser.add_argument("--attn-scale", type=scale, metavar="X", help="factor on the attention's output")
 
 
 def scope_source(options: argparse.Namespace) -> str | None:
-    """What --scope names: a source, the model's own if it stands alone, or nothing."""
+    """The source in --scope: the given one, the model itself if --scope stands alone, or None."""
     return options.source if options.scope is True else options.scope
 
 
@@ -107,7 +114,7 @@ def positive(text: str) -> int:
 
 def _whole(text: str, least: int) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 
@@ -117,7 +124,7 @@ def scale(text: str) -> float:
             return value
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
 def scale_or_auto(text: str) -> float | str:
@@ -125,8 +132,8 @@ def scale_or_auto(text: str) -> float | str:
 
 
 def features(text: str) -> str:
-    """A text of the form that ``pages.options.select_features`` reads, once there are features to choose from."""
-    from bilinear_jax.pages.options import parse_features
+    """A valid text for ``explain.select.select_features``, which reads it once the features are known."""
+    from bilinear_jax.explain.select import parse_features
 
     try:
         parse_features(text)
@@ -142,7 +149,7 @@ def seed(text: str) -> int:
 
 
 def unicode(text: str) -> str:
-    """A text that is none, for the terminal or the shell gave bytes that aren't UTF-8, is a wrong use."""
+    """A text that is valid Unicode. The terminal or the shell may pass bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -162,7 +169,7 @@ def sae_choice(text: str) -> dict[str, Any]:
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not value or name not in kinds or name in choice:
-            raise argparse.ArgumentTypeError(f"{text!r} names no SAE: write for instance site=resid-mid,k=20")
+            raise argparse.ArgumentTypeError(f"{text!r} does not choose an SAE: write for instance site=resid-mid,k=20")
         choice[name] = kinds[name](value)
     return choice
 
@@ -172,7 +179,7 @@ def _site(text: str) -> str:
 
     try:
         site_name(text)
-    except ValueError as error:
+    except UnknownNameError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
@@ -189,14 +196,14 @@ def load_model(options: argparse.Namespace):
 
 
 def say_loaded(options: argparse.Namespace, lm) -> None:
-    """What ``--verbose`` asks for."""
+    """Print what ``--verbose`` asks for."""
     if options.verbose:
         print(described(lm), file=sys.stderr)
 
 
 def described(lm) -> str:
-    """A model and its tokenizer in two lines, the second a sentence encoded and decoded again."""
-    from bilinear_jax.training.data import tokenizer_hash
+    """Two lines on a model and its tokenizer. The second is a sentence, encoded and decoded again."""
+    from bilinear_jax.store.tokenizers import tokenizer_hash
 
     config = lm.config
     kind = "bilinear" if config.bilinear and config.gate is None else f"gate {config.gate}"
@@ -209,47 +216,55 @@ def described(lm) -> str:
 
 
 def load_tracer(options: argparse.Namespace, lm):
-    from bilinear_jax.tracer import Tracer
+    from bilinear_jax.explain.tracer import Tracer
 
     use_encoder = getattr(options, "use_encoder", True)
     return Tracer(lm, options.layer, options.inp_sae, options.out_sae, use_encoder, options.scope)
 
 
-def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> tuple[Any, str]:
-    """The token ids ``[rows, seq]`` that ``--data`` stands for, at most so many rows, and a name for them.
+class Tokens(NamedTuple):
+    """A dataset as a command uses it."""
 
-    Text is read and encoded as for training, and cut into rows. The last is filled up with padding; where the model
-    has none, the name says what was left out. It says so too of token ids in rows longer than the context.
+    ids: Any  # [rows, seq]
+    name: str  # its name, and what was left out of it
+
+
+def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> Tokens:
+    """The token ids ``[rows, seq]`` of ``--data``, at most ``rows`` rows, and a name for them.
+
+    Text is read and encoded as for training, and cut into rows. The last row is filled with padding. If the model has
+    no padding, the last tokens are left out, and the name says so. Rows of token ids longer than the context are cut,
+    and the name says this too.
     """
-    from bilinear_jax.datasets import COLUMN, load_token_rows
+    from bilinear_jax.store.datasets import COLUMN, load_token_rows
 
     if options.data is None:
-        from bilinear_jax.checkpoint import corpus
+        from bilinear_jax.store.datasets import load_corpus
 
-        return corpus(options.model)[:rows], f"corpus.npy of {options.model}"
+        return Tokens(load_corpus(options.model)[:rows], f"corpus.npy of {options.model}")
     name = ", ".join(source if source.startswith("hub:") else Path(source).name for source in options.data)
     ids = [source.endswith(".npy") or options.field == COLUMN for source in options.data]
     if not any(ids):
         return _in_rows(_tokenized(options, lm, rows), lm.config, rows, name)
     if len(ids) > 1:
-        raise WrongUse("--data takes one source of token ids, or texts")
+        raise WrongUse("--data takes either one source of token ids, or texts")
     found, width = load_token_rows(options.data[0])[:rows], lm.config.n_ctx
     if found.shape[1] > width:
         name += f" (the first {width} of the {found.shape[1]} tokens of each row)"
-    return found[:, :width], name
+    return Tokens(found[:, :width], name)
 
 
-def _in_rows(stream, config, rows: int | None, name: str) -> tuple[Any, str]:
+def _in_rows(stream, config, rows: int | None, name: str) -> Tokens:
     import numpy as np
 
     width = min(config.n_ctx, len(stream))
     over = len(stream) % width
     if over and (rows is None or len(stream) // width < rows):
         if config.pad_id is None:
-            stream, name = stream[:-over], f"{name} (without its last {over} tokens, which fill no row)"
+            stream, name = stream[:-over], f"{name} (without its last {over} tokens, which do not fill a row)"
         else:
             stream = np.pad(stream, (0, width - over), constant_values=config.pad_id)
-    return stream[: len(stream) // width * width].reshape(-1, width)[:rows], name
+    return Tokens(stream[: len(stream) // width * width].reshape(-1, width)[:rows], name)
 
 
 def _tokenized(options: argparse.Namespace, lm, rows: int | None):
@@ -257,7 +272,7 @@ def _tokenized(options: argparse.Namespace, lm, rows: int | None):
 
     import numpy as np
 
-    from bilinear_jax.training.data import tokenize
+    from bilinear_jax.store.tokens import tokenize
 
     limit = None if rows is None else rows * lm.config.n_ctx
     with tempfile.TemporaryDirectory(prefix="bilinear-jax-") as folder:
@@ -269,7 +284,7 @@ def _tokenized(options: argparse.Namespace, lm, rows: int | None):
 
 
 def columns(titles: Sequence[str], rows: Iterable[Sequence[Any]], left: Iterable[str] = ()) -> str:
-    """Rows as aligned text; the columns named in ``left`` are flush left, all others flush right.
+    """Rows as aligned text. The columns named in ``left`` are flush left, all others flush right.
 
     Example:
         >>> print(columns(["feature", "value"], [[7, "0.25"], [12, "-10.00"]]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from bilinear_jax.commands import common
 
-HELP = "the loss of a model on a text, and how well its SAEs stand in for what they read"
+HELP = "the loss of a model on a text, and how well its SAEs reconstruct what they read"
 EXAMPLES = """examples:
   bilinear-jax eval
       the model that ships with the package and all its SAEs, on 256 rows of its corpus
@@ -16,11 +16,11 @@ EXAMPLES = """examples:
   bilinear-jax eval --saes 2-mlp-in-x4-k20,2-mlp-out-x4-k20 --data tokens.npy --json
       two SAEs, on token ids [rows, seq], as JSON
   bilinear-jax eval --model tdooms/ts-medium --attn-scale auto --data stories.txt --saes none
-      whether the attention's output is scaled, which older files don't say: by the loss on a text like the training's
+      find the scale of the attention's output, which older files do not give, by the loss on text like the training's
 """
 COLUMNS = ("nmse", "explained_variance", "l0", "dead", "loss_patched", "loss_zeroed", "loss_added", "loss_recovered")
-CLEAR = 0.1  # nats a token between the two attention scales, from which on it is said which fits
-NOTE = """nmse: squared error / squared norm; l0: active features a token; dead: share of the features that never fire;
+CLEAR = 0.1  # nats per token: the smallest difference of losses that decides between the two attention scales
+NOTE = """nmse: squared error / squared norm; l0: active features per token; dead: fraction of features that never fire;
 loss patched: with the site replaced by the reconstruction, zeroed: by 0; loss added: (patched - clean) / clean;
 loss recovered: 1 - (patched - clean) / (zeroed - clean)"""
 
@@ -29,27 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser, measured_scale=True)
     common.add_data(parser)
     parser.add_argument(
-        "--rows", type=common.positive, default=256, help="rows of n_ctx tokens, the first; all if fewer (default: 256)"
+        "--rows", type=common.positive, default=256, help="use at most this many rows of n_ctx tokens (default: 256)"
     )
     parser.add_argument(
-        "--saes", default="all", help="all, none, or names such as 2-mlp-in-x4-k20, with commas between (default: all)"
+        "--saes", default="all", help="all, none, or names such as 2-mlp-in-x4-k20, separated by commas (default: all)"
     )
-    parser.add_argument("--scope", help="folder or hub name of the SAEs (default: where the model's own are)")
+    parser.add_argument("--scope", help="folder or hub name of the SAEs (default: those of the model)")
     parser.add_argument(
         "--correlation-ks",
         type=common.positive,
         nargs="+",
         default=[],
         metavar="K",
-        help="also how well so many eigenpairs predict the features of each SAE at mlp_out; takes longer than the rest",
+        help="also measure how well K eigenpairs predict the features of each SAE at mlp_out; slower than the rest",
     )
-    parser.add_argument("--batch-size", type=common.positive, default=16, help="rows at once (default: 16)")
+    parser.add_argument("--batch-size", type=common.positive, default=16, help="rows in a batch (default: 16)")
     common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from bilinear_jax import evaluation
     from bilinear_jax.language import load
+    from bilinear_jax.measure import evaluation
 
     measured = options.attn_scale == "auto"
     lm = load(options.model, attn_scale=1.0) if measured else common.load_model(options)
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     elif measured:
         loss, count = min(scales.values()), int(lm.token_mask(tokens).sum())
     else:
-        loss, count = evaluation.mean_loss(lm, tokens, size)
+        loss, count = lm.mean_loss(tokens, batch_size=size)
     return {
         **{"model": options.model, "data": name, "rows": len(tokens), "seq": tokens.shape[1], "tokens": count},
         **{"loss": loss, "attn_scale": lm.config.attn_scale, "attn_scale_losses": list(scales.items()), "saes": scores},
@@ -77,7 +77,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _saes(options: argparse.Namespace) -> list[Any]:
-    from bilinear_jax.checkpoint import load_sae, sae_names
+    from bilinear_jax.store.checkpoint import load_sae
+    from bilinear_jax.store.sources import sae_names
     from weights_convert.names import parse_sae_name
 
     if options.saes == "none":
@@ -88,7 +89,7 @@ def _saes(options: argparse.Namespace) -> list[Any]:
     for name in names:
         parts = parse_sae_name(name)
         if parts is None:
-            raise common.WrongUse(f"--saes: {name!r} is no SAE's name; one is such as 2-mlp-in-x4-k20")
+            raise common.WrongUse(f"--saes: {name!r} is not the name of an SAE; write for instance 2-mlp-in-x4-k20")
         found.append(load_sae(scope, parts.site, parts.layer, parts.expansion, parts.k, parts.tag))
     return found
 
@@ -97,7 +98,7 @@ def text(result: dict[str, Any]) -> str:
     rows = f"{result['rows']} row{'s' * (result['rows'] != 1)}"
     lines = [
         f"{result['model']} on {rows} of {result['seq']} tokens of {result['data']}",
-        f"loss: {result['loss']:.4f} nats a token over {result['tokens']:,} tokens, all but position 0 and padding "
+        f"loss: {result['loss']:.4f} nats per token over {result['tokens']:,} tokens, all but position 0 and padding "
         f"(perplexity {math.exp(result['loss']):.2f})",
     ]
     lines += _measured(result)
@@ -113,11 +114,11 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _measured(result: dict[str, Any]) -> list[str]:
-    """Which attention scale fits, if that was asked."""
+    """The lines on the attention scale that fits, if that was asked."""
     if not result["attn_scale_losses"]:
         return []
     (best, low), (other, high) = sorted(result["attn_scale_losses"], key=lambda pair: pair[1])
     lines = [f"attn_scale {best:.6g}: loss {low:.4f}; attn_scale {other:.6g}: loss {high:.4f}"]
     if high - low < CLEAR:
-        return [*lines, "too close to tell: give --data a text like that which the model was trained on, or more of it"]
+        return [*lines, "too close to decide: give --data a text like the training text of the model, or more text"]
     return [*lines, f"{best:.6g} fits; load or convert the model with it: --attn-scale {best!r}"]

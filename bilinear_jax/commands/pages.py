@@ -1,4 +1,4 @@
-"""``bilinear-jax pages``: a static site of feature pages."""
+"""``bilinear-jax pages``: write a static site of feature pages."""
 
 import argparse
 import dataclasses
@@ -13,25 +13,25 @@ EXAMPLES = """examples:
   bilinear-jax pages --layer 2 --features top:200 --out site
       the 200 strongest output features of the model that ships with the package; open site/index.html
   bilinear-jax pages --model runs/mine/model --layer 1 --features 3,17,20-30 --data stories.txt.gz --out site --force
-      some features of your own model, on your own text; an older site there is replaced
+      some features of your own model, on your own text; this replaces an older site there
   bilinear-jax pages --layer 2 --features all --rows 2048 --contexts 20 --out site
-      more of the dataset, and more of it on each page
+      more rows of the dataset, and more contexts on each page
   bilinear-jax pages --layer 2 --features all --out site --neuronpedia batches
-      the output features as files that Neuronpedia's converter reads, too
+      also writes the output features as files for Neuronpedia's converter
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from bilinear_jax.fields import field_comments
     from bilinear_jax.pages.options import PageOptions
+    from bilinear_jax.store.fields import field_comments
 
     common.add_model(parser)
     common.add_tracer(parser, use_encoder=False)
     common.add_data(parser)
     common.add_features(parser, "top:200")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write; it appears when it is whole")
-    parser.add_argument("--force", action="store_true", help="replace what is there, if such a command made it")
-    help = "write the output features as Neuronpedia's batch files, too; the folder appears when it is whole"
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write; it appears when it is complete")
+    parser.add_argument("--force", action="store_true", help="replace an older site or older batches there")
+    help = "also write the output features as Neuronpedia's batch files; the folder appears when it is complete"
     parser.add_argument("--neuronpedia", type=Path, metavar="FOLDER", help=help)
     group, comments = parser.add_argument_group("how much the pages show"), field_comments(PageOptions)
     for field in dataclasses.fields(PageOptions):
@@ -41,27 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from bilinear_jax.pages.options import PageOptions, select_features
+    from bilinear_jax.explain.select import select_features
+    from bilinear_jax.pages.options import PageOptions
 
     try:
         shown = PageOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PageOptions)})
     except ValueError as error:
         raise common.WrongUse(str(error)) from error
-    from bilinear_jax.folders import check_place
     from bilinear_jax.pages import gather, neuronpedia, site
+    from bilinear_jax.store.files import check_place
 
-    check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work, rather than after
+    check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work
     if options.neuronpedia is not None:
         places = [path.expanduser().resolve() for path in (options.out, options.neuronpedia)]
         if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
-            raise common.WrongUse("--out and --neuronpedia are two folders, neither inside the other")
+            raise common.WrongUse("--out and --neuronpedia must be two folders, neither inside the other")
         check_place(options.neuronpedia, force=options.force, record=neuronpedia.RECORD)
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
     features = select_features(options.features, tracer)
     tokens, dataset = common.load_tokens(options, lm)
     command = shlex.join(["bilinear-jax", *options.words])
-    found = gather.gather(lm, tracer, features, tokens=tokens, options=shown, command=command, dataset=dataset)
+    found = gather.gather(tracer, features, tokens=tokens, options=shown, command=command, dataset=dataset)
     index = site.write_site(found, options.out, force=options.force)
     result = {"index": str(index), "outputs": len(found.outputs), "inputs": len(found.inputs)}
     if options.neuronpedia is not None:

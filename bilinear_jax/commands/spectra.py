@@ -1,22 +1,22 @@
-"""``bilinear-jax spectra``: output features ranked by the extreme eigenvalues of their interaction matrices."""
+"""``bilinear-jax spectra``: rank output features by the extreme eigenvalues of their interaction matrices."""
 
 import argparse
 from typing import Any
 
 from bilinear_jax.commands import common
 
-HELP = "rank output features by their eigenvalues, each with a bound of its error"
+HELP = "rank output features by their eigenvalues, each with a bound on its error"
 EXAMPLES = """examples:
   bilinear-jax spectra --layer 2
       the 20 output features of layer 2 with the largest two |eigenvalues|
   bilinear-jax spectra --layer 2 --k 4 --which positive --features 3,17,20-30
       the four largest eigenvalues of some features
   bilinear-jax spectra --layer 2 --exact --n 1024 --json > spectra.json
-      every feature, its matrix decomposed densely: slower, and no eigenvalue can be missed
+      decompose the matrix of every feature densely: slower, but no eigenvalue can be missed
 """
 SMALLEST = 4e-6
 MISSED = (
-    "A search can miss an eigenvalue, of one feature in some thousand, and then the error is larger; --exact can't."
+    "The search can miss an eigenvalue, for one feature in a few thousand; then the error is larger. --exact cannot."
 )
 
 
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_tracer(parser)
     common.add_features(parser, "all")
-    parser.add_argument("--n", type=common.positive, default=20, help="features listed (default: 20)")
-    parser.add_argument("--k", type=common.positive, default=2, help="eigenvalues of each (default: 2)")
+    parser.add_argument("--n", type=common.positive, default=20, help="number of features to list (default: 20)")
+    parser.add_argument("--k", type=common.positive, default=2, help="eigenvalues per feature (default: 2)")
     parser.add_argument(
         "--which",
         choices=["magnitude", "positive", "negative"],
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the largest |eigenvalues|, the largest, or the smallest (default: magnitude)",
     )
     parser.add_argument("--rtol", type=float, default=1e-4, metavar="X", help="tolerance of their sum (default: 1e-4)")
-    parser.add_argument("--project", action="store_true", help="those of D^T Q D, between features of the input SAE")
+    parser.add_argument("--project", action="store_true", help="use D^T Q D, between features of the input SAE")
     parser.add_argument("--exact", action="store_true", help="decompose every matrix densely; nothing can be missed")
     common.add_json(parser)
 
@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from bilinear_jax.pages.options import select_features
+    from bilinear_jax.explain.select import select_features
 
     if not SMALLEST <= options.rtol < 1:
-        raise common.WrongUse(f"--rtol lies between {SMALLEST:g} (what float32 can hold) and 1, not at {options.rtol}")
+        raise common.WrongUse(f"--rtol must be at least {SMALLEST:g} (for float32) and below 1, got {options.rtol}")
     tracer = common.load_tracer(options, common.load_model(options))
     features = select_features(options.features, tracer)
     request = {name: getattr(options, name) for name in ("k", "which", "rtol", "project", "exact")}
@@ -88,8 +88,8 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['out']} of {result['model']}: eigenvalues of {whose} of {result['n_features']} output features",
-            f"sum: of {signs[result['which']]}; +- at most: how far off it is; explained: the values' share of the",
-            "squares of the whole matrix",
+            f"sum: of {signs[result['which']]}; +- at most: the bound on its error; explained: the fraction of the",
+            "squares of the matrix that these values hold",
             "",
             common.columns(titles, rows),
             "",

@@ -1,6 +1,10 @@
-"""``bilinear-jax tour``: the language chapter in one call."""
+"""``bilinear-jax tour``: the method on one layer of a language model, in one call."""
 
 import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
 
 from bilinear_jax.commands import common
 
@@ -20,6 +24,107 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from bilinear_jax.tour import tour
-
     tour(options.out, options.model, options.layer)
+
+
+def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> None:
+    """Run every step on one layer of a model. Print the results and save the figures in ``out``.
+
+    Args:
+        out: the folder for ``cosines.png``, ``spectrum.png`` and ``interactions.png``. It is made if it does not exist.
+        model: as for ``load``. It needs SAEs at mlp-in and mlp-out of the layer, and a corpus.
+        layer: the layer whose MLP is explained.
+
+    Raises:
+        OSError: if ``out`` cannot be written. This is checked before the computation.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import bilinear_jax as bj
+    from bilinear_jax.show.visualizer import top_tokens
+
+    out = Path(out)
+    lm = bj.load(model)
+    tracer = bj.Tracer(lm, layer=layer)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the figures cannot be written to {out} ({error}): name another folder with --out") from error
+
+    _heading("The model")
+    c = lm.config
+    size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    print(
+        f"{model}: {c.n_layer} bilinear layers, d_model {c.d_model}, {size / 1e6:.1f} million parameters. It writes:\n"
+    )
+    print(lm.generate("Once upon a time", max_length=60, temperature=0.7, seed=0))
+
+    _heading(f"Two SAEs around the MLP of layer {layer}")
+    print(f"input  {tracer.inp.name}: {tracer.inp.config.n_features} features")
+    print(f"output {tracer.out.name}: {tracer.out.config.n_features} features")
+
+    _heading("All output features, ranked by the sum of their two largest |eigenvalues|")
+    top = tracer.top_eigh(k=2)
+    _, best = jax.lax.top_k(jnp.abs(top.values).sum(axis=1), 10)
+    print("               sum  +- at most  they explain")
+    for number in best.tolist():
+        print(f"  feature {number:5d}  {_sum_and_share(top, number)}")
+    print(f"{int(top.converged.sum())} of {tracer.n_features} features converged; none of their matrices was built.")
+    title = "Cosines between the decoder columns of the ten best"
+    _save(bj.figures.heat_map(tracer.cosines(best), best, title=title), out, "cosines")
+
+    _heading("What the best two fire on")
+    feature = int(best[0])
+    bj.Visualizer(lm, tracer.out)(feature, int(best[1]), k=5)
+
+    _heading(f"How feature {feature} is made")
+    spectrum = bj.spectra.eigh(tracer.tensor, tracer.directions[feature][None]).values[0]
+    _save(bj.figures.eigenvalue_spectrum(spectrum, title=f"Eigenvalues of output feature {feature}"), out, "spectrum")
+    matrix, inputs, explained = tracer.interaction_submatrix(feature, n=50)
+    title = f"What makes output feature {feature}: its 50 largest interactions"
+    _save(bj.figures.heat_map(matrix, inputs, title=title), out, "interactions")
+    pairs = _largest_pairs(matrix, inputs, 5)
+    fires_on = top_tokens(bj.Visualizer(lm, tracer.inp), [feature for pair in pairs for feature in pair[:2]])
+    for *pair, entry in pairs:
+        both = (f"{feature} ({' '.join(fires_on[feature]) or 'dead'})" for feature in pair)
+        print(f"  {entry:+.3f}  {'  x  '.join(both)}")
+
+    _heading("What was found")
+    value, bound = float(jnp.abs(top.values[feature]).sum()), float(top.bounds[feature].sum())
+    share = float(top.explained[feature])
+    print(f"Output feature {feature} of {tracer.out.name} has the largest top-two eigenvalues, {value:.3f}")
+    print(f"(error at most {bound:.0e}). These two explain {share:.1%} of the squares of its interaction matrix.")
+    size = tracer.basis.shape[1]
+    print(f"Its 50 largest of {size**2:,} interactions are between {len(inputs)} input features. Their sub-matrix")
+    print(f"holds {float(explained):.1%} of the squares of the whole.")
+    print(f"Figures: {', '.join(str(out / name) for name in ('cosines.png', 'spectrum.png', 'interactions.png'))}")
+
+
+def _sum_and_share(top: Any, feature: int) -> str:
+    value, bound = abs(top.values[feature]).sum(), top.bounds[feature].sum()
+    return f"{float(value):.3f}   {float(bound):.0e}      {float(top.explained[feature]):6.1%}"
+
+
+def _heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _save(figure, out: Path, name: str) -> None:
+    partial = out / f".{name}.partial.png"
+    try:
+        figure.savefig(partial, dpi=150)
+        os.replace(partial, out / f"{name}.png")
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"saved {out / name}.png", file=sys.stderr)
+
+
+def _largest_pairs(matrix, inputs, n: int) -> list[tuple[int, int, float]]:
+    """(input feature, input feature, interaction) of the largest pairs. Off the diagonal, both orders are one pair."""
+    import numpy as np
+
+    rows, columns = np.tril_indices(len(matrix))
+    both = np.asarray(matrix)[rows, columns] * np.where(rows == columns, 1, 2)
+    largest = np.argsort(-np.abs(both))[:n]
+    return [(int(inputs[rows[i]]), int(inputs[columns[i]]), float(both[i])) for i in largest]

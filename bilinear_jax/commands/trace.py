@@ -1,4 +1,4 @@
-"""``bilinear-jax trace``: why an output feature fires, from the weights, and at the tokens of a text exactly."""
+"""``bilinear-jax trace``: explain an output feature from the weights, and exactly at the tokens of a text."""
 
 import argparse
 from typing import Any
@@ -15,15 +15,6 @@ EXAMPLES = """examples:
       at the fourth token, five pairs, as JSON
 """
 EIGENVECTOR = "its eigenvector: cosine with input features"
-TERMS = {
-    "pairs": "pairs of input features",
-    "feature_bias": "input features with the decoder bias",
-    "bias": "the decoder bias",
-    "passthrough": "coordinates passed through",
-    "error_cross": "the input SAE's error with the rest",
-    "error_error": "the input SAE's error with itself",
-    "encoder": "the output SAE's biases",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=common.unicode, help="the exact account of the feature at the tokens of this text"
     )
     parser.add_argument(
-        "--position", type=common.natural, help="the token, from 0, that is accounted for (default: the strongest)"
+        "--position", type=common.natural, help="position of the token to explain, from 0 (default: the strongest)"
     )
     common.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.text is None and options.position is not None:
-        raise common.WrongUse("--position is one of a text: give --text too")
+        raise common.WrongUse("--position needs a text: give --text too")
     if options.text is not None and not options.use_encoder:
-        raise common.WrongUse("--text shows what makes a feature fire, its encoder row: leave out --no-use-encoder")
+        raise common.WrongUse("--text explains what makes a feature fire (its encoder row): leave out --no-use-encoder")
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
     result = {
@@ -58,61 +49,56 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "feature": options.feature,
     }
     if options.k > tracer.tensor.n_in:
-        raise ValueError(f"each feature has {tracer.tensor.n_in} eigenvalues, --k is {options.k}: ask for fewer")
+        raise ValueError(f"--k is {options.k}, but each feature has {tracer.tensor.n_in} eigenvalues: ask for fewer")
     result |= from_weights(tracer, options.feature, options.k, options.n)
     if options.text is not None:
         tokens = lm.encode(options.text)
-        result["account"] = at_tokens(tracer, lm, tokens, options.feature, options.n, options.position)
-    return result | _fires_on(options, lm, tracer, result)
+        result["account"] = at_tokens(tracer, tokens, options.feature, options.n, options.position)
+    return result | _fires_on(options, tracer, result)
 
 
 def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
-    """Its k largest |eigenvalues| with what their eigenvectors read, and its n largest interactions."""
+    """The k largest |eigenvalues| with what their eigenvectors read, and the n largest interactions."""
     import dataclasses
 
-    import numpy as np
+    from bilinear_jax.explain.overview import feature_weights
+    from bilinear_jax.measure.cofiring import entries
 
-    from bilinear_jax.cofiring import entries
-    from bilinear_jax.pages.options import PageOptions
-    from bilinear_jax.pages.pairs import spectra
-
-    spectrum = spectra(tracer, [feature], PageOptions(eigenpairs=k, reads=3))[feature]
-    top = tracer.top_interactions(n, feature)
-    pairs, weights = np.stack([top.i, top.j], axis=-1), np.asarray(top.value, np.float64)
-    shares = entries(pairs) * weights**2 / spectrum.projected if spectrum.projected else np.zeros(n)
+    found = next(feature_weights(tracer, [feature], eigenpairs=k, reads=3, pairs=n))
+    shares = entries(found.pairs) * found.weights**2 / (found.projected or 1.0)
     listed = [
         {"i": int(i), "j": int(j), "weight": float(weight), "share": float(share)}
-        for (i, j), weight, share in zip(pairs, weights, shares, strict=True)
+        for (i, j), weight, share in zip(found.pairs, found.weights, shares, strict=True)
     ]
     return {
-        "norm": spectrum.norm,
-        "effective_rank": spectrum.effective_rank,
-        "eigenpairs": [dataclasses.asdict(pair) for pair in spectrum.eigenpairs],
-        "explained": spectrum.explained,
+        "norm": found.norm,
+        "effective_rank": found.effective_rank,
+        "eigenpairs": [dataclasses.asdict(pair) for pair in found.eigenpairs],
+        "explained": found.explained,
         "interactions": listed,
         "interactions_share": float(shares.sum()),
     }
 
 
-def at_tokens(tracer, lm, tokens, feature: int, n: int, position: int | None) -> dict[str, Any]:
-    """The account of the pre-activation at each token, and at one of them its parts."""
+def at_tokens(tracer, tokens, feature: int, n: int, position: int | None) -> dict[str, Any]:
+    """The account of the pre-activation at each token, and its parts at one of them."""
     import numpy as np
 
-    from bilinear_jax.activations import not_finite
-    from bilinear_jax.attribution import account
-    from bilinear_jax.rendering import token_label
+    from bilinear_jax.explain.account import TERMS, account
+    from bilinear_jax.language import not_finite
+    from bilinear_jax.show.text import token_label
 
-    found = account(tracer, lm, tokens, feature)
+    lm, found = tracer.lm, account(tracer, tokens, feature)
     site = "mlp_out", tracer.layer
     codes = tracer.out.encode(lm.capture(tokens, [site])[site], sparse=True)
     active = np.where(np.asarray(codes.indices) == feature, codes.values, 0).sum(axis=-1)[0]
     if not np.isfinite(np.asarray(found.preactivation)).all():
-        raise not_finite(0, 1)
+        raise not_finite("at the tokens of the text")
     preactivation, counts = np.asarray(found.preactivation)[0], np.asarray(lm.token_mask(tokens))[0]
     if position is None:
         position = int(np.argmax(np.where(counts | ~counts.any(), preactivation, -np.inf)))
     if position >= len(preactivation):
-        raise ValueError(f"the text has the tokens 0 ... {len(preactivation) - 1}, --position is {position}")
+        raise ValueError(f"--position is {position}, but the text has the positions 0 ... {len(preactivation) - 1}")
     terms = {name: np.asarray(value)[0] for name, value in found.terms.items()}
     rows = [
         {
@@ -138,7 +124,7 @@ def at_tokens(tracer, lm, tokens, feature: int, n: int, position: int | None) ->
 
 
 def _largest(block, indices, codes) -> list[dict[str, Any]]:
-    """The pairs of one token's account that contribute, the largest first; both orders of two features are one pair."""
+    """The pairs that contribute in one token's account, largest first. Both orders of two features are one pair."""
     import numpy as np
 
     rows, columns = np.tril_indices(len(block))
@@ -152,17 +138,16 @@ def _largest(block, indices, codes) -> list[dict[str, Any]]:
     return found
 
 
-def _fires_on(options: argparse.Namespace, lm, tracer, result: dict[str, Any]) -> dict[str, Any]:
-    """What each feature named so far fires on; nothing where there is no dataset to tell."""
-    from bilinear_jax.tour import top_tokens
-    from bilinear_jax.visualizer import Visualizer
+def _fires_on(options: argparse.Namespace, tracer, result: dict[str, Any]) -> dict[str, Any]:
+    """The tokens that each named feature fires on. Empty if there is no dataset."""
+    from bilinear_jax.show.visualizer import Visualizer, top_tokens
 
     pairs = result["interactions"] + result.get("account", {}).get("pairs", [])
     named = {pair[side] for pair in pairs for side in "ij"}
     named |= {feature for each in result["eigenpairs"] for feature, _ in each["reads"]}
     try:
-        tokens = None if options.data is None else common.load_tokens(options, lm)[0]
-        inp, out = (Visualizer(lm, sae, tokens) for sae in (tracer.inp, tracer.out))
+        tokens = None if options.data is None else common.load_tokens(options, tracer.lm).ids
+        inp, out = (Visualizer(tracer.lm, sae, tokens) for sae in (tracer.inp, tracer.out))
     except FileNotFoundError as error:
         if options.data is not None:
             raise
@@ -201,7 +186,7 @@ def text(result: dict[str, Any]) -> str:
         "their weight times both activations.",
     ]
     if "no_tokens" in result:
-        lines += ["", f"What features fire on isn't known: {result['no_tokens']}"]
+        lines += ["", f"It is not known what features fire on: {result['no_tokens']}"]
     return "\n".join(lines + (_account_text(result["account"], named) if "account" in result else []))
 
 
@@ -210,6 +195,8 @@ def _reads(reads, named) -> str:
 
 
 def _account_text(account: dict[str, Any], named) -> list[str]:
+    from bilinear_jax.explain.account import TERMS
+
     shown = [name for name in TERMS if any(row["terms"][name] for row in account["tokens"])]
     rows = [
         [row["position"], row["token"], *(f"{row[name]:.4f}" for name in ("preactivation", "activation"))]
@@ -223,7 +210,7 @@ def _account_text(account: dict[str, Any], named) -> list[str]:
     lines += ["", f"== At position {one['position']}, {one['token']}: pre-activation {one['preactivation']:.4f}"]
     rows = [[TERMS[name], f"{one['terms'][name]:+.4f}", f"{account['shares'][name]:.1%}"] for name in shown]
     lines += [common.columns(["term", "sum", "share"], rows, left=["term"])]
-    lines += ["share: of the |terms|, each pair and each feature being one", ""]
+    lines += ["share: the fraction of the |terms|; each pair and each feature is one term", ""]
     rows = [
         [f"{pair['contribution']:+.4f}", f"{pair['share']:.1%}", *(named(pair[side]) for side in "ij")]
         for pair in account["pairs"]

@@ -1,0 +1,9 @@
+"""Flax modules and pure functions of their params: the computations, and nothing else.
+
+    transformer   the transformer and its layers      sites       capture and edit values inside it
+    generation    sampling with a key-value cache     views       weights in the papers' orientation
+    sae           sparse autoencoders                 sparse      products that use only active features
+    image, toy    image classifiers, toy models
+
+No files, no tokenizers, no printing. This folder imports only ``errors`` from the rest of the package.
+"""

@@ -28,7 +28,7 @@ class ImageConfig:
     n_classes: int = 10
     n_layer: int = 1  # bilinear layers
     bias: bool = False  # b_l and b_r in the bilinear layers; the embedding and the head have none
-    residual: bool = False  # every bilinear layer adds to its input
+    residual: bool = False  # add each bilinear layer's output to its input
 
     def __post_init__(self):
         for name in ("n_inputs", "d_hidden", "n_classes", "n_layer"):
@@ -40,8 +40,8 @@ class ImageClassifier(nn.Module):
     """The classifier as a Flax module: images ``[..., n_inputs]`` to logits ``[..., n_classes]``.
 
     Params: ``w_e [d_hidden, n_inputs]``; ``layers`` with ``w_l, w_r [n_layer, d_hidden, d_hidden]`` and, with a bias,
-    ``b_l, b_r [n_layer, d_hidden]``; ``w_u [n_classes, d_hidden]``. They begin as torch's linear layers do: uniform
-    within ``1 / sqrt(inputs of the layer)``.
+    ``b_l, b_r [n_layer, d_hidden]``; ``w_u [n_classes, d_hidden]``. They are initialised as torch's linear layers are:
+    uniform within ``1 / sqrt(inputs of the layer)``.
 
     Example:
         >>> import jax
@@ -52,7 +52,7 @@ class ImageClassifier(nn.Module):
     """
 
     config: ImageConfig
-    linear: Callable[..., Array] = linear  # how x, a weight and a bias make weight x + bias
+    linear: Callable[..., Array] = linear  # computes weight x + bias from x, weight, bias
 
     def setup(self):
         c = self.config
@@ -62,12 +62,12 @@ class ImageClassifier(nn.Module):
 
     def __call__(self, x: Float[Array, "*batch n_inputs"]) -> Float[Array, "*batch n_classes"]:
         if x.shape[-1] != self.config.n_inputs:
-            raise ValueError(f"images must have {self.config.n_inputs} pixels in one axis, got shape {x.shape}")
+            raise ValueError(f"images have shape {x.shape}, but their last axis must be {self.config.n_inputs} pixels")
         return self.linear(self.layers(self.linear(x, self.w_e)), self.w_u)
 
 
 class _Layers(nn.Module):
-    """All bilinear layers, their parameters stacked."""
+    """All bilinear layers, with stacked parameters."""
 
     config: ImageConfig
     linear: Callable[..., Array]
@@ -89,12 +89,12 @@ def check_labelled(config: ImageConfig, images: Any, labels: Any) -> None:
     """Raises ``ValueError`` unless images are ``[n, n_inputs]``, with n at least 1, and labels ``[n]``."""
     if images.ndim != 2 or images.shape[1] != config.n_inputs or not len(images) or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"images must be [n, {config.n_inputs}], one at least, and labels [n]; got {images.shape}, {labels.shape}"
+            f"images {images.shape} and labels {labels.shape} must have shapes [n, {config.n_inputs}] and [n], n >= 1"
         )
 
 
 def unit_range(images: Array) -> Float[Array, "..."]:
-    """Pixels as the classifier takes them, 0 ... 1: bytes of 0 ... 255 are divided by 255, and the rest is left.
+    """Pixels in the range of the classifier, 0 ... 1: bytes of 0 ... 255 are divided by 255; all else is unchanged.
 
     Example:
         >>> unit_range(jnp.array([0, 255], jnp.uint8)).tolist()
@@ -104,7 +104,7 @@ def unit_range(images: Array) -> Float[Array, "..."]:
 
 
 def _uniform(inputs: int) -> nn.initializers.Initializer:
-    """Uniform within ``1 / sqrt(inputs)``, as torch's linear layers begin."""
+    """Uniform within ``1 / sqrt(inputs)``, as torch initialises linear layers."""
     limit = 1 / math.sqrt(inputs)
     start = nn.initializers.uniform(2 * limit)
     return lambda key, shape, dtype=jnp.float32: start(key, shape, dtype) - jnp.asarray(limit, dtype)

@@ -1,15 +1,16 @@
-"""Top-k sparse autoencoders with the published options: config, Flax module, sparse codes, the bound object.
+"""Top-k sparse autoencoders with the published options: config, Flax module, sparse codes, and ``SAE`` with its params.
 
-    z     = TopK(W_enc (x - b_dec) + b_enc)      the k largest by value, no ReLU: negative codes can survive
+    z     = TopK(W_enc (x - b_dec) + b_enc)      the k largest by value, no ReLU: codes can be negative
     x_hat = W_dec z + b_dec                       and x_hat[passthrough] += x[passthrough]
 
-Source: Gao et al. 2024 ("Scaling and evaluating sparse autoencoders") for top-k SAEs; the options are those of
-the checkpoints published with "Bilinear MLPs enable weight-based mechanistic interpretability".
+Source: Gao et al. 2024 ("Scaling and evaluating sparse autoencoders") for top-k SAEs. The options are those of the
+checkpoints published with "Bilinear MLPs enable weight-based mechanistic interpretability".
 """
 
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, overload
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.sparse import decode_at, largest, linear_at
 from bilinear_jax.nn.transformer import SITES, linear, run_module
 
@@ -25,15 +27,19 @@ SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
 
 
 def site_name(name: str) -> str:
-    """A site spelled with hyphens or underscores, as this library spells it; raises ``ValueError`` if unknown."""
+    """The name of a site in this library's spelling. The given name may have hyphens or underscores.
+
+    Raises:
+        UnknownNameError: if no SAE can read the site.
+    """
     site = name.replace("-", "_")
     if site not in SAE_SITES:
-        raise ValueError(f"unknown SAE site {name!r}; choose one of {', '.join(SAE_SITES)}")
+        raise UnknownNameError("site", repr(name), SAE_SITES, of="what an SAE can read")
     return site
 
 
 def unit_columns(columns: Float[Array, "d_model features"]) -> Float[Array, "d_model features"]:
-    """Every column scaled to unit length; a zero column stays zero."""
+    """Every column scaled to unit length. A zero column stays zero."""
     norms = jnp.maximum(jnp.linalg.norm(columns, axis=0, keepdims=True), jnp.finfo(columns.dtype).tiny)
     return columns / jnp.broadcast_to(norms, columns.shape)
 
@@ -50,26 +56,28 @@ class SAEConfig:
     bilinear_encoder: bool = False  # codes from (W_l x) * (W_r x) instead of W_enc x
     encoder_bias: bool = False  # add b_enc before the top-k
     passthrough: tuple[int, ...] = ()  # coordinates of x that are added to the reconstruction
-    normalize: float | None = None  # the published files record this divisor and never apply it
-    apply_normalize: bool = False  # True: encode x / normalize, and multiply the reconstruction back
-    tag: str | None = None  # tells apart SAEs that are alike in all else
+    normalize: float | None = None  # a divisor; the published files record it but never apply it
+    apply_normalize: bool = False  # True: encode x / normalize, and multiply the reconstruction by normalize
+    tag: str | None = None  # distinguishes SAEs that agree in all else
 
     def __post_init__(self):
         object.__setattr__(self, "site", site_name(self.site))
         object.__setattr__(self, "passthrough", tuple(self.passthrough))
         if self.layer < 0:
-            raise ValueError(f"layer counts from 0, got {self.layer}")
+            raise ValueError(f"layer is {self.layer}, but layers are numbered from 0")
         if min(self.d_model, self.expansion) < 1:
             raise ValueError(f"d_model and expansion must be at least 1, got {self.d_model} and {self.expansion}")
         if not 1 <= self.k <= self.n_features:
-            raise ValueError(f"k must lie in 1 ... {self.n_features} (the number of features), got {self.k}")
+            raise ValueError(f"k is {self.k}, but it must be between 1 and {self.n_features} (the number of features)")
         outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
         if outside:
             raise ValueError(f"passthrough coordinates {outside} lie outside 0 ... {self.d_model - 1}")
         if self.tag is not None and (not self.tag or "/" in self.tag):
-            raise ValueError(f"a tag is a part of a folder's name, without '/', or None; got {self.tag!r}")
+            raise ValueError(f"tag is {self.tag!r}, but it must be None or a part of a folder's name, without '/'")
         if self.apply_normalize and not self.normalize:
-            raise ValueError("apply_normalize needs a normalize other than None and 0")
+            raise ValueError(
+                f"normalize is {self.normalize}, but apply_normalize needs a number other than 0: give normalize"
+            )
 
     @property
     def n_features(self) -> int:
@@ -85,14 +93,14 @@ class SAEConfig:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indices"], meta_fields=["n_features"])
 @dataclasses.dataclass(frozen=True)
 class SparseCodes:
-    """The k active features of each token; every other feature is exactly 0."""
+    """The k active features of each token. Every other feature is exactly 0."""
 
     values: Float[Array, "... k"]  # the codes, largest first
-    indices: Int[Array, "... k"]  # the features that they belong to
-    n_features: int  # number of features in all
+    indices: Int[Array, "... k"]  # the feature of each code
+    n_features: int  # number of all features
 
     def dense(self) -> Float[Array, "... features"]:
-        """The same codes with every feature written out."""
+        """The same codes as a dense array over all features."""
         flat_values, flat_indices = (part.reshape(-1, part.shape[-1]) for part in (self.values, self.indices))
         rows = jnp.broadcast_to(jnp.arange(flat_values.shape[0])[:, None], flat_values.shape)
         dense = jnp.zeros((flat_values.shape[0], self.n_features), self.values.dtype)
@@ -103,10 +111,10 @@ class SparseCodes:
 class TopKSAE(nn.Module):
     """The SAE as a Flax module: params ``w_enc [features, d_model]``, ``w_dec [d_model, features]``, ``b_dec``.
 
-    A bilinear encoder has ``w_enc [2 features, d_model]``, left rows first; ``encoder_bias`` adds ``b_enc``.
+    A bilinear encoder has ``w_enc [2 features, d_model]``, left rows first. ``encoder_bias`` adds ``b_enc``.
 
-    Derivatives of ``encode_sparse`` and of ``decode`` of its codes touch the k active features only (``nn.sparse``);
-    they equal those of the same function written densely.
+    The derivatives of ``encode_sparse``, and of ``decode`` of its codes, use only the k active features
+    (``nn.sparse``). They equal those of the same function written densely.
     """
 
     config: SAEConfig
@@ -122,7 +130,7 @@ class TopKSAE(nn.Module):
             self.b_enc = self.param("b_enc", nn.initializers.zeros, (rows,))
 
     def preactivations(self, x: Float[Array, "... d_model"]) -> Float[Array, "... features"]:
-        """What the top-k selects from."""
+        """The pre-activations, from which the top-k selects."""
         return self._product(self._linear(self._centred(x)))
 
     def encode_sparse(
@@ -131,9 +139,9 @@ class TopKSAE(nn.Module):
         k: int | None = None,
         among: Bool[Array, " features"] | None = None,
     ) -> SparseCodes:
-        """The ``k`` largest pre-activations of each token (by default as many as the config says).
+        """The ``k`` largest pre-activations of each token. The default k is that of the config.
 
-        With ``among``, only those features are chosen from; where they are fewer than ``k``, the rest are codes of 0.
+        With ``among``, only those features can be chosen. If they are fewer than ``k``, the rest are codes of 0.
         """
         c = self.config
         x = self._centred(x)
@@ -164,7 +172,7 @@ class TopKSAE(nn.Module):
         return left * right
 
     def decode_directions(self, codes: Any) -> Float[Array, "... d_model"]:
-        """``W_dec z``, what the codes contribute to the reconstruction, without bias and passthrough."""
+        """``W_dec z``: the reconstruction without bias and passthrough."""
         c = self.config
         if isinstance(codes, SparseCodes):
             y = decode_at(codes.values, codes.indices, self.w_dec.T, self.form)
@@ -173,7 +181,7 @@ class TopKSAE(nn.Module):
         return y * c.normalize if c.apply_normalize and c.normalize else y
 
     def decode(self, codes: Any, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
-        """``W_dec z + b_dec``; with ``passthrough`` it also needs the input ``x`` whose coordinates pass."""
+        """``W_dec z + b_dec``. With ``passthrough`` it also needs the input ``x``, whose coordinates are added."""
         c = self.config
         y = self.decode_directions(codes)
         bias = self.b_dec * c.normalize if c.apply_normalize and c.normalize else self.b_dec
@@ -182,7 +190,7 @@ class TopKSAE(nn.Module):
             return y
         if x is None:
             raise ValueError(
-                f"SAE {c.name} passes coordinates {list(c.passthrough)} through from its input: call decode(codes, x)"
+                f"SAE {c.name} passes coordinates {list(c.passthrough)} of its input through: call decode(codes, x)"
             )
         dims = jnp.asarray(c.passthrough)
         return y.at[..., dims].add(x[..., dims])
@@ -192,7 +200,7 @@ class TopKSAE(nn.Module):
         return self.decode(codes, x), codes
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "source"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class SAE:
     """A sparse autoencoder with its parameters; a pytree, so it can be an argument of ``jit``, ``vmap`` and ``grad``.
@@ -207,12 +215,11 @@ class SAE:
 
     params: dict[str, Array]  # as in TopKSAE
     config: SAEConfig
-    source: str | None = None  # where it was loaded from
 
     @staticmethod
     def init(config: SAEConfig, key: Array) -> "SAE":
-        """A fresh SAE with unit decoder columns and the encoder tied to them."""
-        params: Any = TopKSAE(config).init(key, method=lambda module: module.b_dec)["params"]  # and computes nothing
+        """A new SAE with random unit decoder columns. The encoder rows equal them, unless the encoder is bilinear."""
+        params: Any = TopKSAE(config).init(key, method=lambda module: module.b_dec)["params"]  # does not run the SAE
         params["w_dec"] = unit_columns(params["w_dec"])
         if not config.bilinear_encoder:
             params["w_enc"] = params["w_dec"].T
@@ -224,9 +231,13 @@ class SAE:
 
     @property
     def w_enc(self) -> Float[Array, "features d_model"]:
-        """Encoder rows."""
+        """Encoder rows.
+
+        Raises:
+            ValueError: if the encoder is bilinear.
+        """
         if self.config.bilinear_encoder:
-            raise ValueError(f"SAE {self.name} has a bilinear encoder: a feature has no one encoder row")
+            raise ValueError(f"SAE {self.name} has a bilinear encoder: use both rows of a feature, in params['w_enc']")
         return self.params["w_enc"]
 
     @property
@@ -252,7 +263,7 @@ class SAE:
         return codes if sparse else codes.dense()
 
     def decode(self, codes, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
-        """The reconstruction from dense or sparse codes; an SAE with passthrough also needs its input ``x``."""
+        """The reconstruction from dense or sparse codes. An SAE with passthrough also needs its input ``x``."""
         return self._apply("decode", codes, x)
 
     def __call__(self, x: Float[Array, "... d_model"]):
@@ -260,6 +271,46 @@ class SAE:
         codes = self.encode(x, sparse=True)
         return self.decode(codes, x), codes.dense()
 
+    def check_feature(self, feature) -> int:
+        """The feature as an int.
+
+        Raises:
+            UnknownNameError: if the SAE does not have this feature.
+            ValueError: if ``feature`` is not an integer.
+        """
+        try:
+            number = operator.index(feature)
+        except TypeError:
+            raise ValueError(f"feature is {feature!r}, but a feature of SAE {self.name} must be an int") from None
+        if not 0 <= number < self.config.n_features:
+            raise UnknownNameError("feature", number, range(self.config.n_features), of=f"SAE {self.name}")
+        return number
+
+    def summary(self) -> str:
+        """The SAE in a few lines: its parameters, what it reads, and how it encodes.
+
+        The text that it was trained on is in the summary of its model, ``LanguageModel.summary``.
+
+        Example:
+            >>> import jax
+            >>> print(SAE.init(SAEConfig("mlp_out", 0, d_model=8, expansion=4, k=2), jax.random.key(0)).summary())
+            SAE 0-mlp-out-x4-k2: 32 features, 2 active at a token, 520 parameters
+            trained on: mlp_out of layer 0, d_model 8, and reconstructs it
+            encoder: linear, no bias; input not normalised; no coordinate passes through
+        """
+        c = self.config
+        size = sum(leaf.size for leaf in self.params.values())
+        scaled = f"divided by {c.normalize:g}" if c.apply_normalize else "not normalised"
+        passed = f"coordinates {', '.join(map(str, c.passthrough))} pass" if c.passthrough else "no coordinate passes"
+        encoder = "bilinear" if c.bilinear_encoder else "linear"
+        return (
+            f"SAE {self.name}: {c.n_features} features, {c.k} active at a token, {size:,} parameters\n"
+            f"trained on: {c.site} of layer {c.layer}, d_model {c.d_model}, and reconstructs it\n"
+            f"encoder: {encoder}, {'a' if c.encoder_bias else 'no'} bias; input {scaled}; {passed} through"
+        )
+
     def _check(self, x) -> None:
         if x.shape[-1] != self.config.d_model:
-            raise ValueError(f"SAE {self.name} reads vectors of {self.config.d_model} coordinates, got {x.shape}")
+            raise ValueError(
+                f"x has shape {x.shape}, but SAE {self.name} reads vectors of {self.config.d_model} coordinates"
+            )

@@ -1,15 +1,15 @@
 """Running a transformer with some of its sites captured or edited, as pure functions of its params.
 
-A site is a name ("mlp_in": at every layer) or a pair ("mlp_in", 2): at that layer. The layers are cut into
-segments within which the same sites are wanted, and each segment is one scan, so that nothing which was not
-asked for is kept, and no layer after the last one needed is run.
+A site is a name, "mlp_in", at every layer, or a pair, ("mlp_in", 2), at one layer. The layers are cut into segments
+that want the same sites, and each segment is one scan. So only what was asked for is kept, and no layer after the last
+one needed is run.
 """
 
 import functools
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.transformer import (
     SITES,
     Edit,
@@ -34,7 +35,7 @@ from bilinear_jax.nn.transformer import (
 class Captured(Mapping[Site, Array]):
     """The values of captured sites, by the names or (name, layer) pairs that were asked for; a pytree.
 
-    A plain dict can't be one: JAX sorts the keys of dicts, and names don't compare with pairs.
+    It is not a plain dict, because JAX sorts the keys of a dict, and names cannot be compared with pairs.
     """
 
     def __init__(self, values: Mapping[Site, Array]):
@@ -65,7 +66,7 @@ class Captured(Mapping[Site, Array]):
 NO_EDITS: Mapping[Site, Edit] = MappingProxyType({})
 
 MAX_LOGITS = 2**27
-"""Logits that ``loss`` holds at once, by default: half a gigabyte in float32."""
+"""How many logits ``loss`` holds at once by default: half a gigabyte in float32."""
 
 
 def forward(
@@ -79,23 +80,23 @@ def forward(
     remat: str | None = None,
     unroll: bool = False,
 ) -> Float[Array, "batch seq n_vocab"]:
-    """Logits, with the value of each site in ``edits`` replaced by a pure function of it.
+    """Logits. The value of each site in ``edits`` is replaced by a pure function of it.
 
     Args:
-        tokens: token ids.
-        edits: ``{"mlp_out": f}`` replaces the site at every layer, ``{("mlp_out", 1): f}`` at layer 1, by
-            ``f(value)`` of the same shape. A layer's own edit wins over one for every layer.
-        compute_dtype: of activations; norms, softmax and logits are in float32.
+        tokens: token ids ``[batch, seq]``.
+        edits: ``{"mlp_out": f}`` replaces the value at every layer by ``f(value)``, ``{("mlp_out", 1): f}`` at layer 1.
+            f keeps the shape. An edit for one layer replaces an edit for every layer.
+        compute_dtype: the dtype of activations. Norms, softmax and logits are in float32.
         beta: for a model with ``gate="silu"``: the gate is ``x sigmoid(beta x)``.
-        remat: what a gradient keeps of every layer, the rest being computed a second time: ``None`` everything,
-            "products" the products with weights, "layer" nothing but the layer's input. The numbers are the same.
-        unroll: write the layers out one after another, not as a loop. A gradient takes 0.7 to 0.9 of the time on a CPU,
-            where a loop copies all that it keeps; the compiled code grows with the layers, and on a CPU XLA undoes
-            ``remat``.
+        remat: what a gradient keeps of every layer; the rest is computed a second time. ``None`` keeps everything,
+            "products" the products with weights, "layer" only the layer's input. The numbers are the same.
+        unroll: write the layers out one after another, not as a loop. On a CPU, a gradient takes 0.7 to 0.9 of the
+            time, because a loop copies all that it keeps. But the compiled code grows with the layers, and XLA undoes
+            ``remat`` on a CPU.
 
     Raises:
-        ValueError: for an unknown site, a layer out of range, an edit that changes the shape, an unknown ``remat``,
-            or ``beta`` for another gate.
+        UnknownNameError: if a site or a layer does not exist.
+        ValueError: if an edit changes the shape, ``remat`` is unknown, or ``beta`` is given for another gate.
     """
     x, _ = _run(config, params, tokens, (), edits, config.n_layer, compute_dtype, beta, remat, unroll)
     return unembed(config, params["w_u"], x)
@@ -110,18 +111,19 @@ def capture(
     *,
     compute_dtype=jnp.float32,
 ) -> Captured:
-    """The values of the named sites, after any edits, and nothing else; later layers are not run.
+    """The values of the named sites, after any edits. Later layers are not run.
 
     Returns:
-        For a name: ``[n_layer, batch, seq, d_model]``; for a pair (name, layer): ``[batch, seq, d_model]``.
-        ``scores`` and ``pattern`` have ``[batch, n_head, seq, seq]`` in place of the last three axes.
+        For a name: ``[n_layer, batch, seq, d_model]``; for a pair (name, layer): ``[batch, seq, d_model]``. For
+            ``scores`` and ``pattern`` the last three axes are ``[batch, n_head, seq, seq]``.
 
     Raises:
-        ValueError: for no site, an unknown site, or a layer out of range.
+        ValueError: if no site is named.
+        UnknownNameError: if a site or a layer does not exist.
     """
     sites = tuple(sites)
     if not sites:
-        raise ValueError(f"name at least one site to capture, of {', '.join(SITES)}")
+        raise ValueError(f"there is no site to capture: name at least one of {', '.join(SITES)}")
     depth = max(layers.stop for _, layers in (_resolve(config, site) for site in sites))
     _, values = _run(config, params, tokens, sites, edits, depth, compute_dtype)
     resolved = {site: _resolve(config, site) for site in sites}
@@ -131,6 +133,13 @@ def capture(
             for site, (name, layers) in resolved.items()
         }
     )
+
+
+class SummedLoss(NamedTuple):
+    """The summed loss of some tokens. Add up those of several batches, and divide once at the end."""
+
+    total: Float[Array, ""]  # summed cross entropy, in nats
+    tokens: Float[Array, ""]  # how many tokens
 
 
 def loss(
@@ -145,13 +154,14 @@ def loss(
     remat: str | None = None,
     unroll: bool = False,
     max_logits: int = MAX_LOGITS,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The sum of the cross entropy over the tokens in ``token_mask``, and their number: divide once, at the end.
+) -> SummedLoss:
+    """The cross entropy summed over the tokens in ``token_mask``, and the number of these tokens.
 
-    A token's loss is in nats, for predicting it from those before it; position 0 is never predicted. No more than
-    ``max_logits`` logits are held at once: beyond ``batch * seq * n_vocab`` of them, the sequence is cut into pieces,
-    whose logits are computed one piece after another, and once more for a gradient. The other arguments are those
-    of ``forward``.
+    The loss of a token, in nats, is that of predicting it from the tokens before it. Position 0 is never predicted. For
+    a mean over batches, divide once, at the end. The arguments not named here are those of ``forward``.
+
+    Memory: at most ``max_logits`` logits at once. If ``batch * seq * n_vocab`` is larger, the sequence is cut into
+    pieces. Their logits are computed one piece after another, and a second time for a gradient.
     """
     x, _ = _run(config, params, tokens, (), edits, config.n_layer, compute_dtype, beta, remat, unroll)
     batch, seq = tokens.shape
@@ -163,23 +173,23 @@ def loss(
 
     pieces = min(seq, math.ceil(batch * seq * config.n_vocab / max_logits))
     if pieces == 1:
-        return piece(x, targets, counted), jnp.sum(counted)
+        return SummedLoss(piece(x, targets, counted), jnp.sum(counted))
     width = math.ceil(seq / pieces)
 
     def cut(value):
-        """[batch, seq, ...] as [pieces, batch, width, ...], filled up with zeros; rows stay where they are."""
+        """[batch, seq, ...] as [pieces, batch, width, ...], filled up with zeros. Rows stay on their devices."""
         padding = [(0, 0), (0, pieces * width - seq)] + [(0, 0)] * (value.ndim - 2)
         return jnp.moveaxis(jnp.pad(value, padding).reshape(batch, pieces, width, *value.shape[2:]), 1, 0)
 
     add = jax.checkpoint(piece, prevent_cse=False)
     cuts = (cut(x), cut(targets), cut(counted))
     total, _ = jax.lax.scan(lambda total, part: (total + add(*part), None), jnp.zeros(()), cuts)
-    return total, jnp.sum(counted)
+    return SummedLoss(total, jnp.sum(counted))
 
 
 @functools.partial(jax.jit, static_argnames="pad_id")
 def default_token_mask(tokens: Int[Array, "batch seq"], pad_id: int | None) -> Bool[Array, "batch seq"]:
-    """Every token but position 0 and, where ``pad_id`` is known, the run of padding at the end of each row."""
+    """The tokens that count by default (see ``LanguageModel.batches``). If ``pad_id`` is None, all but position 0."""
     counted = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
     if pad_id is None:
         return counted
@@ -188,31 +198,33 @@ def default_token_mask(tokens: Int[Array, "batch seq"], pad_id: int | None) -> B
 
 
 def check_token_mask(tokens: Any, token_mask: Any) -> None:
-    """Raises ``ValueError`` unless the mask has the shape of the tokens, and says of each yes or no."""
+    """Raises ``ValueError`` unless the mask has the shape of the tokens and holds only True and False, or 1 and 0."""
     if token_mask.shape != tokens.shape:
-        raise ValueError(f"token_mask has shape {token_mask.shape}, the tokens {tokens.shape}: they must agree")
+        raise ValueError(
+            f"token_mask has shape {token_mask.shape}, but the tokens have shape {tokens.shape}: give one value a token"
+        )
     if token_mask.dtype == bool or isinstance(token_mask, Tracer):
         return
     if not np.all((np.asarray(token_mask) == 0) | (np.asarray(token_mask) == 1)):
-        raise ValueError("token_mask says which tokens count, by True and False, or 1 and 0: weights aren't supported")
+        raise ValueError("token_mask has values other than True and False, or 1 and 0: weights are not supported")
 
 
 def _resolve(config: TransformerConfig, site: Site) -> tuple[str, range]:
-    """The name of a site and the layers that it stands for."""
+    """The name of a site, and the layers it stands for."""
     name, layer = (site, None) if isinstance(site, str) else site
     if name not in SITES:
-        raise ValueError(f"unknown site {name!r}; choose one of {', '.join(SITES)}")
+        raise UnknownNameError("site", repr(name), SITES)
     if layer is None:
         return name, range(config.n_layer)
     if not 0 <= layer < config.n_layer:
-        raise ValueError(f"{name} has layers 0 ... {config.n_layer - 1}, got {layer}")
+        raise UnknownNameError("layer", layer, range(config.n_layer), of=f"this model's {name}")
     return name, range(int(layer), int(layer) + 1)
 
 
 def edits_by_layer(config: TransformerConfig, edits: Mapping[Site, Edit]) -> list[dict[str, Edit]]:
-    """The edits of each layer, by the names of its sites."""
+    """The edits of each layer, by site name."""
     edited: list[dict[str, Edit]] = [{} for _ in range(config.n_layer)]
-    for site in sorted(edits, key=lambda site: not isinstance(site, str)):  # a layer's own edit comes last, and wins
+    for site in sorted(edits, key=lambda site: not isinstance(site, str)):  # last, so that a layer's own edit wins
         name, layers = _resolve(config, site)
         for layer in layers:
             edited[layer][name] = edits[site]

@@ -1,21 +1,21 @@
-"""Products of weight rows with sparse codes, and derivatives that touch only the active features.
+"""Products of weight rows with sparse codes, and derivatives that use only the active features.
 
 A token has k active features: values ``v [tokens, k]`` at indices ``i [tokens, k]`` of the weight rows
-``W [features, d_model]``. Three kernels are all that decoding, encoding and both weight gradients need:
+``W [features, d_model]``. Decoding, encoding and both weight gradients need only three kernels:
 
     combine         y_t    =  sum_k v_tk W[i_tk]                   [tokens, d_model]
     dots            s_tk   =  W[i_tk] . x_t                        [tokens, k]
     scatter_outer   G[f]   =  sum over (t, k) with i_tk = f of v_tk x_t      [features, d_model]
 
-Each comes in three forms, which differ in nothing but rounding, time and memory:
+Each has three forms, which differ only in rounding, time and memory:
 
-    "scan"      one active feature after another, or a few tokens; next to no memory beyond the result
+    "scan"      one active feature after another, or a few tokens; almost no memory beyond the result
     "gather"    all active rows at once, [tokens, k, d_model] unless the compiler fuses it away
-    "dense"     the codes written out, [tokens, features], and a matrix product
+    "dense"     the codes as a dense array, [tokens, features], and a matrix product
 
 Measured on a 2-core CPU at 4096 tokens, d_model 1024, 8192 features, k 30, in milliseconds (combine, dots, scatter):
-scan 10, 22, 36; gather 93, 109, 112; dense 239, 220, 249. Nothing has been measured on a GPU or TPU: there,
-``fastest_form`` finds out, and ``training.sae.train_saes`` asks it when a run begins.
+scan 10, 22, 36; gather 93, 109, 112; dense 239, 220, 249. Nothing has been measured on a GPU or TPU. There,
+``fastest_form`` measures it; ``training.sae.fit_saes`` calls it when a run begins.
 """
 
 import time
@@ -28,9 +28,9 @@ from jaxtyping import Array, Float, Int
 FORMS = ("scan", "gather", "dense")
 """The forms of the kernels."""
 
-_UNROLL = 5  # active features a pass over the result in "scan": one read and write of it instead of five
-_BLOCK = 64  # tokens whose active rows are held together by dots and scatter_outer in "scan": they stay in the cache
-_RUN = 32  # features of which ``largest`` first looks at the largest alone
+_UNROLL = 5  # active features in one pass over the result in "scan": it is read and written once, not five times
+_BLOCK = 64  # tokens whose active rows dots and scatter_outer hold together in "scan": they stay in the cache
+_RUN = 32  # features in a run of ``largest``
 
 
 def combine(
@@ -103,7 +103,7 @@ def scatter_outer(
 
     if not len(values):
         return start
-    # Tokens 0, n, 2 n, ... together, then 1, 1 + n, ...: rows that lie on different devices stay there.
+    # Tokens 0, n, 2 n, ... together, then 1, 1 + n, ...: so rows on different devices stay there.
     block = min(_BLOCK, len(values))
     passes = -(-len(values) // block)
     filled_up = [(0, block * passes - len(values)), (0, 0)]
@@ -117,10 +117,10 @@ def scatter_outer(
 
 
 def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:
-    """The indices of the k largest entries, those that ``jax.lax.top_k`` gives, ties and all.
+    """The indices of the k largest entries. They are the same as those of ``jax.lax.top_k``, also for ties.
 
-    Of many features, only those in the k runs of 32 with the largest maxima are ranked: no other can be among the k.
-    At 8192 features and k 30 this takes .77 of the time of ``top_k`` on a CPU.
+    If there are many features, only those in the k runs of 32 with the largest maxima are ranked. No other can be among
+    the k largest. At 8192 features and k 30 this takes 0.77 of the time of ``top_k`` on a CPU.
 
     Example:
         >>> largest(jnp.array([[1.0, 5.0, 3.0, 5.0]]), 3).tolist()
@@ -130,7 +130,7 @@ def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:
     if y.shape[-1] % _RUN or runs < 4 * k:
         return jax.lax.top_k(y, k)[1]
     cut = y.reshape(*y.shape[:-1], runs, _RUN)
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(cut, axis=-1), k)[1], axis=-1)  # in order, so that ties stay in theirs
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(cut, axis=-1), k)[1], axis=-1)  # sorted, so that ties keep their order
     entries = jnp.take_along_axis(cut, chosen[..., None], axis=-2).reshape(*y.shape[:-1], k * _RUN)
     places = jax.lax.top_k(entries, k)[1]
     return jnp.take_along_axis(chosen, places // _RUN, axis=-1) * _RUN + places % _RUN
@@ -142,14 +142,15 @@ def decode_at(
     rows: Float[Array, "features d_model"],
     form: str = "scan",
 ) -> Float[Array, "... d_model"]:
-    """``sum_k values_k rows[indices_k]``, in any leading axes, with derivatives in ``values`` and ``rows``.
+    """``sum_k values_k rows[indices_k]``, for any leading axes, with derivatives in ``values`` and ``rows``.
 
-    With ``g`` the derivative by the result: ``rows[indices_k] . g`` by the values (``dots``), and the sum of
-    ``values_k g`` by the rows (``scatter_outer``); the only array of the size of ``rows`` is the latter. By ``jit``,
-    ``vmap`` and reverse-mode derivatives of any order; not by forward mode (``jax.jvp``), as it has a custom VJP.
+    Let ``g`` be the derivative with respect to the result. The derivative by the values is ``rows[indices_k] . g``
+    (``dots``), and that by the rows is the sum of ``values_k g`` (``scatter_outer``), the only array as large as
+    ``rows``. It works in ``jit``, in ``vmap`` and for reverse-mode derivatives of any order. It has a custom VJP, so it
+    does not work in forward mode (``jax.jvp``).
 
     Raises:
-        ValueError: for a form that is not one of ``FORMS``.
+        ValueError: if the form is not one of ``FORMS``.
 
     Example:
         >>> values, indices = jnp.array([2.0, 1.0]), jnp.array([0, 2])
@@ -172,15 +173,16 @@ def linear_at(
     bias: Float[Array, " features"] | None = None,
     form: str = "scan",
 ) -> Float[Array, "... k"]:
-    """``rows[indices_k] . x + bias[indices_k]``, looked up in ``y = x rows^T + bias``, in any leading axes.
+    """``rows[indices_k] . x + bias[indices_k]``, looked up in ``y = x rows^T + bias``, for any leading axes.
 
-    Whoever chose the indices has computed ``y``; its entries are taken as they are, and it has no derivative here, so
-    that nothing of ``[tokens, features]`` needs one. With ``g_k`` the derivative by the result: the sum of ``g_k x``
-    by the rows (``scatter_outer``), ``sum_k g_k rows[indices_k]`` by x (``combine``), and ``g_k`` by the bias.
-    By ``jit``, ``vmap`` and reverse-mode derivatives of any order; not by forward mode.
+    ``y`` was already computed to choose the indices, so its entries are used as they are. It has no derivative here, so
+    no derivative of size ``[tokens, features]`` is computed. Let ``g_k`` be the derivative with respect to the result.
+    The derivative by the rows is the sum of ``g_k x`` (``scatter_outer``), that by x is ``sum_k g_k rows[indices_k]``
+    (``combine``), and that by the bias is ``g_k``. It works in ``jit``, in ``vmap`` and for reverse-mode derivatives of
+    any order, not in forward mode.
 
     Raises:
-        ValueError: for a form that is not one of ``FORMS``.
+        ValueError: if the form is not one of ``FORMS``.
 
     Example:
         >>> x, rows = jnp.array([2.0, 1.0]), jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 3.0]])
@@ -196,15 +198,15 @@ def linear_at(
     if bias is None:
         return result
     part = bias.astype(x.dtype)[indices]
-    return result + (part - jax.lax.stop_gradient(part))  # adds 0: y has the bias; only its derivative is wanted
+    return result + (part - jax.lax.stop_gradient(part))  # adds 0, only for the derivative: y includes the bias
 
 
 def fastest_form(tokens: int, k: int, features: int, d_model: int, dtype=jnp.float32) -> str:
-    """The form in which one decoding and its derivatives take least time here, at these shapes: measured.
+    """The form in which one decoding and its derivatives take the least time on this machine, at these shapes.
 
-    Each form runs once to compile and then three times; its least time counts. A form that runs out of memory is
-    left out. The answer depends on the machine and its load, and forms differ in rounding: keep it for the whole
-    of a run that should be reproducible.
+    It is measured: each form runs once to compile and then three times, and its shortest time counts. A form that runs
+    out of memory is left out. The answer depends on the machine and its load, and the forms round differently. For a
+    run that should be reproducible, call this once and keep the answer.
     """
     keys = jax.random.split(jax.random.key(0), 3)
     values = jax.random.normal(keys[0], (tokens, k), dtype)
@@ -232,7 +234,7 @@ def fastest_form(tokens: int, k: int, features: int, d_model: int, dtype=jnp.flo
 
 
 def check_form(form: str) -> None:
-    """Raises ``ValueError`` for a form that is not one of ``FORMS``."""
+    """Raises ``ValueError`` if the form is not one of ``FORMS``."""
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r} of the sparse products; choose one of {', '.join(FORMS)}")
 
@@ -244,7 +246,7 @@ def _seconds(function, *args) -> float:
 
 
 def _written_out(values, indices, n_features: int):
-    """The codes with every feature, [tokens, features]."""
+    """The codes as a dense array, [tokens, features]."""
     tokens = jnp.broadcast_to(jnp.arange(values.shape[0])[:, None], indices.shape)
     return jnp.zeros((values.shape[0], n_features), values.dtype).at[tokens, indices].add(values)
 

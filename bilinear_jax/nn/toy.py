@@ -34,27 +34,31 @@ class ToyConfig:
     """The shape of a toy model and what it learns; hashable, so it can be a static argument of ``jit``."""
 
     n_inputs: int = 5  # boolean inputs
-    d_hidden: int = 10  # hidden units; 10 pairs of 5 inputs
-    tasks: tuple[tuple[str, float], ...] = (("and", 1.0),)  # each function's share of the target
-    bias: bool = False  # b_l, b_r and b_p; nand, nor and xnor of nothing need one
+    d_hidden: int = 10  # hidden units; 5 inputs have 10 pairs
+    tasks: tuple[tuple[str, float], ...] = (("and", 1.0),)  # functions, each with its share of the target
+    bias: bool = False  # b_l, b_r and b_p; nand, nor and xnor need one, because they are 1 at (0, 0)
 
     def __post_init__(self):
         if self.n_inputs < 2 or self.d_hidden < 1:
-            raise ValueError(f"a toy has at least 2 inputs and 1 hidden unit, got {self.n_inputs} and {self.d_hidden}")
+            raise ValueError(
+                f"a toy needs at least 2 inputs and 1 hidden unit, got {self.n_inputs} and {self.d_hidden}"
+            )
         unknown = [name for name, _ in self.tasks if name not in TABLES]
         if unknown or not self.tasks:
-            raise ValueError(f"unknown tasks {unknown}: choose from {', '.join(TABLES)}, with a share each")
+            raise ValueError(f"unknown tasks {unknown}: give at least one of {', '.join(TABLES)}, each with its share")
         if not self.bias and (needy := [name for name, _ in self.tasks if TABLES[name][0]]):
-            raise ValueError(f"{', '.join(needy)} of (0, 0) is 1, and without a bias a layer gives 0 there: set bias")
+            raise ValueError(
+                f"{', '.join(needy)} of (0, 0) is 1, but a layer without a bias gives 0 there: set bias=True"
+            )
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The inputs of each output: i < j."""
+        """The two inputs of each output: i < j."""
         return tuple((i, j) for i in range(self.n_inputs) for j in range(i + 1, self.n_inputs))
 
 
 def toy_targets(config: ToyConfig, x: Float[Array, "*batch n_inputs"]) -> Float[Array, "*batch pairs"]:
-    """What a model should say of inputs of 0 and 1: for each pair the sum of all tasks, times their shares.
+    """The right output for inputs of 0 and 1: for each pair, the sum of all tasks, each times its share.
 
     Example:
         >>> config = ToyConfig(n_inputs=3, tasks=(("and", 1.0), ("xor", 0.5)))
@@ -73,8 +77,8 @@ def toy_targets(config: ToyConfig, x: Float[Array, "*batch n_inputs"]) -> Float[
 class Toy(nn.Module):
     """The toy model as a Flax module: ``[..., n_inputs]`` to ``[..., pairs]``.
 
-    Params: ``w_l, w_r [d_hidden, n_inputs]``, ``w_p [pairs, d_hidden]``, with a bias ``b_l, b_r, b_p``. As a tensor:
-    ``BilinearTensor.from_mlp(w_l, w_r, w_p, b_l, b_r, b_p)``.
+    Params: ``w_l, w_r [d_hidden, n_inputs]``, ``w_p [pairs, d_hidden]``, and with a bias ``b_l, b_r, b_p``. As a
+    tensor: ``BilinearTensor.from_mlp(w_l, w_r, w_p, b_l, b_r, b_p)``.
     """
 
     config: ToyConfig

@@ -1,4 +1,4 @@
-"""A transformer whose MLPs are bilinear: config, Flax modules, sites and weight views.
+"""A transformer with bilinear MLPs: config, Flax modules and the sites of a layer.
 
 The architecture (Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability"):
 
@@ -7,8 +7,8 @@ The architecture (Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanis
     x  <- x + w_p (gate(w_l norm(x)) * (w_r norm(x)))  resid_mid -> resid_post
     logits = w_u norm(x)
 
-with RMSNorm without a gain, rotary positions and untied embeddings. ``gate=None`` is the bilinear
-MLP, which is a third-order tensor; the gates are for comparison.
+with RMSNorm without a gain, rotary positions and untied embeddings. With ``gate=None`` the MLP is bilinear, so it is a
+third-order tensor. The other gates are for comparison.
 
 The layers are stacked: every array under ``params["layers"]`` has ``n_layer`` as its first axis.
 """
@@ -39,11 +39,11 @@ REMAT = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass of a layer finds again: the products with its weights, or its input alone."""
+"""What a layer keeps for its backward pass: the products with its weights, or only its input."""
 
 RMS_EPSILON = 1e-8
 ROTARY_BASE = 10_000.0
-QUERY_BLOCK = 128  # queries attended at once where no one looks at the scores
+QUERY_BLOCK = 128  # queries processed at once if the scores are neither captured nor edited
 
 Site = str | tuple[str, int]
 Edit = Callable[[Array], Array]
@@ -52,7 +52,7 @@ Tap = Callable[[str, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """The shape and the choices of a transformer; hashable, so it can be a static argument of ``jit``."""
+    """The shape and the options of a transformer; hashable, so it can be a static argument of ``jit``."""
 
     n_layer: int  # number of layers
     n_head: int  # attention heads a layer
@@ -68,7 +68,7 @@ class TransformerConfig:
     attn_scale: float | None = None  # factor on the attention's output; None becomes 1 / sqrt(2 n_layer)
     tokenizer: str | None = None  # name of the tokenizer
     dataset: str | None = None  # name of the training data
-    pad_id: int | None = None  # the token that pads a batch at its end; None: not known
+    pad_id: int | None = None  # the token that pads a row at its end; None: not known
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "n_vocab"):
@@ -77,13 +77,13 @@ class TransformerConfig:
         if self.d_model % (2 * self.n_head):
             raise ValueError(
                 f"d_model ({self.d_model}) must be a multiple of 2 n_head ({2 * self.n_head}): "
-                "heads share it evenly and rotary positions pair up a head's coordinates"
+                "all heads have the same width, and rotary positions pair the coordinates of a head"
             )
         if self.gate not in GATES:
             raise ValueError(f"unknown gate {self.gate!r}; choose one of {list(GATES)}")
         three = (self.normalization,) * 3 if isinstance(self.normalization, bool) else tuple(self.normalization)
         if len(three) != 3:
-            raise ValueError(f"normalization is one bool or three (attention, MLP, final), got {three}")
+            raise ValueError(f"normalization is {three}, but it must be one bool or three (attention, MLP, final)")
         object.__setattr__(self, "normalization", three)
         if self.attn_scale is None:
             object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
@@ -102,7 +102,7 @@ class TransformerConfig:
 
     @property
     def attention_factor(self) -> float:
-        """``attn_scale``, whose None is resolved when a config is made."""
+        """``attn_scale``, never None: a config replaces None when it is made."""
         return cast(float, self.attn_scale)
 
 
@@ -117,7 +117,7 @@ def rotate(
 ) -> Float[Array, "... seq head d_head"]:
     """Rotary position embedding in the half-split form: coordinate i is paired with i + d_head / 2.
 
-    The pair (x_i, x_{i + d_head/2}) at position p is turned by the angle ``p * 10000^(-2 i / d_head)``.
+    The pair (x_i, x_{i + d_head/2}) at position p is rotated by the angle ``p * 10000^(-2 i / d_head)``.
     """
     half = x.shape[-1] // 2
     frequencies = ROTARY_BASE ** -(jnp.arange(half, dtype=jnp.float32) / half)
@@ -146,7 +146,7 @@ def attend(
     seen: Bool[Array, "#batch seq keys"],
     tap: Tap | None = None,
 ) -> Float[Array, "batch seq n_head d_head"]:
-    """``softmax(q . k / sqrt(d_head)) v`` over the keys that each query has ``seen``; softmax in float32."""
+    """``softmax(q . k / sqrt(d_head)) v`` over the keys that each query may see (``seen``); softmax in float32."""
     tap = tap or _untouched
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
     scores = tap("scores", jnp.where(seen[:, None], scores, -jnp.inf))
@@ -155,7 +155,7 @@ def attend(
 
 
 def run_module(module: nn.Module, params: PyTree, *args, **kwargs) -> Any:
-    """``module.apply`` on params alone: the one way that modules run."""
+    """``module.apply`` with params only. All modules are run through this function."""
     return module.apply({"params": params}, *args, **kwargs)
 
 
@@ -168,14 +168,14 @@ def _weight_init(fan_in: int, scale: float = 1.0):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; taps ``scores`` and ``pattern``.
+    """Causal self-attention with rotary positions. Taps ``scores`` and ``pattern``.
 
-    A cache (``generation``) gives its own ``positions`` and, for every query, the keys ``seen``; its tap for
+    With a cache (``generation``), the caller gives ``positions`` and, for every query, the keys ``seen``. Its tap for
     ``keys`` and ``values``, ``[batch, seq, n_head, d_head]``, returns those of the tokens in the cache as well.
 
-    With ``blocks``, queries are taken in blocks, each with the keys up to its end alone, and the scores and the pattern
-    are not tapped: up to half of the work and of the memory. On a CPU, a gradient takes 0.8 of the time at 256
-    tokens, and 0.55 at 1024.
+    With ``blocks``, queries are processed in blocks. Each block uses only the keys up to its end, and the scores and
+    the pattern are not tapped. This saves up to half of the work and of the memory. On a CPU, a gradient takes 0.8 of
+    the time at 256 tokens, and 0.55 at 1024.
     """
 
     config: TransformerConfig
@@ -215,7 +215,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """``w_p (gate(w_l x) * (w_r x))``; with ``bilinear=False`` it is ``w_p gate(w_l x)``.
 
-    Where the gate is "silu", ``beta`` makes it ``swish(x, beta)``.
+    If the gate is "silu" and ``beta`` is given, the gate is ``swish(x, beta)``.
     """
 
     config: TransformerConfig
@@ -226,7 +226,7 @@ class MLP(nn.Module):
     ) -> Float[Array, "... d_model"]:
         c = self.config
         if beta is not None and c.gate != "silu":
-            raise ValueError(f"beta is Swish's: it needs gate='silu', and this model has gate={c.gate!r}")
+            raise ValueError(f"beta needs gate='silu', but this model has gate={c.gate!r}: leave beta out")
 
         def side(name: str):
             bias = self.param(f"b_{name}", nn.initializers.zeros, (c.d_hidden,)) if c.bias else None
@@ -241,7 +241,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: attention and MLP, each added to the residual stream; ``tap`` sees and may edit every site."""
+    """One layer: attention and MLP, each added to the residual stream. ``tap`` sees and may edit every site."""
 
     config: TransformerConfig
 
@@ -277,7 +277,7 @@ def _scan_layers(
     remat: str | None = None,
     unroll: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
-    """Inside a compact module: ``length`` layers as one scan over its stacked params ``layers``."""
+    """``length`` layers as one scan over the stacked params ``layers``. Call it inside a compact module."""
     blocks = not {"scores", "pattern"} & {*capture, *edits}
 
     def body(layer: Layer, x: Array, _):
@@ -307,7 +307,7 @@ def _scan_layers(
 
 
 class LayerStack(nn.Module):
-    """``length`` consecutive layers; returns the residual stream and the captured sites, ``[length, ...]`` each."""
+    """``length`` consecutive layers. Returns the residual stream and the captured sites, ``[length, ...]`` each."""
 
     config: TransformerConfig
     length: int
@@ -326,10 +326,12 @@ class LayerStack(nn.Module):
 
 
 def apply_edit(site: str, edit: Edit, value: Array) -> Array:
-    """``edit(value)`` in the dtype of the value; ``ValueError`` if it is no array of the same shape."""
+    """``edit(value)`` in the dtype of the value; ``ValueError`` if the result is not an array of the same shape."""
     edited = edit(value)
     if isinstance(edited, tuple):
-        raise ValueError(f"an edit returns the new value of {site} alone; of an SAE: lambda x: sae(x)[0]")
+        raise ValueError(
+            f"the edit of {site} returned a tuple: return the new value only; for an SAE, lambda x: sae(x)[0]"
+        )
     edited = jnp.asarray(edited)
     if edited.shape != value.shape:
         raise ValueError(f"an edit must keep the shape: {site} is {value.shape}, the edit returned {edited.shape}")
@@ -339,7 +341,7 @@ def apply_edit(site: str, edit: Edit, value: Array) -> Array:
 class Transformer(nn.Module):
     """The whole model: ``Transformer(config).apply({"params": params}, tokens)`` gives logits.
 
-    ``compute_dtype`` is the dtype of activations; logits come back in float32.
+    ``compute_dtype`` is the dtype of activations. Logits are in float32.
     """
 
     config: TransformerConfig
@@ -355,12 +357,12 @@ class Transformer(nn.Module):
 
 
 def embed(w_e: Float[Array, "n_vocab d_model"], tokens: Int[Array, "batch seq"], compute_dtype=jnp.float32):
-    """The residual stream before the first layer: the tokens' rows of ``w_e``."""
+    """The residual stream before the first layer: the rows of ``w_e`` for the tokens."""
     return w_e[tokens].astype(compute_dtype)
 
 
 def unembed(config: TransformerConfig, w_u: Float[Array, "n_vocab d_model"], x: Float[Array, "... d_model"]):
-    """Logits, in float32, of the residual stream after the last layer."""
+    """The logits, in float32, from the residual stream after the last layer."""
     x = rms_norm(x) if config.norms[2] else x
     return linear(x, w_u).astype(jnp.float32)
 

@@ -1,6 +1,6 @@
 """Weight views: the matrices of a transformer in the orientation of the papers, as pure functions of its params.
 
-Each takes ``(config, params)``; axes: ``n_layer``, ``n_head``, ``d_head``, ``d_model``, ``d_hidden``, ``n_vocab``.
+Each view takes ``(config, params)``. Axes: ``n_layer``, ``n_head``, ``d_head``, ``d_model``, ``d_hidden``, ``n_vocab``.
 """
 
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ def w_e(config: TransformerConfig, params: PyTree) -> Float[Array, "d_model n_vo
 
 
 def w_u(config: TransformerConfig, params: PyTree) -> Float[Array, "n_vocab d_model"]:
-    """Unembedding: row t reads the logit of token t."""
+    """Unembedding: row t reads the logit of token t from the residual stream."""
     return params["w_u"]
 
 
 def w_l(config: TransformerConfig, params: PyTree) -> Float[Array, "n_layer d_hidden d_model"]:
-    """Left side of the MLP, the gated one."""
+    """Left side of the MLP, to which a gate is applied."""
     return params["layers"]["mlp"]["w_l"]
 
 
@@ -32,7 +32,7 @@ def w_r(config: TransformerConfig, params: PyTree) -> Float[Array, "n_layer d_hi
 
 
 def w_p(config: TransformerConfig, params: PyTree) -> Float[Array, "n_layer d_model d_hidden"]:
-    """Projection of the MLP, hidden units to the residual stream."""
+    """Projection of the MLP, from hidden units to the residual stream."""
     return params["layers"]["mlp"]["w_p"]
 
 
@@ -56,7 +56,7 @@ def w_v(config: TransformerConfig, params: PyTree) -> Float[Array, "n_layer n_he
 
 
 def w_o(config: TransformerConfig, params: PyTree) -> Float[Array, "n_layer n_head d_model d_head"]:
-    """Output of attention, a head at a time."""
+    """Output of attention, per head."""
     weight = params["layers"]["attention"]["w_o"]
     return weight.reshape(config.n_layer, config.d_model, config.n_head, config.d_head).transpose(0, 2, 1, 3)
 
@@ -67,5 +67,5 @@ def qk(config: TransformerConfig, params: PyTree) -> Float[Array, "n_layer n_hea
 
 
 def ov(config: TransformerConfig, params: PyTree) -> Float[Array, "n_layer n_head d_model d_model"]:
-    """``w_o w_v`` of each head: what it writes for what it reads."""
+    """``w_o w_v`` of each head: what it writes for a given input."""
     return jnp.einsum("lhok,lhkd->lhod", w_o(config, params), w_v(config, params))

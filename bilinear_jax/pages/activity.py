@@ -1,47 +1,65 @@
-"""What the features of one SAE do on a dataset: contexts, histograms, logits; of all features from one run."""
+"""What the features of one SAE do on a dataset: contexts, histograms and logits, for all features from one run."""
 
-import dataclasses
 import functools
 from collections import Counter
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
-from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.sae import SAE
+from bilinear_jax.explain.logits import LogitEffects
 from bilinear_jax.pages.facts import Activity, Context, ContextGroup, Histogram, TokenEffect
 from bilinear_jax.pages.options import PageOptions
-from bilinear_jax.rendering import pieces, shown_around, token_label
-from bilinear_jax.visualizer import logit_effects
-
-FEATURES_AT_ONCE = 64  # bounds the logits that are held, [64, n_vocab]; it changes no result
+from bilinear_jax.show.text import pieces, shown_around, token_label
 
 
 class Texts:
-    """The dataset's rows as text, each read once; a token is named by its place among all, row by row."""
+    """The dataset's rows as text; each row is decoded once. A token's place is its number among all, row by row."""
 
-    def __init__(self, lm: LanguageModel, tokens: Int[np.ndarray, "rows seq"], rows: Int[np.ndarray, " rows"]):
-        self.tokenizer, self.tokens, self.rows = lm.tokenizer, tokens, rows
-        counts = np.asarray(lm.token_mask(tokens))
+    def __init__(
+        self,
+        tokenizer: Any,
+        tokens: Int[np.ndarray, "rows seq"],
+        rows: Int[np.ndarray, " rows"],  # of the dataset
+        counts: Bool[np.ndarray, " tokens"],  # which tokens count, row by row
+    ):
+        self.tokenizer, self.tokens, self.rows, counts = tokenizer, tokens, rows, counts.reshape(tokens.shape)
         self.last = np.where(counts.any(axis=1), tokens.shape[1] - 1 - np.argmax(counts[:, ::-1], axis=1), 0)
-        self.label = functools.cache(functools.partial(token_label, lm.tokenizer))
+        self.label = functools.cache(functools.partial(token_label, tokenizer))
         self._texts: dict[int, list[str]] = {}
 
-    def around(self, place: int, window: int) -> tuple[int, int, int, list[str]]:
-        """``(row of the dataset, position of the first token shown, place after the last one, texts)``."""
+    def around(self, place: int, window: int) -> "Around":
+        """The tokens that are shown around one token."""
         row, position = divmod(place, self.tokens.shape[1])
         if row not in self._texts:
             self._texts[row] = pieces(self.tokenizer, self.tokens[row])
         texts = self._texts[row]
         start, stop = shown_around(texts, position, window, int(self.last[row]))
-        return int(self.rows[row]), start, place - position + stop, texts[start:stop]
+        return Around(int(self.rows[row]), start, place - position + stop, texts[start:stop])
+
+
+class Around(NamedTuple):
+    """Some tokens of one row, as a context shows them."""
+
+    row: int  # of the dataset
+    start: int  # the position of the first token in its row
+    stop: int  # the place after the last token
+    texts: list[str]
+
+
+class Firing(NamedTuple):
+    """The tokens at which a feature fires, in order; only tokens that count (see ``LanguageModel.batches``)."""
+
+    places: Int[np.ndarray, " n"]  # among all tokens, row by row
+    codes: Float[np.ndarray, " n"]
 
 
 class Codes:
-    """The codes of an SAE at all tokens, feature by feature; those of tokens that don't count are context alone."""
+    """The codes of an SAE at all tokens, feature by feature.
+
+    Codes of tokens that do not count (see ``LanguageModel.batches``) are shown in contexts, but used nowhere else.
+    """
 
     def __init__(self, codes: sparse.csr_array, counts: Bool[np.ndarray, " tokens"]):
         columns = codes.tocsc()
@@ -49,14 +67,14 @@ class Codes:
         self.ends, self.places, self.values = columns.indptr, columns.indices, columns.data
         self.counts, self.shown = counts, significant(columns.data)
 
-    def of(self, feature: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """``(places, codes)``: the tokens that count at which a feature fires, in order, and how much."""
+    def of(self, feature: int) -> "Firing":
+        """Where a feature fires, and its codes there."""
         part = slice(self.ends[feature], self.ends[feature + 1])
         kept = self.counts[self.places[part]]
-        return self.places[part][kept], self.values[part][kept]
+        return Firing(self.places[part][kept], self.values[part][kept])
 
     def between(self, feature: int, start: int, stop: int) -> list[float]:
-        """A feature's codes at the places from start to stop, those that don't count too; rounded."""
+        """A feature's rounded codes at the places from start to stop, with tokens that do not count."""
         part = slice(self.ends[feature], self.ends[feature + 1])
         first, last = part.start + np.searchsorted(self.places[part], (start, stop))
         found = [0.0] * (stop - start)
@@ -66,7 +84,7 @@ class Codes:
 
 
 def context(texts: Texts, codes: Codes, feature: int, place: int, window: int, second: int | None = None) -> Context:
-    """What stands around a token, with the codes of a feature, or of two."""
+    """The tokens around one token, with the codes of one feature or of two."""
     row, first, stop, shown = texts.around(place, window)
     start = stop - len(shown)
     values = None if second is None else codes.between(second, start, stop)
@@ -74,19 +92,21 @@ def context(texts: Texts, codes: Codes, feature: int, place: int, window: int, s
 
 
 def activities(
-    lm: LanguageModel, sae: SAE, features: list[int], codes: Codes, texts: Texts, options: PageOptions
+    name: str, features: list[int], codes: Codes, texts: Texts, options: PageOptions, effects: LogitEffects
 ) -> dict[int, Activity]:
-    """What each of some features does: see ``facts.Activity``. Sorting by |activation|; of equals the first token."""
+    """What each of these features does: see ``facts.Activity``. Sorted by |activation|; ties go to the first token.
+
+    Args:
+        name: of the SAE, for the progress bar.
+        effects: the logit effects of these features, ``[U, options.logits]``.
+    """
     from tqdm.auto import tqdm
 
     counted = int(np.count_nonzero(codes.counts))
-    effects = token_effects(lm, sae, features, texts, options.logits)
-    return {
-        feature: _activity(feature, codes, texts, options, counted, *effect)
-        for feature, effect in tqdm(
-            zip(features, effects, strict=True), total=len(features), desc=f"features of {sae.name}", disable=None
-        )
-    }
+    raised = _token_effects(texts, effects.raised, effects.raised_by)
+    lowered = _token_effects(texts, effects.lowered, effects.lowered_by)
+    bar = tqdm(zip(features, raised, lowered, strict=True), total=len(features), desc=f"pages of {name}", disable=None)
+    return {feature: _activity(feature, codes, texts, options, counted, *sides) for feature, *sides in bar}
 
 
 def _activity(
@@ -104,7 +124,7 @@ def _activity(
     top = best_of_rows(places // texts.tokens.shape[1], size)[: options.contexts]
 
     def group(chosen: np.ndarray, ends: np.ndarray) -> ContextGroup:
-        """The contexts chosen, from a range that has these two ends; [] if the feature is dead."""
+        """The chosen contexts, from the range between the smallest and largest of ``ends``; empty if there are none."""
         if not len(ends):
             return ContextGroup(0.0, 0.0, 0.0, [])
         low, high = ends.min(), ends.max()
@@ -133,7 +153,7 @@ def _activity(
 
 
 def best_of_rows(rows: Int[np.ndarray, " n"], size: Float[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """The largest of each row, the largest first; of equals the first. ``rows`` ascend.
+    """The index of the largest value of each row, the largest first. Ties go to the first. ``rows`` ascend.
 
     Example:
         >>> best_of_rows(np.array([0, 0, 0, 4, 6]), np.array([1.0, 3.0, 3.0, 2.0, 3.0])).tolist()
@@ -149,52 +169,27 @@ def best_of_rows(rows: Int[np.ndarray, " n"], size: Float[np.ndarray, " n"]) -> 
 
 
 def _histogram(values: Float[np.ndarray, " n"], bins: int) -> Histogram:
-    """Bars of equal width from 0, or the lowest, up to the largest, or 0."""
+    """A histogram with bars of equal width, from the lowest value or 0 to the largest value or 0."""
     if not len(values):
         return Histogram([], [])
     counts, edges = np.histogram(values, np.linspace(min(values.min(), 0), max(values.max(), 0), bins + 1))
     return Histogram(edges.tolist(), counts.tolist())
 
 
-def token_effects(
-    lm: LanguageModel, sae: SAE, features: list[int], texts: Texts, k: int
-) -> list[tuple[list[TokenEffect], list[TokenEffect]]]:
-    """``(raised, lowered)`` of each feature, as ``logit_effects``."""
-    if not k or not features:
-        return [([], [])] * len(features)
-    sae = dataclasses.replace(sae, source=None)
-    padded = jnp.asarray(np.pad(features, (0, -len(features) % FEATURES_AT_ONCE), mode="edge"), jnp.int32)
-    found = jax.device_get(_effects(lm, sae, padded.reshape(-1, FEATURES_AT_ONCE), k))
-    sides = ((found.raised, found.raised_by), (found.lowered, found.lowered_by))
-    listed = []
-    for ids, effects in sides:
-        ids, effects = (part.reshape(-1, part.shape[-1])[: len(features)].tolist() for part in (ids, effects))
-        listed.append(
-            [
-                [TokenEffect(texts.label(token), effect) for token, effect in zip(*row, strict=True)]
-                for row in zip(ids, effects, strict=True)
-            ]
-        )
-    return list(zip(*listed, strict=True))
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _effects(lm: LanguageModel, sae: SAE, features, k: int):
-    def some(part):
-        return jax.vmap(lambda feature: logit_effects(lm, sae, feature, k))(part)
-
-    with jax.default_matmul_precision("highest"):
-        return jax.lax.map(some, features)
+def _token_effects(texts: Texts, ids, effects) -> list[list[TokenEffect]]:
+    """The tokens whose logits each feature changes, with their labels."""
+    rows = zip(np.asarray(ids).tolist(), np.asarray(effects).tolist(), strict=True)
+    return [[TokenEffect(texts.label(token), effect) for token, effect in zip(*row, strict=True)] for row in rows]
 
 
 def significant(values: Float[np.ndarray, "*n"], digits: int = 4) -> Float[np.ndarray, "*n"]:
-    """Rounded to so many significant digits, so that the shortest decimal of each has no more of them.
+    """The values rounded to this many significant digits. Written as decimals they have no more digits.
 
     Example:
         >>> significant(np.array([0.0, 12345.6, -0.000123456])).tolist()
         [0.0, 12350.0, -0.0001235]
     """
     size = np.where(values == 0, 1, np.abs(values))
-    power = np.clip(digits - 1 - np.floor(np.log10(size)), -22, 22)  # 10.0 ** 22 is the last that is exact
+    power = np.clip(digits - 1 - np.floor(np.log10(size)), -22, 22)  # 10.0 ** 22 is the largest exact power of 10
     up, down = 10.0 ** np.maximum(power, 0), 10.0 ** np.maximum(-power, 0)
     return np.asarray(np.round(values * up / down) / up * down)

@@ -1,28 +1,28 @@
-"""Features as Neuronpedia's batch files: the JSON that SAEDashboard writes, and that Neuronpedia's converter reads.
+"""Features as Neuronpedia's batch files: the JSON that SAEDashboard writes and Neuronpedia's converter reads.
 
-A folder of ``batch-0.json``, ``batch-1.json``, ..., each
+The folder holds ``batch-0.json``, ``batch-1.json``, ..., each
 
     {"model_id": "ts-nano", "layer": 2, "sae_set": "mlp-out-x4-k20", "sae_id_suffix": null, "features": [...]}
 
 and each feature
 
     feature_index                                  its number
-    frac_nonzero                                   share of the tokens at which it fires, 0 to 1; 0 for a dead one
+    frac_nonzero                                   share of the tokens at which it fires, 0 to 1; 0 if it is dead
     freq_hist_data_bar_values, ..._bar_heights     centres and counts of the histogram of its activations, without 0
-    logits_hist_data_bar_values, ..._bar_heights   the same of its effects on the logits of all tokens
+    logits_hist_data_bar_values, ..._bar_heights   the same for its effects on the logits of all tokens
     pos_str, pos_values, neg_str, neg_values       the tokens most raised and most lowered, and by how many logits
     activations                                    [{"tokens", "values", "qualifying_token_index", "bin_min", "bin_max",
-                                                   "bin_contains"}]: contexts, and which of the tokens each is about;
-                                                   first the largest, with -1 as bin_min and bin_contains, then samples
-                                                   of lower ranges, with the share of all tokens that a range holds
-    n_prompts_total, n_tokens_in_prompt, dataset   rows and tokens a row of the dataset, and its name
+                                                   "bin_contains"}]: contexts, and which token each is about. The
+                                                   largest come first, with -1 as bin_min and bin_contains. Samples of
+                                                   lower ranges follow, with the share of all tokens in the range
+    n_prompts_total, n_tokens_in_prompt, dataset   number of rows, tokens in a row, and name of the dataset
     neuron_alignment_*, correlated_neurons_*, correlated_features_*, decoder_weights_dist, vector      left empty
 
 Numbers have 4 significant digits.
 
 Source: ``NeuronpediaDashboardBatch`` in ``sae_dashboard/neuronpedia/neuronpedia_dashboard.py`` of sae-dashboard 0.8.0;
 and ``utils/neuronpedia-utils/neuronpedia_utils/convert-saedashboard-to-neuronpedia-export.py`` of Neuronpedia, which
-reads all files of a folder whose names begin with ``batch-``.
+reads all files of a folder with names that begin with ``batch-``.
 """
 
 import dataclasses
@@ -35,24 +35,23 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from bilinear_jax.activations import check_feature
-from bilinear_jax.folders import atomic_folder
+from bilinear_jax.explain.logits import direct_effects
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.pages.activity import significant
 from bilinear_jax.pages.facts import Activity, ContextGroup, TokenEffect
-from bilinear_jax.visualizer import direct_effects
+from bilinear_jax.store.files import atomic_folder
 
 FORMAT = "bilinear_jax neuronpedia/1"
 RECORD = "neuronpedia.json"
-LOGIT_BARS = 50  # of the histogram of logits, as many as SAEDashboard draws
+LOGIT_BARS = 50  # bars of the histogram of logits, as in SAEDashboard
 EMPTY = (
     *(f"neuron_alignment_{part}" for part in ("indices", "values", "l1")),
     *(f"correlated_{kind}_{part}" for kind in ("neurons", "features") for part in ("indices", "l1", "pearson")),
     "decoder_weights_dist",
     "vector",
 )
-"""Fields of a feature that must be there, and that Neuronpedia shows nothing of where they are empty."""
+"""Fields that a feature must have. Neuronpedia shows nothing for them if they are empty."""
 
 
 def export(
@@ -69,30 +68,32 @@ def export(
     features_per_file: int = 128,
     force: bool = False,
 ) -> Path:
-    """Write the features of one SAE as Neuronpedia's batch files; the same bytes for the same facts.
+    """Write the features of one SAE as Neuronpedia's batch files. The same facts give the same bytes.
 
-    What follows is Neuronpedia's own: ``convert-saedashboard-to-neuronpedia-export.py --saedashboard-output-dir OUT``,
-    with this ``model_id`` and set, makes the files that its database imports. There the source is named
-    ``<layer>-<set>``: by default the name of the SAE.
+    Then run Neuronpedia's own ``convert-saedashboard-to-neuronpedia-export.py --saedashboard-output-dir OUT`` with this
+    ``model_id`` and set. It makes the files that Neuronpedia's database imports. There the source has the name
+    ``<layer>-<set>``, which by default is the name of the SAE.
 
     Args:
-        activities: what each feature does, of this SAE, as ``gather`` finds it: ``[page.activity for page in
-            site.outputs]``. How much of a row a context holds, and how many contexts there are, is for ``PageOptions``
-            to say. A dead feature is written without activations.
-        out: the folder; it must not exist, or be empty.
-        dataset, rows, tokens_per_row: of the dataset that the activities are from.
+        lm: the model.
+        sae: the SAE of these features.
+        activities: what each feature does, as ``gather`` finds it: ``[page.activity for page in site.outputs]``.
+            ``PageOptions`` sets the length and the number of contexts. A dead feature is written without activations.
+        out: the folder; it must not exist, or it must be empty.
+        dataset, rows, tokens_per_row: name and size of the dataset of the activities.
         model_id: by default the last part of ``lm.source``.
         set_name: by default the SAE's name without its layer.
-        features_per_file: Neuronpedia's example has 128.
+        features_per_file: number of features in a batch file; 128 in Neuronpedia's example.
         force: replace an older export.
 
     Returns:
-        The folder, absolute.
+        The absolute path of the folder.
 
     Raises:
-        FileExistsError: if the folder holds something and ``force`` is off, or if it is no export.
-        ValueError: for no feature, one twice, or one that the SAE doesn't have; for a number that is not finite; for a
-            model without a name; or if a count is below 1.
+        FileExistsError: if the folder is not empty and ``force`` is off, or if it holds something else than an export.
+        ValueError: if there is no feature, or one is given twice; if a number is not finite; if the model has no name;
+            or if a count is below 1.
+        UnknownNameError: for a feature that the SAE does not have.
 
     Example:
         >>> import tempfile
@@ -115,7 +116,7 @@ def export(
         )
     if model_id is None:
         if lm.source is None:
-            raise ValueError("this model was not loaded from anywhere, so it has no name: pass model_id=")
+            raise ValueError("this model was not loaded from a folder, so it has no name: pass model_id=")
         model_id = Path(lm.source).name
     _check_features(sae, activities)
     set_name = sae.name.removeprefix(f"{sae.config.layer}-") if set_name is None else set_name
@@ -140,12 +141,12 @@ def export(
 
 
 def feature_json(activity: Activity, effects: Float[np.ndarray, " n_vocab"]) -> dict[str, Any]:
-    """One feature of a batch, without what it says of the dataset. ``effects``: on the logit of every token."""
+    """One feature of a batch, without the fields of the dataset. ``effects``: on the logit of every token."""
     try:
         json.dumps([dataclasses.asdict(activity), effects.tolist()], allow_nan=False)
     except ValueError as error:
         raise ValueError(
-            f"feature {activity.feature} has a number that is not finite: check the model's parameters, and gather anew"
+            f"feature {activity.feature} has a number that is not finite: check the model's parameters and gather again"
         ) from error
     groups = [(-1.0, -1.0, activity.top)]
     groups += [(group.low, float(f"{group.share * activity.density:.4g}"), group) for group in activity.lower]
@@ -173,7 +174,7 @@ def _activations(group: ContextGroup, least: float, share: float) -> list[dict[s
 
 
 def _tokens(side: str, effects: list[TokenEffect]) -> dict[str, list]:
-    """A label shows a space as a symbol; Neuronpedia has its own."""
+    """The tokens of one side. A label shows a space as a symbol; Neuronpedia puts in its own."""
     texts = [one.token.replace("␣", " ") for one in effects]
     return {f"{side}_str": texts, f"{side}_values": [one.effect for one in effects]}
 
@@ -190,11 +191,11 @@ def _effects(lm: LanguageModel, sae: SAE, feature):
 
 def _check_features(sae: SAE, activities: Sequence[Activity]) -> None:
     if not activities:
-        raise ValueError("there is no feature to export: give the activities of at least one")
-    numbers = [check_feature(sae, activity.feature) for activity in activities]
+        raise ValueError("there is no feature to export: give the activities of at least one feature")
+    numbers = [sae.check_feature(activity.feature) for activity in activities]
     if len(set(numbers)) < len(numbers):
         twice = next(number for number in numbers if numbers.count(number) > 1)
-        raise ValueError(f"feature {twice} of SAE {sae.name} is given twice")
+        raise ValueError(f"feature {twice} of SAE {sae.name} is given twice: give it once")
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

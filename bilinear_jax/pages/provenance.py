@@ -1,4 +1,4 @@
-"""Where the numbers of a site come from: hashes of what they were made of."""
+"""Where the numbers of a site come from: hashes of the model, the SAEs, the tokenizer and the dataset."""
 
 import dataclasses
 import hashlib
@@ -8,16 +8,16 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from bilinear_jax.language import LanguageModel
+from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.pages.facts import Provenance
-from bilinear_jax.tracer import Tracer
-from bilinear_jax.version import library_version
+from bilinear_jax.store.tokenizers import tokenizer_hash
+from bilinear_jax.store.version import library_version
 
 
 def hash_of(params: PyTree, config=None) -> str:
-    """sha256 of the values, types and shapes of some arrays by name, sorted, and of the config that they belong to.
+    """The sha256 of named arrays, sorted by name (their values, types and shapes), and of their config.
 
-    Two that were loaded from different places have the same hash if they are the same.
+    Equal parameters have the same hash, wherever they were loaded from.
 
     Example:
         >>> hash_of({"a": np.ones(2), "b": np.zeros(1)}) == hash_of({"b": np.zeros(1), "a": np.ones(2)})
@@ -36,11 +36,9 @@ def hash_of(params: PyTree, config=None) -> str:
     return digest.hexdigest()
 
 
-def provenance(lm: LanguageModel, tracer: Tracer, tokens, *, counted: int, command: str, dataset: str) -> Provenance:
-    """What a site says of itself. ``tokens [rows, seq]``: those that were looked at."""
-    from bilinear_jax.training.data import tokenizer_hash
-
-    tokens = np.asarray(tokens)
+def provenance(tracer: Tracer, tokens, *, counted: int, command: str, dataset: str) -> Provenance:
+    """The ``Provenance`` of a site. ``tokens [rows, seq]``: those over which the numbers were measured."""
+    lm, tokens = tracer.lm, np.asarray(tokens)
     return Provenance(
         command=command,
         version=library_version(),

@@ -5,35 +5,36 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bilinear_jax.folders import atomic_folder
 from bilinear_jax.pages import render
 from bilinear_jax.pages.facts import Site
+from bilinear_jax.show.html import static, style
+from bilinear_jax.store.files import atomic_folder
 
 FORMAT = "bilinear_jax pages/1"
 RECORD = "site.json"
 
 
 def write_site(site: Site, out: Path | str, *, force: bool = False) -> Path:
-    """Write a site's folder: it appears when it is whole, and holds the same bytes for the same site.
+    """Write a site to a folder. The folder appears only when it is complete. The same site gives the same bytes.
 
         index.html, inputs.html          the tables of output and of input features
-        output/7.html, input/12.html     a page a feature
-        data/output-7.json, ...          what the page states, and where it is from
+        output/7.html, input/12.html     one page per feature
+        data/output-7.json, ...          the facts of a page, and where they are from
         site.json                        where the site is from, and which features it holds
         static/                          one style sheet and one script
 
     The pages need nothing from outside the folder. A progress bar shows on a terminal.
 
     Args:
-        site: what ``gather`` found.
-        out: the folder; it must not exist, or be empty.
+        site: what ``gather`` returns.
+        out: the folder; it must not exist, or it must be empty.
         force: replace an older site.
 
     Returns:
-        The site's ``index.html``, absolute.
+        The absolute path of the site's ``index.html``.
 
     Raises:
-        FileExistsError: if the folder holds something and ``force`` is off, or if it isn't a site.
+        FileExistsError: if the folder is not empty and ``force`` is off, or if it holds something else than a site.
 
     Example:
         >>> from bilinear_jax.pages.facts import Provenance
@@ -50,8 +51,8 @@ def write_site(site: Site, out: Path | str, *, force: bool = False) -> Path:
     with atomic_folder(out, force=force, record=RECORD) as folder:
         for name in ("output", "input", "data", "static"):
             (folder / name).mkdir()
-        _write(folder / "static" / "style.css", render.style("parts.css", "style.css"))
-        _write(folder / "static" / "script.js", render.read_static("script.js"))
+        _write(folder / "static" / "style.css", style(static("parts.css"), static("style.css", render.ROOM)))
+        _write(folder / "static" / "script.js", static("script.js", render.ROOM))
         _write(folder / "index.html", render.index_page(site))
         _write(folder / "inputs.html", render.inputs_page(site))
         origin = dataclasses.asdict(site.provenance)

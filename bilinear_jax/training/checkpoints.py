@@ -1,12 +1,12 @@
-"""Checkpoints of a run: whole or not there at all, checked when they are read, the newest few kept.
+"""Checkpoints of a run: complete or absent, verified when they are read, with the newest few kept.
 
-A checkpoint holds the training state and a record (JSON: where the data source is, seconds trained) in one Orbax
-folder, ``checkpoints/<step>``, which gets that name when it is complete. It also holds a checksum of every array,
+A checkpoint is one Orbax folder, ``checkpoints/<step>``, which gets this name when it is complete. It holds the
+training state, a record (JSON: the position in the data, the seconds of training) and a checksum of every array,
 
-    sum over i of (2 i + 1) bits_i   mod 2^32        bits_i: the i-th number's bits as an unsigned integer
+    sum over i of (2 i + 1) bits_i   mod 2^32        bits_i: the bits of number i as an unsigned integer
 
-which is computed where the array lives, shard by shard, and again when it is loaded: files that were cut short make
-Orbax fail, files whose contents changed may not.
+The checksum is computed on the device where the array is, shard by shard, and again after loading. Orbax notices a
+file that was cut short, but it may not notice changed contents.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ _ORBAX_LOG = logging.getLogger("absl")
 
 
 class Checkpoints:
-    """The checkpoints of one run, as a context; leaving it waits for the last save.
+    """The checkpoints of one run, as a context manager. Leaving it waits for the last save.
 
     Args:
-        directory: the run's folder; checkpoints are in ``checkpoints/<step>`` under it.
-        keep: how many of the newest to keep.
-        keep_every: also keep every checkpoint whose step is a multiple of this; None: no other.
+        directory: the folder of the run. The checkpoints are in ``checkpoints/<step>`` in it.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: also keep every checkpoint whose step is a multiple of this. None: no others.
 
     Example:
         >>> import tempfile
@@ -48,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
         if keep < 1:
-            raise ValueError(f"keep the newest checkpoint at least: keep must be 1 or more, got {keep}")
+            raise ValueError(f"keep must be at least 1, the newest checkpoint, got {keep}")
         self.directory = Path(directory).resolve()
         self.keep, self.keep_every = keep, keep_every
         self._pending: tuple[int, Any] | None = None
@@ -57,7 +57,7 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self._log_level = _ORBAX_LOG.level
-        _ORBAX_LOG.setLevel(logging.CRITICAL)  # it logs a trace a thread for what is raised here in a sentence
+        _ORBAX_LOG.setLevel(logging.CRITICAL)  # it logs long traces for the errors that are raised here
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(self.keep)]
         if self.keep_every is not None:
@@ -74,17 +74,18 @@ class Checkpoints:
         except OSError as failure:
             if error is None:
                 raise
-            error.add_note(f"Besides, {failure}")
+            error.add_note(f"Also, {failure}")
         finally:
             self._orbax.close()
             _ORBAX_LOG.setLevel(self._log_level)
 
     def save(self, step: int, state: PyTree, record: dict) -> None:
-        """Save the state of a step. Writing goes on in the background: ``state`` may be changed or donated at once.
+        """Save the state of a step. Writing continues in the background. ``state`` may be changed or donated at once.
 
         Raises:
-            FloatingPointError: if the state's ``params`` are not finite, or if anything in it is NaN; nothing is saved.
-            OSError: if this save, or the one before, failed; those before that are still there.
+            FloatingPointError: if ``params`` in the state are not finite, or if anything in it is NaN. Nothing is
+                saved.
+            OSError: if this save or the one before failed. Earlier checkpoints are still there.
         """
         self.wait()
         leaves = named_leaves(state)
@@ -101,7 +102,7 @@ class Checkpoints:
         self._pending = (step, response)
 
     def wait(self) -> None:
-        """Wait until the last save is complete; raises ``OSError`` if it failed."""
+        """Wait until the last save is complete. Raises ``OSError`` if it failed."""
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
@@ -111,9 +112,9 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def restore(self, state: PyTree) -> tuple[PyTree, dict] | None:
-        """The newest checkpoint that can be read, as ``(state, record)``; None if there is none.
+        """The newest readable checkpoint, as ``(state, record)``. None if there are no checkpoints.
 
-        A newer one that can't be read is moved to ``damaged/<step>``, with a warning that names both.
+        A newer checkpoint that cannot be read is moved to ``damaged/<step>``, with a warning that names both.
 
         Args:
             state: arrays with the structure, shapes, dtypes and shardings of what to load.
@@ -142,13 +143,13 @@ class Checkpoints:
         )
 
     def not_finite(self, what: str) -> FloatingPointError:
-        """The error of a run that met such numbers: what they are, what is left, and what to do."""
+        """The error for NaN or infinite values in a run. It names them, the last good checkpoint, and what to do."""
         with contextlib.suppress(OSError):
             self.wait()
         kept = self._last_good()
-        anew = "give the same command again with that" if kept == "none" else "begin anew with that in another folder"
+        anew = "run the same command with that" if kept == "none" else "start again with that in another folder"
         return FloatingPointError(
-            f"{what}; the last good checkpoint in {self.directory / 'checkpoints'} is {kept}. Lower the learning rate, "
+            f"{what}; the last good checkpoint in {self.directory / 'checkpoints'} is {kept}. Lower the learning rate "
             f"or lengthen the warm-up, and {anew}"
         )
 
@@ -162,7 +163,7 @@ class Checkpoints:
         }
         metadata: Any = self._read(lambda: self._orbax.checkpointables_metadata(step).custom_metadata)
         if not metadata or metadata.keys() != {"record", "arrays"}:
-            raise _Damaged("its metadata is gone")
+            raise _Damaged("its metadata is missing")
         self._compare(step, metadata["arrays"], leaves)
         loaded: Any = self._read(lambda: self._orbax.load(step, abstract))
         loaded = {name: loaded[name] for name in leaves}
@@ -173,9 +174,10 @@ class Checkpoints:
         return loaded, metadata["record"]
 
     def _read(self, action: Callable[[], Any]) -> Any:
-        """What an action of Orbax gives; raises ``_Damaged`` with the reason if it fails.
+        """The result of an Orbax action. Raises ``_Damaged`` with the reason if the action fails.
 
-        A failure leaves unfinished tasks, one an array, which complain when they are collected: here, unheard.
+        A failure leaves unfinished tasks, one per array, which print errors when they are collected. That happens here,
+        with printing off.
         """
         level, hook = logging.root.manager.disable, sys.unraisablehook
         logging.disable(logging.CRITICAL)
@@ -193,7 +195,7 @@ class Checkpoints:
         raise _Damaged(reason)
 
     def _compare(self, step: int, saved: dict, leaves: dict[str, Array]) -> None:
-        """Raises ``_Mismatch``, listing both sides, unless names, shapes and dtypes are the same."""
+        """Raise ``_Mismatch`` if names, shapes or dtypes differ. The message lists both sides."""
         have = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in saved.items()}
         want = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()}
         if have == want:
@@ -201,14 +203,14 @@ class Checkpoints:
         both = sorted(have.keys() & want)
         other = [f"{name} {have[name]}, expected {want[name]}" for name in both if have[name] != want[name]]
         raise _Mismatch(
-            f"checkpoint {step} in {self.directory / 'checkpoints'} is of another run. "
+            f"checkpoint {step} in {self.directory / 'checkpoints'} belongs to another run. "
             f"In the checkpoint but not in this run: {', '.join(sorted(have.keys() - want)) or 'nothing'}; "
             f"in this run but not in the checkpoint: {', '.join(sorted(want.keys() - have)) or 'nothing'}; "
             f"shapes and dtypes: {'; '.join(other) or 'as expected'}. Name another folder"
         )
 
     def _set_aside(self, problems: dict[int, str], loaded: int) -> None:
-        """Moves checkpoints that can't be read away, so that the run can save these steps again."""
+        """Move checkpoints that cannot be read away, so that the run can save these steps again."""
         if not problems:
             return
 
@@ -223,29 +225,29 @@ class Checkpoints:
         self._orbax.reload()
         for step, problem in problems.items():
             warnings.warn(
-                f"checkpoint {step} of {self.directory} can't be read ({problem}): going on from checkpoint {loaded}. "
+                f"checkpoint {step} of {self.directory} cannot be read ({problem}): resuming from checkpoint {loaded}. "
                 f"The damaged one is kept in {self.directory / 'damaged' / str(step)}",
                 stacklevel=4,
             )
 
     def _failed(self, step: int, error: Exception) -> OSError:
         with contextlib.suppress(Exception):
-            self._orbax.wait()  # it keeps the same error, to raise it once more
+            self._orbax.wait()  # it would raise the same error again later
         for partial in (self.directory / "checkpoints").glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         return OSError(
             f"the checkpoint of step {step} could not be written to {self.directory / 'checkpoints'} "
             f"({_reason(error)}); the last good one is {self._last_good(but=step)}. "
-            "Make room on the disk, then give the same command again"
+            "Free disk space, then run the same command again"
         )
 
 
 class _Damaged(Exception):
-    """A checkpoint that can't be read, and why."""
+    """A checkpoint that cannot be read, with the reason."""
 
 
 class _Mismatch(ValueError):
-    """A checkpoint that can be read, of something else."""
+    """A readable checkpoint of another run."""
 
 
 def named_leaves(state: PyTree) -> dict[str, Array]:
@@ -271,16 +273,16 @@ def _checksum(leaf: Array) -> UInt32[Array, ""]:
         leaf = jnp.stack([leaf.real, leaf.imag])
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
-    width = min(leaf.dtype.itemsize, 4)  # numbers of 8 bytes become two of 4
+    width = min(leaf.dtype.itemsize, 4)  # 8-byte numbers become two of 4 bytes
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
     index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):  # no reshape, which would gather an array that is cut into shards
+    for axis, size in enumerate(bits.shape):  # a reshape would gather a sharded array
         index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
 def _not_finite(name: str, leaf: Array) -> Bool[Array, ""]:
-    """Infinity is an error in params only: an optimiser may hold it, for a minimum that it has yet to see."""
+    """Whether an array has NaN, or in ``params`` also infinity. An optimiser may hold infinity as a first minimum."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.zeros((), bool)
     return jnp.any(~jnp.isfinite(leaf)) if name.startswith("params") else jnp.any(jnp.isnan(leaf))
@@ -291,5 +293,5 @@ def _description(leaf: Array) -> dict:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the paths and settings that follow."""
+    """The first line of an error, without the paths and settings after it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,6 +1,6 @@
-"""The one training loop: a jitted update on one state pytree, checkpoints, metrics, exact resume.
+"""The training loop: a jitted update of one state pytree, with checkpoints, metrics and exact resume.
 
-What is in a run's folder, and who may write there, is in ``folder.py``; checkpoints are in ``checkpoints.py``.
+``folder.py`` describes the folder of a run, ``checkpoints.py`` its checkpoints.
 """
 
 import collections
@@ -27,11 +27,11 @@ from bilinear_jax.training.checkpoints import Checkpoints
 from bilinear_jax.training.mesh import largest, on_first_process
 
 STEPS_AHEAD = 2
-"""Updates that may be queued on the device: enough to keep it busy, few enough that batches don't pile up."""
+"""Updates that may be queued on the device. This keeps it busy, and keeps few batches in memory."""
 
 
 class TrainState(NamedTuple):
-    """Everything that a run needs to go on."""
+    """Everything that a run needs to resume."""
 
     step: jax.Array  # [], updates done so far
     params: PyTree  # the parameters, float32
@@ -41,9 +41,9 @@ class TrainState(NamedTuple):
 
 @runtime_checkable
 class BatchIterator(Protocol):
-    """A source of batches that can go on from where it was: the protocol of Grain's ``DatasetIterator``.
+    """A source of batches that can resume: the protocol of Grain's ``DatasetIterator``.
 
-    What it gives is a function of its state alone: after ``set_state(s)`` it gives exactly what it gave after
+    Its batches depend only on its state: after ``set_state(s)`` it gives exactly the batches that it gave after
     ``get_state()`` returned ``s``.
     """
 
@@ -52,16 +52,16 @@ class BatchIterator(Protocol):
         ...
 
     def get_state(self) -> dict:
-        """Where it is, as JSON."""
+        """The current position, as JSON."""
         ...
 
     def set_state(self, state: dict) -> None:
-        """Go to where it was."""
+        """Go to a saved position."""
         ...
 
 
 class ByStep:
-    """A ``BatchIterator`` of a function of the step: ``batch_at(0)``, ``batch_at(1)``, ..."""
+    """A ``BatchIterator`` made from a function of the step: ``batch_at(0)``, ``batch_at(1)``, ..."""
 
     def __init__(self, batch_at: Callable[[int], Any]):
         self._batch_at, self._step = batch_at, 0
@@ -79,7 +79,7 @@ class ByStep:
 
 
 class FitOptions(TypedDict, total=False):
-    """What the recipes hand on to ``fit``, whose docstring says what each is."""
+    """The options that every recipe passes to ``fit``, where they are explained."""
 
     save_every: int
     keep: int
@@ -105,45 +105,50 @@ def fit(
     evaluate_every: int | None = None,
     name: str = "training",
 ) -> TrainState:
-    """Run ``update`` until ``state.step == steps``, going on from the newest checkpoint in ``directory``.
+    """Run ``update`` until ``state.step == steps``. Resume from the newest checkpoint in ``directory``.
 
-    However a run ended (an error, a signal, ``kill -9``), the same call goes on, and on one machine it ends
-    with the same bits as a run that was never stopped: parameters, optimiser, counters, keys and the place in the data
-    are saved together. SIGTERM and the first Ctrl-C save at the end of the step and stop: SIGTERM by
-    ``SystemExit(143)`` (128 + 15, as a shell reports a process that the signal ended: the run isn't done, so the
-    status isn't 0), Ctrl-C by ``KeyboardInterrupt``. A second Ctrl-C interrupts the step. In a thread that isn't the
-    main one, signals are left alone. With several processes, a signal to one of them stops all, at the next step that
-    is logged.
+    However a run ended (an error, a signal, ``kill -9``), the same call resumes it. On one machine, the result has the
+    same bits as a run that was never stopped, because parameters, optimiser, counters, keys and the position in the
+    data are saved together.
 
-    ``directory`` holds ``config.json``, ``metrics.jsonl`` (a JSON object a line: step, seconds of training so far,
-    metrics; null for what isn't finite), and Orbax checkpoints in ``checkpoints/<step>``.
+    Signals: SIGTERM and the first Ctrl-C save at the end of the step and stop. SIGTERM then raises ``SystemExit(143)``
+    (128 + 15, the status that a shell reports for this signal; it is not 0, because the run is not finished). Ctrl-C
+    raises ``KeyboardInterrupt``. A second Ctrl-C interrupts the step. Outside the main thread signals are not handled.
+    With several processes, a signal to one of them stops all, at the next step that is logged.
 
-    The device never waits for the host: metrics are fetched when they are logged, checkpoints are written in the
+    ``directory`` holds ``config.json``, ``metrics.jsonl`` (one JSON object per line: step, seconds of training so far,
+    metrics; null for values that are not finite), and Orbax checkpoints in ``checkpoints/<step>``.
+
+    The device never waits for the host: metrics are fetched when they are logged, and checkpoints are written in the
     background. At most ``STEPS_AHEAD`` batches are queued.
 
     Args:
-        update: a pure function ``(state, batch) -> (state, metrics)``, jitted here; metrics are numbers.
-        state: the state to start with. It is donated: don't use its arrays afterwards. If they are laid out over a
-            mesh, so are those of every later state, and of a restored one.
-        data: the batches; every step takes the next. Its state is saved with each checkpoint.
-        steps: updates in all.
-        directory: the run's folder; one process at a time may use it, or the processes of one run.
-        config: what the run is, as JSON; a folder that another config started is refused.
-        save_every: steps between checkpoints; there is one at the end as well.
+        update: a pure function ``(state, batch) -> (state, metrics)``. It is jitted here. Metrics are numbers.
+        state: the initial state. It is donated: do not use its arrays afterwards. If they are sharded over a mesh, all
+            later and restored states are sharded in the same way.
+        data: the batches, one per step. Its state is saved with each checkpoint.
+        steps: number of updates in total.
+        directory: the folder of the run. Only one process at a time may use it, or the processes of one run.
+        config: the description of the run, as JSON. A folder with another config raises an error.
+        save_every: steps between checkpoints. There is also one at the end.
         keep: how many of the newest checkpoints to keep.
         keep_every: also keep the checkpoint of every step that is a multiple of this.
-        log_every: steps between lines of metrics; there is one at the end as well.
-        log: called with the step and the metrics that were written, for Weights & Biases for instance:
-            ``lambda step, metrics: wandb.log(metrics, step=step)``. A run that goes on from a checkpoint calls it
-            again for the steps after that.
-        evaluate: further metrics, of the state, every ``evaluate_every`` steps and at the end.
-        name: what the progress bar is called.
+        log_every: steps between lines of metrics. There is also one at the end.
+        log: called with the step and the metrics that were written, for instance for Weights & Biases:
+            ``lambda step, metrics: wandb.log(metrics, step=step)``. A run that resumes from a checkpoint calls it
+            again for the steps after the checkpoint.
+        evaluate: more metrics, computed from the state every ``evaluate_every`` steps and at the end.
+        evaluate_every: steps between evaluations. None: only at the end.
+        name: the label of the progress bar.
+
+    Returns:
+        The final state.
 
     Raises:
-        ValueError: for another config, a checkpoint of another run, if no checkpoint can be read, if the data ends, or
-            for a number of steps that isn't at least 1.
-        FloatingPointError: if a metric or a parameter is not finite; the last good checkpoint stays.
-        OSError: if the disk is full; the last good checkpoint stays.
+        ValueError: if the folder has another config or a checkpoint of another run, if no checkpoint can be read, if
+            the data ends, or if a number of steps is below 1.
+        FloatingPointError: if a metric or a parameter is not finite. The last good checkpoint stays.
+        OSError: if the disk is full. The last good checkpoint stays.
         RuntimeError: if another process trains in the folder.
 
     Example:
@@ -173,7 +178,7 @@ def fit(
         state = jax.tree.map(jnp.asarray, state)
         trained_before = 0.0
         if (restored := checkpoints.restore(state)) is not None:
-            jax.tree.map(lambda leaf: leaf.delete(), state)  # as if donated: its memory is needed
+            jax.tree.map(lambda leaf: leaf.delete(), state)  # frees its memory, as donation would
             state, record = restored
             data.set_state(record["data"])
             trained_before = record["seconds"]
@@ -214,7 +219,7 @@ def fit(
                 break
         checkpoints.wait()
         stop = largest(max(received, default=0))
-    _leave(stop, f"{name}: stopped at step {saved} of {steps}, which is saved in {directory}")
+    _leave(stop, f"{name}: stopped at step {saved} of {steps}; it is saved in {directory}")
     return state
 
 
@@ -225,17 +230,17 @@ def _prepare(directory: Path, config: dict, stack: contextlib.ExitStack) -> None
 
 
 def _data_state(data: BatchIterator) -> dict:
-    """Where the data source is, as a copy that stays when the source goes on."""
+    """A copy of the data source's state, which does not change when the source advances."""
     state = data.get_state()
     try:
         return json.loads(json.dumps(state))
     except TypeError as error:
         name = type(data).__name__
-        raise TypeError(f"get_state() of {name} must give JSON, so that it can be saved: {error}") from error
+        raise TypeError(f"get_state() of {name} must return JSON, so that it can be saved: {error}") from error
 
 
 def _watched(update: Callable, state: TrainState):
-    """``update``, jitted, and a number that it carries along: the first step with a metric that isn't finite, or 0."""
+    """The jitted ``update``, which also carries the first step whose metrics are not finite, or 0."""
     meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(state) if isinstance(leaf.sharding, NamedSharding)}
     trouble = jnp.zeros((), jnp.int32)
     out_shardings = None
@@ -262,7 +267,7 @@ def _next(data: BatchIterator, step: int, steps: int) -> Any:
 
 
 def _report(metrics: dict[str, jax.Array], trouble: jax.Array, step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """The metrics as numbers; raises ``FloatingPointError`` if one of them is not finite, or was not."""
+    """The metrics as numbers. Raises ``FloatingPointError`` if any metric so far was not finite."""
     report = {key: float(value) for key, value in jax.device_get(metrics).items()}
     if int(trouble):
         bad = {key: value for key, value in report.items() if not np.isfinite(value)}
@@ -274,7 +279,7 @@ def _report(metrics: dict[str, jax.Array], trouble: jax.Array, step: int, checkp
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C are noted in the list; a second Ctrl-C interrupts. Before and after, they do as they did."""
+    """Record SIGTERM and Ctrl-C in a list. A second Ctrl-C interrupts. At the end the old handlers are restored."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -284,7 +289,8 @@ def _signals() -> Iterator[list[int]]:
         if received and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         received.append(number)
-        os.write(2, b"\nsaving at the end of this step, then stopping; Ctrl-C stops at once\n")  # print can't be nested
+        # not print, which is unsafe in a signal handler
+        os.write(2, b"\nsaving at the end of this step, then stopping; another Ctrl-C stops at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -295,7 +301,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _leave(number: int, message: str) -> None:
-    """What the signal of this number, if there was one, asks for."""
+    """End as the signal asks, if there was one."""
     if number:
         print(message, file=sys.stderr)
     if number == signal.SIGTERM:
@@ -314,7 +320,7 @@ def apply_optimizer(optimizer, gradient: PyTree, state: TrainState) -> tuple[PyT
 
 
 def fingerprint(params: PyTree) -> str:
-    """A hash of the values: what a run that builds on a model says of it in its config, wherever the model is kept."""
+    """A hash of the parameter values. A run's config uses it to identify the model that the run starts from."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
@@ -329,7 +335,7 @@ def cosine_with_warmup(peak: float, steps: int, warmup: int, final: float = 0.0)
 
 
 def sum_over_rows(function: Callable[[np.ndarray], dict[str, jax.Array]], rows: np.ndarray, batch_size: int):
-    """Sums the sums that ``function(batch)`` returns over all rows; the caller divides once."""
+    """Add up the sums that ``function(batch)`` returns over all rows. The caller divides once."""
     totals: dict[str, float] = {}
     for start in range(0, len(rows), batch_size):
         for key, value in function(rows[start : start + batch_size]).items():

@@ -1,8 +1,8 @@
-"""The folder of a run: one process at a time, one config for ever, metrics that agree with what was resumed.
+"""The folder of a run. It belongs to one process at a time and to one config.
 
-config.json     what the run was started with
-metrics.jsonl   a JSON object a line: step, seconds of training so far, metrics
-checkpoints/    of which see ``checkpoints.py``
+config.json     the config that started the run
+metrics.jsonl   one JSON object per line: step, seconds of training so far, metrics
+checkpoints/    see ``checkpoints.py``
 lock            locked while a process trains here; the lock ends with the process, however that ends
 """
 
@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from bilinear_jax.evaluation import finite_or_null
+from bilinear_jax.store.files import finite_or_null, replace_file
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the folder's lock; raises ``RuntimeError`` naming the process that holds it, if one does.
+    """Hold the folder's lock. Raises ``RuntimeError`` with the process that holds it, if there is one.
 
-    A file system that has no locks (some of clusters) gives a warning.
+    On a file system without locks (as on some clusters) it only warns.
     """
     import fcntl
 
@@ -32,11 +32,11 @@ def locked(directory: Path) -> Iterator[None]:
             file.seek(0)
             raise RuntimeError(
                 f"{directory} is in use by {file.read().strip() or 'another process'}: "
-                "wait until that ends, or stop it, or name another folder"
+                "wait until it ends, stop it, or name another folder"
             ) from None
         except OSError as error:
             warnings.warn(
-                f"{directory} can't be locked ({error.strerror}): see to it that no other process trains there",
+                f"{directory} cannot be locked ({error.strerror}): make sure that no other process trains there",
                 stacklevel=2,
             )
         file.truncate(0)
@@ -46,29 +46,29 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def claim(directory: Path, config: dict) -> None:
-    """Write ``config.json``; raises ``ValueError``, listing the changes, if the folder has checkpoints of another."""
+    """Write ``config.json``. Raises ``ValueError`` with the changes if the folder has checkpoints of another config."""
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
-    if not any(path.name.isdigit() for path in directory.glob("checkpoints/*")):  # nothing is lost by another config
+    if not any(path.name.isdigit() for path in directory.glob("checkpoints/*")):  # so nothing is lost
         replace_file(directory / "config.json", text)
         return
     recorded = read_config(directory)
     if recorded is None:
         raise ValueError(
-            f"{directory} has checkpoints, but no config.json, which says what they are of: restore it, or name "
-            "another folder"
+            f"{directory} has checkpoints, but no config.json, which describes their run: restore it, or name another "
+            "folder"
         )
     before, now = _flat(recorded), _flat(json.loads(text))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         raise ValueError(
-            f"{directory} holds a run with another config ({listing}): restore it, or name another folder, or delete "
-            "this one to lose that run and begin anew"
+            f"{directory} holds a run with another config ({listing}): use the old config, or name another folder, or "
+            "delete this one, with its run, and start again"
         )
 
 
 def read_config(directory: Path) -> dict | None:
-    """What ``claim`` wrote; None if there is nothing. Raises ``ValueError`` for a file that is damaged."""
+    """The config that ``claim`` wrote. None if there is none. Raises ``ValueError`` if the file is damaged."""
     path = directory / "config.json"
     if not path.exists():
         return None
@@ -90,14 +90,14 @@ def _flat(value, name: str = "") -> dict:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file that a run which goes on from ``step`` will write again."""
+    """Drop the lines after ``step`` from a metrics file. A run that resumes at ``step`` writes them again."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             late = json.loads(line)["step"] > step
-        except (ValueError, TypeError, KeyError):  # a line that a crash cut short, or that isn't of a run
+        except (ValueError, TypeError, KeyError):  # a line that a crash cut short, or foreign text
             continue
         if not late:
             kept.append(line + "\n")
@@ -105,22 +105,10 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def append(path: Path, entry: dict) -> None:
-    """Add a line to a metrics file, whole before this returns; values that are not finite become null."""
+    """Add a complete line to a metrics file. Values that are not finite become null."""
     line = json.dumps(finite_or_null(entry), allow_nan=False)
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise OSError(error.errno, f"could not write to {path} ({error.strerror}): make room on the disk") from error
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there; raises ``OSError`` naming it if that can't be done."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        mend = "make room on the disk, or see what is in the way"
-        raise OSError(error.errno, f"could not write {path} ({error.strerror}): {mend}") from error
+        raise OSError(error.errno, f"could not write to {path} ({error.strerror}): free disk space") from error

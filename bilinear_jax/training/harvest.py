@@ -1,4 +1,4 @@
-"""Activations of a language model as training data: a shuffled buffer that one forward pass fills for every site."""
+"""Activations of a language model as training data: one forward pass fills a shuffled buffer for every site."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -20,44 +20,45 @@ LayerSite = tuple[str, int]
 
 
 class Harvest:
-    """A ``BatchIterator`` of the activations of single tokens, shuffled: ``{(site, layer): [batch_size, d_model]}``.
+    """A ``BatchIterator`` over shuffled activations of single tokens: ``{(site, layer): [batch_size, d_model]}``.
 
-    The tokens that count, in the order in which ``rows`` gives them, are cut into chunks of
+    The tokens that count (see ``LanguageModel.batches``), in the order of ``rows``, are cut into chunks of
 
         size = batch_size * floor(buffer_tokens / batch_size)
 
-    The model is run on batch after batch of rows until a chunk is full; each run gives all sites, and no layer after
-    the last of them is run. The chunk is shuffled by a permutation that is a function of ``seed`` and the chunk's
-    number, the same for all sites (so row i of every site's batch is of the same token), and served in
-    ``size / batch_size`` batches. Every token that counts is served exactly once: where a chunk ends within a batch of
-    rows, the next chunk begins there, and runs that batch again.
+    The model runs on one batch of rows after another until a chunk is full. Each run gives all sites; layers after the
+    last site are not computed. A permutation shuffles the chunk. It depends only on ``seed`` and the number of the
+    chunk, and it is the same for all sites, so row i of every site belongs to the same token. The chunk is served in
+    ``size / batch_size`` batches. Every token that counts is served exactly once: if a chunk ends within a batch of
+    rows, the next chunk begins there and runs that batch again.
 
-    The state holds no activations but where the chunk's rows began: after ``set_state``, the chunk is harvested again,
-    and what follows is bit-identical to what followed ``get_state`` (on the same kind of device).
+    The state holds no activations, only the position where the chunk's rows began. After ``set_state`` the chunk is
+    harvested again, and the batches that follow are bit-identical to those after ``get_state`` (on the same kind of
+    device).
 
     Memory on the device: ``4 * size * d_model * (number of sites)`` bytes (``nbytes``), and one run of the model while
-    a chunk is filled. With a mesh, the buffer is shared out over its "data" axis.
+    a chunk is filled. With a mesh, the buffer is sharded over its "data" axis.
 
     Args:
-        lm: the model; its activations are of ``lm.compute_dtype``, batches are float32.
-        sites: pairs of a site and a layer, ("mlp_in", 2); one that is named twice is harvested once.
-        rows: source of tokens, ``[rows, seq]``.
-        batch_size: tokens a batch.
-        buffer_tokens: how many tokens the buffer may hold. The more, the better they are mixed.
-        seed: of the permutations.
-        mask: ``mask(tokens) -> [rows, seq]`` bool, which tokens count; a pure function that JAX can trace. By default
-            all but position 0 and the padding at the end of a row.
-        mesh: from ``training.mesh.make_mesh``. The rows and the batches are shared out over "data".
+        lm: the model. It computes activations in ``lm.compute_dtype``; batches are float32.
+        sites: pairs of a site and a layer, such as ("mlp_in", 2). A repeated pair is harvested once.
+        rows: the source of token ids, ``[rows, seq]``.
+        batch_size: tokens per batch.
+        buffer_tokens: how many tokens the buffer may hold. A larger buffer mixes them better.
+        seed: the seed of the permutations.
+        mask: ``mask(tokens) -> [rows, seq]`` bool, the tokens that count. A pure function that JAX can trace. Default:
+            all but position 0 and the padding at the end of each row.
+        mesh: from ``training.mesh.make_mesh``. Rows and batches are sharded over "data".
 
     Raises:
-        ValueError: if the buffer can't hold one batch, for no site or one that the model doesn't have, or if the mesh
-            can't share out a batch evenly; from ``next``, for tokens that the model doesn't have, a mask of another
-            shape, or one that leaves no token of a whole chunk's rows.
-        StopIteration: from ``next``, where ``rows`` ends; the tokens of a chunk that isn't full are not served.
+        ValueError: if the buffer cannot hold one batch, if there are no sites or the model does not have one, or if the
+            mesh cannot split a batch evenly. From ``next``: for token ids outside the vocabulary, a mask of another
+            shape, or a mask without any token in the rows of a whole chunk.
+        StopIteration: from ``next``, when ``rows`` ends. The tokens of an incomplete chunk are not served.
 
     Example:
         >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
-        >>> from bilinear_jax.training.data import batches
+        >>> from bilinear_jax.training.batches import batches
         >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
         >>> params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
         >>> rows = batches(np.arange(600) % 10, n_ctx=6, batch_size=4)
@@ -86,23 +87,23 @@ class Harvest:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if buffer_tokens < batch_size:
             raise ValueError(
-                f"a buffer of {buffer_tokens} tokens can't hold one batch of {batch_size}: raise buffer_tokens "
+                f"a buffer of {buffer_tokens} tokens cannot hold one batch of {batch_size}: raise buffer_tokens "
                 f"(a token takes {token_bytes} bytes), or lower batch_size"
             )
         if mesh is not None and batch_size % mesh.shape["data"]:
             raise ValueError(
-                f"a batch of {batch_size} tokens can't be shared out over {mesh.shape['data']} devices: "
+                f"a batch of {batch_size} tokens cannot be split evenly over {mesh.shape['data']} devices: "
                 f"make batch_size a multiple of {mesh.shape['data']}"
             )
-        self.size = buffer_tokens // batch_size * batch_size  # tokens a chunk
+        self.size = buffer_tokens // batch_size * batch_size  # tokens per chunk
         self.nbytes = token_bytes * self.size  # of the buffer
         self._lm, self._rows, self._batch_size, self._seed = lm, rows, batch_size, seed
         self._mask, self._mesh = mask, mesh
         self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
-        # The chunk that is served: where its rows begin, how many of the first rows' tokens the chunk before has, its
-        # number, and how many of its batches are served.
+        # The current chunk: where its rows begin, how many of their first tokens the previous chunk served, its number,
+        # and how many of its batches are served.
         self._at: dict[str, Any] = {"rows": rows.get_state(), "skip": 0, "chunk": 0, "served": 0}
-        self._next: dict[str, Any] | None = None  # where the chunk after it begins; None: it is not in the buffer
+        self._next: dict[str, Any] | None = None  # where the next chunk begins; None: this one is not in the buffer
         self._buffers: dict[LayerSite, Array] = {}
         self._order = np.empty(0, np.int32)  # [size], the permutation; on the host
 
@@ -123,19 +124,21 @@ class Harvest:
         self._at, self._next = dict(state), None
 
     def _fill(self) -> dict[str, Any]:
-        """Harvest the chunk that ``self._at`` names; returns where the next one begins."""
+        """Harvest the chunk that ``self._at`` describes. Returns where the next one begins."""
         if not self._buffers:
             try:
                 self._buffers = _empty(self._sites, (self.size, self._lm.config.d_model), self._sharding)
             except jax.errors.JaxRuntimeError as error:
-                raise RuntimeError(f"a buffer of {self.nbytes:,} bytes: {error} Lower buffer_tokens") from error
+                raise RuntimeError(
+                    f"no room for a buffer of {self.nbytes:,} bytes: {error} Lower buffer_tokens"
+                ) from error
         self._rows.set_state(self._at["rows"])
         start, before = self._at["rows"], 0
         filled: Any = np.int32(-self._at["skip"])
-        most = int(filled)  # what filled can be at most, without waiting for it
+        most = int(filled)  # an upper bound of filled, known without waiting for the device
         while most < self.size:
             start, before = self._rows.get_state(), filled
-            tokens = self._lm._checked(next(self._rows))
+            tokens = self._lm.check_tokens(next(self._rows))
             self._buffers, filled = _write(
                 self._lm, self._buffers, before, place_rows(tokens, self._mesh), self._mask, self._sharding
             )
@@ -144,8 +147,8 @@ class Harvest:
                 most = int(filled)
                 if most == -self._at["skip"]:
                     raise ValueError(
-                        f"the mask leaves none of {self.size} tokens or more: pass a mask that lets some through, or "
-                        "rows that are not all padding"
+                        f"the mask leaves none of {self.size} tokens or more: pass a mask that leaves some, or rows "
+                        "that are not all padding"
                     )
         random = np.random.default_rng([self._seed, self._at["chunk"]])
         self._order = random.permutation(self.size).astype(np.int32)
@@ -156,13 +159,13 @@ class Harvest:
 
 
 def _checked_sites(lm: LanguageModel, sites: Iterable[Any]) -> tuple[LayerSite, ...]:
-    """The sites, each once, spelled as the library does; all have ``d_model`` coordinates."""
+    """The sites without repetition, in the library's spelling. Raises an error for an unknown site."""
     sites = tuple(sites)
     if any(isinstance(site, str) or len(site) != 2 for site in sites):
-        raise ValueError(f"sites are pairs of a name and a layer, such as ('mlp_in', 2); got {sites}")
+        raise ValueError(f"sites must be pairs of a name and a layer, such as ('mlp_in', 2), got {sites}")
     wanted = tuple(dict.fromkeys((site_name(name), int(layer)) for name, layer in sites))
     one = jnp.zeros((1, 1), jnp.int32)
-    jax.eval_shape(lambda params: dict(nn_sites.capture(lm.config, params, one, wanted)), lm.params)  # raises, or not
+    jax.eval_shape(lambda params: dict(nn_sites.capture(lm.config, params, one, wanted)), lm.params)  # checks
     return wanted
 
 
@@ -180,9 +183,9 @@ def _write(
     mask: Callable[[Array], Array] | None,
     sharding,
 ) -> tuple[dict[LayerSite, Array], Int[Array, ""]]:
-    """The buffers with the activations of the tokens that count put in from place ``filled`` on, and the new fill.
+    """The buffers with the activations of the tokens that count, written from place ``filled`` on, and the new fill.
 
-    What lies before 0 or beyond the buffers' end is left out.
+    Tokens at places below 0 or beyond the end of the buffers are left out.
     """
     counted = lm.token_mask(tokens) if mask is None else mask(tokens)
     nn_sites.check_token_mask(tokens, counted)

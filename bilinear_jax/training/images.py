@@ -1,7 +1,7 @@
-"""The recipe for image classifiers: many at once, an epoch in one jitted scan.
+"""The recipe for image classifiers: many models in one call, and one epoch as one jitted scan.
 
-Published: AdamW, learning rate 1e-3 with a cosine over epochs down to 0, batches of 2048 (the last, smaller one of an
-epoch is dropped), dense Gaussian noise on the pixels, weight decay 1 where it is used. Pixels lie in [0, 1].
+Published: AdamW, learning rate 1e-3 with a cosine over epochs down to 0, batches of 2048 (the smaller last batch of an
+epoch is dropped), dense Gaussian noise on the pixels, and weight decay 1 where it is used. Pixels are in [0, 1].
 
 Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 4 and its
 appendix on training.
@@ -20,14 +20,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from bilinear_jax.fields import SEED, check_fields
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, unit_range
 from bilinear_jax.nn.transformer import run_module
+from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
 from bilinear_jax.training.noise import pixel_noise
 
 TOGETHER = ("epochs", "batch_size")
-"""Fields of a recipe that models which are trained at once have in common."""
+"""The recipe fields that must be the same for models that are trained in one call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +35,16 @@ class ImageRecipe:
     """How to train an image classifier."""
 
     epochs: int = 100  # passes over the images
-    batch_size: int = 2048  # images an update; what is left over at the end of an epoch is dropped
-    lr: float = 1e-3  # learning rate of the first epoch; it falls as a cosine, from epoch to epoch, to 0
+    batch_size: int = 2048  # images per update; an incomplete last batch of an epoch is dropped
+    lr: float = 1e-3  # learning rate of the first epoch; it follows a cosine to 0, epoch by epoch
     weight_decay: float = 1.0  # decoupled, times the learning rate
-    noise: float = 0.5  # standard deviation of the Gaussian noise that is added to every pixel
-    seed: int = 0  # of parameters, order and noise
+    noise: float = 0.5  # standard deviation of the Gaussian noise on every pixel
+    seed: int = 0  # seed of parameters, order and noise
 
     def __post_init__(self):
-        for name in TOGETHER:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, COUNT, *TOGETHER)
         check_fields(self, SEED, "seed")
-        for name in ("lr", "weight_decay", "noise"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_fields(self, NOT_NEGATIVE, "lr", "weight_decay", "noise")
 
 
 def train_images(
@@ -58,24 +54,27 @@ def train_images(
     labels: Any,
     directory: str | Path | None = None,
 ) -> PyTree:
-    """Image classifiers of one shape, one for each recipe: other seeds, noise, weight decay or learning rates.
+    """Train image classifiers of one shape, one for each recipe.
 
-    They are trained one after another within each epoch, which is one program; each sees its own order, noise and
-    start, and ends with the same bits as if it had been trained alone.
+    The recipes may differ in seed, noise, weight decay and learning rate. All models are trained in one program, one
+    after another within each epoch. Each has its own order, noise and initial params, and ends with the same bits as if
+    it were trained alone.
 
     Args:
-        recipes: one, or several that agree in epochs and batch_size.
-        images: ``[n, n_inputs]``, uint8 of 0 ... 255, or floating point of 0 ... 1.
+        config: the shape of the classifiers.
+        recipes: one recipe, or several with the same epochs and batch_size.
+        images: ``[n, n_inputs]``, uint8 in 0 ... 255, or floating point in 0 ... 1.
         labels: ``[n]`` ints.
-        directory: the run's folder, for a run that can go on after an interruption (``training.fit``); None keeps
+        directory: the folder of the run. With it, an interrupted run can be resumed (see ``training.fit``). None: keep
             nothing.
 
     Returns:
-        The params of ``ImageClassifier``, with one more axis first, ``[recipes, ...]``; for a single recipe without it.
+        The params of ``ImageClassifier`` with one more axis first, ``[recipes, ...]``; without this axis for a single
+        recipe.
 
     Raises:
-        ValueError: for recipes that can't be trained at once, images of another size or outside their range, labels
-            that are no classes, or fewer images than a batch.
+        ValueError: if the recipes cannot be trained in one call, images have another size or range, labels are not
+            classes, or there are fewer images than ``batch_size``.
         FloatingPointError: if a loss is not finite.
 
     Example:
@@ -92,7 +91,7 @@ def train_images(
     update = image_update(config, chosen)
     first = chosen[0]
     if len(images) < first.batch_size:
-        raise ValueError(f"a batch of {first.batch_size} needs as many images, got {len(images)}: lower batch_size")
+        raise ValueError(f"a batch needs {first.batch_size} images, but there are {len(images)}: lower batch_size")
     data = jnp.asarray(images), jnp.asarray(labels)
     start = image_state(config, chosen)
     described = {"config": dataclasses.asdict(config), "recipes": [dataclasses.asdict(recipe) for recipe in chosen]}
@@ -111,7 +110,7 @@ def train_images(
 
 
 def image_state(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> TrainState:
-    """Where training starts: params and optimiser of every recipe's model, stacked."""
+    """The initial params and optimiser states of all recipes' models, stacked."""
     keys = jnp.stack([jax.random.key(recipe.seed) for recipe in recipes])
     module = ImageClassifier(config)
     params = jax.jit(jax.vmap(lambda key: module.init(key, jnp.zeros(config.n_inputs))["params"]))(keys)
@@ -120,19 +119,19 @@ def image_state(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> TrainSta
 
 
 def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callable:
-    """The pure function ``update(state, (images, labels)) -> (state, metrics)`` of one epoch of every model.
+    """The pure function ``update(state, (images, labels)) -> (state, metrics)``: one epoch of every model.
 
-    The loss is the mean cross entropy; metrics are the means over the epoch and over models of loss and accuracy, on
-    the noisy images. To be jitted with its state donated.
+    The loss is the mean cross entropy. The metrics are loss and accuracy on the noisy images, as means over the epoch
+    and the models. Jit it with its state donated.
 
     Raises:
-        ValueError: for no recipe, or recipes that don't agree in epochs and batch_size.
+        ValueError: if there are no recipes, or if they differ in epochs or batch_size.
     """
     if not recipes:
-        raise ValueError("name at least one recipe")
+        raise ValueError("there are no recipes: give at least one")
     for name in TOGETHER:
         if len({getattr(recipe, name) for recipe in recipes}) > 1:
-            raise ValueError(f"models that are trained at once have one {name}; train the others by another call")
+            raise ValueError(f"models trained in one call must have the same {name}: train the others in another call")
     first, module = recipes[0], ImageClassifier(config, linear=_linear)
     each = {n: jnp.asarray([getattr(r, n) for r in recipes], jnp.float32) for n in ("lr", "weight_decay", "noise")}
     keys = jnp.stack([jax.random.fold_in(jax.random.key(recipe.seed), 1) for recipe in recipes])
@@ -175,7 +174,7 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
 
 @functools.partial(jax.jit, static_argnums=0)
 def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> Float[Array, ""]:
-    """The share of images whose largest logit is that of their label."""
+    """The fraction of images whose largest logit is that of their label."""
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     check_labelled(config, images, labels)
     logits = run_module(ImageClassifier(config), params, unit_range(images))
@@ -183,17 +182,19 @@ def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> F
 
 
 def check_images(config: ImageConfig, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``[n, n_inputs]`` and labels ``[n]`` as arrays; raises ``ValueError`` where they don't fit."""
+    """Images ``[n, n_inputs]`` and labels ``[n]`` as arrays. Raises ``ValueError`` if they do not fit the config."""
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim != 2 or images.shape[1] != config.n_inputs:
-        raise ValueError(f"images must be [n, {config.n_inputs}], a row of pixels each; got shape {images.shape}")
+        raise ValueError(
+            f"images must be [n, {config.n_inputs}], one row of pixels per image; got shape {images.shape}"
+        )
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be ints [{len(images)}], one an image; got {labels.dtype} {labels.shape}")
+        raise ValueError(f"labels must be ints [{len(images)}], one per image; got {labels.dtype} {labels.shape}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < config.n_classes:
         raise ValueError(f"labels must lie in 0 ... {config.n_classes - 1}, got {labels.min()} ... {labels.max()}")
     if images.dtype != np.uint8:
         if not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"images must be uint8 of 0 ... 255 or floating point of 0 ... 1; got {images.dtype}")
+            raise ValueError(f"images must be uint8 in 0 ... 255 or floating point in 0 ... 1; got {images.dtype}")
         if images.size and not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(f"pixels must lie in 0 ... 1, got {images.min():g} ... {images.max():g}: divide them")
         images = images.astype(np.float32)
@@ -206,7 +207,7 @@ def _product(x: Float[Array, "... inp"], weight: Float[Array, "out inp"]) -> Flo
 
 
 def _product_backward(saved, dy):
-    """The weight's gradient as a product of two row-major matrices: on a CPU, a sixth faster than of columns."""
+    """The weight's gradient as a product of two row-major matrices. On a CPU this is a sixth faster."""
     x, weight = saved
     columns = jax.lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]).T)
     return dy @ weight, columns @ x.reshape(-1, x.shape[-1])
@@ -216,7 +217,7 @@ _product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_b
 
 
 def _linear(x, weight, bias=None):
-    """``nn.transformer.linear``, for training alone: it has gradients, and no other derivatives."""
+    """``nn.transformer.linear`` for training. It supports first derivatives only, in reverse mode."""
     y = _product(x, weight)
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 

@@ -1,17 +1,19 @@
-"""The recipe for a language model: next-token cross entropy on windows of a token stream.
+"""The recipe for language models: next-token cross entropy on windows of a token stream.
 
 Published, in the original's training script and model cards: AdamW, learning rate 1e-3 with a warm-up of 50 steps and
 then linearly to 0, betas 0.9 and 0.95, weight decay 0.1, batches of 128 sequences, gradients clipped to norm 1, compute
 in bfloat16; one epoch of TinyStories (about 500M tokens) for ts-medium, 16 and 32 billion tokens of FineWeb-Edu for
-fw-small and fw-medium. So are the defaults of ``LanguageRecipe``, but for float32. Our choices: documents are packed
-into windows, where the original has one document a row, padded; and Muon, remat and accumulation.
+fw-small and fw-medium. The defaults of ``LanguageRecipe`` are the same, but with float32.
+
+Our choices: documents are packed into windows (the original has one padded document per row), and Muon, remat and
+accumulation.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +21,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from bilinear_jax.checkpoint import load_tokenizer
-from bilinear_jax.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import loss as summed_loss
 from bilinear_jax.nn.transformer import REMAT, Transformer, TransformerConfig
+from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
+from bilinear_jax.store.tokenizers import load_tokenizer
 from bilinear_jax.training import folder
-from bilinear_jax.training.data import batches
+from bilinear_jax.training.batches import batches
 from bilinear_jax.training.fit import (
     FitOptions,
     TrainState,
@@ -40,24 +42,24 @@ from bilinear_jax.training.mesh import OnMesh, on_first_process, one_copy, place
 
 @dataclasses.dataclass(frozen=True)
 class LanguageRecipe:
-    """How to train a language model; the defaults are the published recipe, in float32."""
+    """How to train a language model. The defaults are the published recipe, in float32."""
 
     steps: int  # updates in all
-    batch_size: int = 128  # windows of n_ctx tokens an update
+    batch_size: int = 128  # windows of n_ctx tokens per update
     optimizer: str = "adamw"  # or "muon": orthogonalised momentum for the layers' matrices, Adam for all else
     lr: float = 1e-3  # largest learning rate
     embed_lr: float = 1e-2  # with Muon, the largest learning rate of Adam
-    betas: tuple[float, float] = (0.9, 0.95)  # of Adam: how much of the two moments is kept at a step
-    weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices only (with Muon, of the layers' only)
-    warmup: int = 50  # steps in which learning rates rise linearly from 0
-    decay: str = "linear"  # or "cosine": how learning rates fall after that
-    final: float = 0.0  # where they end, as a share of the largest
+    betas: tuple[float, float] = (0.9, 0.95)  # Adam's betas: how much of the two moments is kept at each step
+    weight_decay: float = 0.1  # decoupled, times the learning rate; only on matrices (with Muon, of the layers)
+    warmup: int = 50  # steps in which the learning rates rise linearly from 0
+    decay: str = "linear"  # or "cosine": how the learning rates fall after the warm-up
+    final: float = 0.0  # learning rate at the end, as a fraction of the largest
     clip: float = 1.0  # largest global gradient norm
-    accumulation: int = 1  # parts of a batch, whose gradients are computed one after another: less memory
-    remat: str | None = None  # what is kept for the gradient: None all, "products", or "layer" the least (nn.sites)
-    compute_dtype: str = "float32"  # or "bfloat16": of activations; parameters, norms, loss, optimiser are float32
-    anneal: float = 0.0  # of a SwiGLU model: share of the steps over which its gate becomes linear; 0: never
-    seed: int = 0  # of the parameters and of the order of the data
+    accumulation: int = 1  # parts of a batch whose gradients are computed one after another, to save memory
+    remat: str | None = None  # activations kept for the gradient: None (all), "products", or "layer" (the fewest)
+    compute_dtype: str = "float32"  # dtype of activations, or "bfloat16"; parameters, norms and loss stay float32
+    anneal: float = 0.0  # for a SwiGLU model: fraction of the steps over which its gate becomes linear; 0: never
+    seed: int = 0  # seed of the parameters and of the order of the data
 
     def __post_init__(self):
         for name, choices in {
@@ -67,16 +69,16 @@ class LanguageRecipe:
             "remat": (None, *REMAT),
         }.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {getattr(self, name)!r}")
         check_fields(self, COUNT, "steps", "batch_size", "accumulation")
         check_fields(self, NOT_NEGATIVE, "lr", "embed_lr", "weight_decay", "warmup")
-        check_fields(self, Rule("must lie in 0 ... 1, and below 1", lambda b: all(0 <= x < 1 for x in b)), "betas")
-        check_fields(self, Rule("must be a share, 0 ... 1", lambda x: 0 <= x <= 1), "final", "anneal")
+        check_fields(self, Rule("must be at least 0 and below 1", lambda b: all(0 <= x < 1 for x in b)), "betas")
+        check_fields(self, Rule("must lie in 0 ... 1", lambda x: 0 <= x <= 1), "final", "anneal")
         check_fields(self, Rule("must be greater than 0", lambda x: x > 0), "clip")
         check_fields(self, SEED, "seed")
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"accumulation cuts a batch into equal parts: {self.accumulation} is no divisor of "
+                f"accumulation cuts a batch into equal parts: {self.accumulation} does not divide "
                 f"batch_size {self.batch_size}"
             )
 
@@ -89,14 +91,14 @@ class LanguageRecipe:
         return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), fall], [warmup])
 
     def beta(self, step: Int[Array, ""]) -> Float[Array, ""] | None:
-        """Swish's beta at a step: linearly from 1 to 0 over the first ``anneal * steps``; None without ``anneal``."""
+        """Swish's beta at a step: linear from 1 to 0 over the first ``anneal * steps``. None without ``anneal``."""
         if not self.anneal:
             return None
         return jnp.maximum(0.0, 1.0 - step.astype(jnp.float32) / max(1, round(self.anneal * self.steps)))
 
 
 def language_optimizer(recipe: LanguageRecipe) -> optax.GradientTransformation:
-    """Clipping to a global norm, then AdamW, or Muon on the layers' stacked ``[n_layer, out, inp]`` matrices."""
+    """Clip to a global norm, then AdamW, or Muon on the layers' stacked ``[n_layer, out, inp]`` matrices."""
     first, second = recipe.betas
     if recipe.optimizer == "adamw":
         rule = optax.adamw(
@@ -117,18 +119,18 @@ def language_optimizer(recipe: LanguageRecipe) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: PyTree) -> PyTree:
-    """Whether each parameter is a weight, ``w_...``, and not a bias, ``b_...``, which stacked has two axes as well."""
+    """Whether each parameter is a weight ``w_...``. A stacked bias ``b_...`` also has two axes, but is not a matrix."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("w_"), params)
 
 
 def language_update(
     config: TransformerConfig, recipe: LanguageRecipe
 ) -> Callable[[TrainState, Int[Any, "batch n_ctx"]], tuple[TrainState, dict[str, Array]]]:
-    """The pure function ``update(state, batch) -> (state, metrics)`` of one step, to be jitted with its state donated.
+    """The pure function ``update(state, batch) -> (state, metrics)`` of one step. Jit it with its state donated.
 
-    The loss is the mean cross entropy over all tokens of the batch but those at position 0. With
-    ``recipe.accumulation`` of a, part i of the batch is rows i, i + a, i + 2 a, ..., so that rows which lie on
-    different devices stay there; gradients of summed losses are added up, and divided once.
+    The loss is the mean cross entropy over all tokens of the batch except those at position 0. With
+    ``a = recipe.accumulation``, part i of the batch is rows i, i + a, i + 2 a, ..., so that rows stay on their devices.
+    The gradients of the summed losses are added, and divided once.
     """
     optimizer = language_optimizer(recipe)
     parts = recipe.accumulation
@@ -170,7 +172,7 @@ def language_update(
 
 
 def initial_state(config: TransformerConfig, recipe: LanguageRecipe, params: PyTree | None = None) -> TrainState:
-    """Step 0: fresh parameters drawn from ``recipe.seed``, or a copy of ``params`` to go on from."""
+    """The state at step 0: new parameters drawn from ``recipe.seed``, or a copy of ``params``."""
     if params is None:
         start = _fresh_params(config, jax.random.key(recipe.seed))
     else:
@@ -183,13 +185,21 @@ def _fresh_params(config: TransformerConfig, key: Key[Array, ""]) -> PyTree:
     return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
-def without_gate(config: TransformerConfig, params: PyTree) -> tuple[TransformerConfig, PyTree]:
-    """The bilinear model that a SwiGLU model is at beta 0, where ``swish(x, 0) = x / 2``: ``w_l`` and ``b_l`` halved.
+class Trained(NamedTuple):
+    """A transformer without a tokenizer. Run it with ``LanguageModel(trained.params, trained.config)``."""
 
-    Halving is exact in floating point, so that both compute the same numbers.
+    config: TransformerConfig
+    params: PyTree
+
+
+def without_gate(config: TransformerConfig, params: PyTree) -> Trained:
+    """The bilinear model that equals a SwiGLU model at beta 0.
+
+    There ``swish(x, 0) = x / 2``, so ``w_l`` and ``b_l`` are halved. Halving is exact in floating point, so both models
+    compute the same numbers.
 
     Raises:
-        ValueError: for a model whose MLP isn't a SwiGLU.
+        ValueError: if the model's MLP is not a SwiGLU.
 
     Example:
         >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10, gate="silu")
@@ -203,18 +213,18 @@ def without_gate(config: TransformerConfig, params: PyTree) -> tuple[Transformer
     _check_swiglu(config)
     mlp = params["layers"]["mlp"]
     halved = {name: value / 2 if name in ("w_l", "b_l") else value for name, value in mlp.items()}
-    return dataclasses.replace(config, gate=None), params | {"layers": params["layers"] | {"mlp": halved}}
+    return Trained(dataclasses.replace(config, gate=None), params | {"layers": params["layers"] | {"mlp": halved}})
 
 
 def _check_swiglu(config: TransformerConfig) -> None:
     if config.gate != "silu" or not config.bilinear:
         raise ValueError(
-            "annealing Swish's beta to 0 makes a SwiGLU bilinear: it needs gate='silu' and bilinear=True, and this "
+            "annealing Swish's beta to 0 needs a SwiGLU model, with gate='silu' and bilinear=True, but this "
             f"model has gate={config.gate!r} and bilinear={config.bilinear}"
         )
 
 
-def train_language(
+def fit_language(
     config: TransformerConfig,
     recipe: LanguageRecipe,
     tokens: np.ndarray,
@@ -227,30 +237,32 @@ def train_language(
     mesh: jax.sharding.Mesh | None = None,
     evaluate_every: int = 200,
     **options: Unpack[FitOptions],
-) -> tuple[TransformerConfig, PyTree]:
-    """Train a transformer on a flat token stream; the same call again goes on where it was interrupted, see ``fit``.
+) -> Trained:
+    """Train a transformer on a flat token stream. The same call resumes an interrupted run (see ``fit``).
 
     Args:
-        config: of the transformer; with ``recipe.anneal``, one whose gate is "silu".
+        config: the transformer's config. With ``recipe.anneal``, its gate must be "silu".
+        recipe: how to train it.
         tokens: ``[tokens]``, the training text.
-        held_out: ``[rows, n_ctx]``, whose mean loss in nats a token is logged as ``held_out_loss``.
-        directory: of checkpoints, ``metrics.jsonl``, and ``samples.jsonl``.
-        params: where to start, for fine-tuning; they are copied. By default fresh ones.
-        tokenizer: folder, ``tokenizer.json`` or hub name. With it, every ``evaluate_every`` steps each of the
-            ``prompts`` is continued by up to 60 tokens, and the text added to ``samples.jsonl``; not while a gate
-            is being annealed.
-        mesh: of ``training.mesh.make_mesh``: rows of the batch and weights are shared out over its devices.
-        evaluate_every: steps from one evaluation to the next; there is one at the end as well.
+        held_out: ``[rows, n_ctx]``, the held-out text. Its mean loss in nats per token is logged as ``held_out_loss``.
+        directory: the folder for checkpoints, ``metrics.jsonl`` and ``samples.jsonl``.
+        params: initial params, for fine-tuning. They are copied. None: new ones.
+        tokenizer: a folder, a ``tokenizer.json`` or a hub name. With it, every ``evaluate_every`` steps each of the
+            ``prompts`` is continued by up to 60 tokens, and the text is added to ``samples.jsonl``. This does not
+            happen while a gate is being annealed.
+        prompts: the texts to continue.
+        mesh: from ``training.mesh.make_mesh``. Rows of the batch and weights are sharded over its devices.
+        evaluate_every: steps between evaluations. There is also one at the end.
         options: ``save_every``, ``keep``, ``keep_every``, ``log_every`` and ``log``, as for ``fit``.
 
     Returns:
         The config and the parameters; with ``recipe.anneal`` those of a bilinear model, ``gate=None``.
 
     Raises:
-        ValueError: for ``recipe.anneal`` with another gate, rows of a single token, tokens that the model doesn't
-            have, a prompt that leaves no room for another token, or a directory that holds a run with another config,
-            recipe, text or start.
-        FloatingPointError: for a loss that isn't finite; the last good checkpoint stays.
+        ValueError: for ``recipe.anneal`` with another gate; for rows of a single token; for token ids that the model
+            does not have; for a prompt that fills the context; or if the directory holds a run with another config,
+            recipe, text or initial params.
+        FloatingPointError: if a loss is not finite. The last good checkpoint stays.
     """
     check_language_run(config, recipe)
     _check_rows(config, held_out)
@@ -292,15 +304,15 @@ def train_language(
         name="language model",
         **options,
     )
-    return without_gate(config, state.params) if recipe.anneal else (config, state.params)
+    return without_gate(config, state.params) if recipe.anneal else Trained(config, state.params)
 
 
 def check_language_run(config: TransformerConfig, recipe: LanguageRecipe) -> None:
-    """Raises ``ValueError`` for a model that can't be trained by the recipe."""
+    """Raise ``ValueError`` if the recipe cannot train the model."""
     if config.n_ctx < 2:
-        raise ValueError("n_ctx must be at least 2: in a row of 1 token there is none to predict")
+        raise ValueError("n_ctx must be at least 2: a row of 1 token has none to predict")
     if config.pad_id is not None and not 0 <= config.pad_id < config.n_vocab:
-        raise ValueError(f"pad_id is a token, 0 ... {config.n_vocab - 1}, or none; got {config.pad_id}")
+        raise ValueError(f"pad_id must lie in 0 ... {config.n_vocab - 1}, or none; got {config.pad_id}")
     if recipe.anneal:
         _check_swiglu(config)
 
@@ -310,7 +322,7 @@ def _check_rows(config: TransformerConfig, rows: np.ndarray) -> None:
     if not whole or not 2 <= rows.shape[1] <= config.n_ctx or not 0 <= rows.min() <= rows.max() < config.n_vocab:
         found = f" from {rows.min()} to {rows.max()}" if rows.size else ""
         raise ValueError(
-            f"held_out is tokens [rows, n_ctx] in 0 ... {config.n_vocab - 1}, of 2 ... {config.n_ctx} a row; got "
+            f"held_out must be token ids [rows, seq] in 0 ... {config.n_vocab - 1}, 2 ... {config.n_ctx} per row; got "
             f"{rows.dtype} of shape {rows.shape}{found}"
         )
 
@@ -320,13 +332,13 @@ def _check_prompts(config: TransformerConfig, tokenizer: str | Path, prompts: Se
         length = len(load_tokenizer(str(tokenizer), config.tokenizer)(prompt)["input_ids"])
         if not 1 <= length < config.n_ctx:
             raise ValueError(
-                f"prompts of 1 ... {config.n_ctx - 1} tokens can be continued in a context of {config.n_ctx}, and "
-                f"{prompt!r} has {length}: name another, or none"
+                f"the prompt {prompt!r} has {length} tokens, but must have 1 ... {config.n_ctx - 1} to be continued in "
+                f"a context of {config.n_ctx}: give another prompt, or none"
             )
 
 
 def _add_samples(path: Path, step: int, lm: LanguageModel, prompts: Sequence[str]) -> None:
-    """Add the prompts' continuations to a file of one JSON object a line, in place of any of this step or later."""
+    """Add the prompts' continuations to a JSON-lines file. Older lines from this step on are dropped."""
     folder.forget_after(path, step - 1)
     for prompt in prompts:
         room = lm.config.n_ctx - lm.encode(prompt).shape[1]

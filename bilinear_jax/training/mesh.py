@@ -1,12 +1,11 @@
-"""One program over many devices and machines: a mesh with axes "data" and "model", and what is cut along which.
+"""Run one program on many devices and machines: a mesh with axes "data" and "model", and the sharding over it.
 
-Rows of a batch are shared out over "data". Over "model" each weight matrix is cut along one axis (see ``CUTS``): a
-transformer's along its heads, hidden units and vocabulary, an SAE's along its features; an optimiser's moments are cut
-as the weights that they belong to. XLA puts in the communication, and the results are those of one device up to the
-order in which floating-point sums are taken.
+The rows of a batch are sharded over "data". Each weight matrix is sharded over "model" along one axis (see ``CUTS``):
+in a transformer by head, hidden unit and vocabulary, in an SAE by feature. An optimiser's moments are sharded like
+their weights. XLA adds the communication. The results are those of one device, up to the order of floating-point sums.
 
-Several processes (machines, or one a GPU) run the same command; ``join_processes`` connects them, every one builds
-the same batches, and feeds its own devices with their part.
+With several processes (machines, or one process per GPU), all run the same command. ``join_processes`` connects them.
+Each builds the same batches, and sends its part to its own devices.
 """
 
 import math
@@ -22,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 CUTS: dict[str, tuple[str | None, ...]] = {
-    # A transformer's, by head, hidden unit and piece of the vocabulary; a first axis of layers stays whole.
+    # Transformer: by head, hidden unit and token id. A first axis of layers is not sharded.
     "w_q": ("model", None),
     "w_k": ("model", None),
     "w_v": ("model", None),
@@ -37,25 +36,25 @@ CUTS: dict[str, tuple[str | None, ...]] = {
     "b_r": ("model",),
     "w_e": ("model", None),
     "w_u": ("model", None),
-    # An SAE's, by feature; a first axis of SAEs that are trained together stays whole.
+    # SAE: by feature. A first axis of SAEs that are trained together is not sharded.
     "w_enc": ("model", None),
     "w_dec": (None, "model"),
     "b_enc": ("model",),
     "w_dec_rows": ("model", None),  # the decoder as it is trained, see training/sae.py
     "quiet": ("model",),
 }
-"""The last axes of an array by the last part of its path; all other arrays are whole on every device."""
+"""How the last axes of an array are sharded, by the last part of its path. Other arrays are whole on every device."""
 
 
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
-    """All devices, of all processes, as ``[data, model]``.
+    """All devices of all processes as a mesh ``[data, model]``.
 
     Args:
-        data: into how many parts a batch is cut; None: as many as there are devices left.
-        model: into how many parts the weights are cut.
+        data: number of parts of a batch. None: all devices that ``model`` leaves.
+        model: number of parts of the weights.
 
     Raises:
-        ValueError: unless ``data * model`` is the number of devices.
+        ValueError: if ``data * model`` is not the number of devices.
 
     Example:
         >>> make_mesh(model=1).axis_names
@@ -64,12 +63,15 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     number = jax.device_count()
     data = number // model if data is None and model > 0 else data
     if data is None or data * model != number:
-        raise ValueError(f"{data} parts of a batch times {model} of the weights aren't the {number} devices there are")
+        raise ValueError(
+            f"{data} parts of a batch times {model} of the weights do not make {number}, the number of devices: "
+            "choose others"
+        )
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def sharding_of(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> NamedSharding:
-    """How the array at a path of a pytree is laid out; one that can't be cut evenly stays whole."""
+    """The sharding of the array at a path of a pytree. An array that cannot be split evenly is not sharded."""
     name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
     cut = CUTS.get(name, ())
     if len(cut) > len(shape):
@@ -80,7 +82,7 @@ def sharding_of(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> NamedShardin
 
 
 def place(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Params, or a whole training state, laid out over a mesh by the names in ``CUTS``; None leaves them as they are.
+    """Shard params, or a whole training state, over a mesh, by the names in ``CUTS``. Without a mesh nothing changes.
 
     Every process must hold the same arrays.
 
@@ -97,22 +99,22 @@ def place(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def one_copy(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Arrays that are laid out over a mesh, each put together on one device of this process; None leaves them so.
+    """Gather sharded arrays, each on one device of this process. Without a mesh nothing changes.
 
     All processes must call it.
     """
     if mesh is None:
         return tree
     gather = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    # One at a time: a program that gathers them all was seen to hang while two processes compiled it for CPUs.
+    # One array at a time: gathering all in one program hung when two processes compiled it for CPUs.
     return jax.tree.map(lambda leaf: jax.block_until_ready(gather(leaf)).addressable_data(0), tree)
 
 
 def place_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
-    """A batch with its rows (first axes) shared out over "data"; None leaves it as it is.
+    """Shard the rows (first axes) of a batch over "data". Without a mesh nothing changes.
 
-    Every process must hold the whole batch; each sends its own devices their rows. Rows that can't be shared out
-    evenly go to every device, whole.
+    Every process must hold the whole batch, and sends its own devices their rows. Rows that cannot be split evenly go
+    to every device as a whole.
     """
     if mesh is None:
         return batch
@@ -125,10 +127,11 @@ def place_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 class OnMesh:
-    """A batch source whose batches are laid out over a mesh; None leaves them as they are.
+    """A batch source whose batches are sharded over a mesh. Without a mesh nothing changes.
 
     Args:
-        data: a ``BatchIterator``; in every process the same, with the same seed.
+        data: a ``BatchIterator``. It must be the same in every process, with the same seed.
+        mesh: from ``make_mesh``, or None.
     """
 
     def __init__(self, data: Any, mesh: Mesh | None):
@@ -140,7 +143,7 @@ class OnMesh:
         uneven = sorted({len(rows) for rows in jax.tree.leaves(batch) if len(rows) % parts})
         if uneven:
             raise ValueError(
-                f"a batch of {uneven[0]} rows can't be shared out over {parts} devices: "
+                f"a batch of {uneven[0]} rows cannot be split evenly over {parts} devices: "
                 f"make batch_size a multiple of {parts}"
             )
         return place_rows(batch, self._mesh)
@@ -153,7 +156,7 @@ class OnMesh:
 
 
 def _spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every process holds, as one array over all their devices."""
+    """An array that every process holds, as one array over the devices of all."""
     if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _spread(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -166,21 +169,21 @@ def _spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def join_processes(
     coordinator: str | None = None, processes: int | None = None, index: int | None = None, *, timeout: float = 300
 ) -> None:
-    """Connect this process with the others of the run, before anything else is done with JAX.
+    """Connect this process with the others of the run. Call it before anything else uses JAX.
 
-    With nothing given, here or in the environment, this is the only process, and nothing is done.
+    If no argument and no environment variable is set, this is the only process, and nothing happens.
 
     Args:
-        coordinator: "address:port" of process 0, which all can reach; None: ``$JAX_COORDINATOR_ADDRESS``. "auto": all
-            three are asked of the cluster (a TPU pod, Slurm, Open MPI).
-        processes: how many there are; None: ``$JAX_NUM_PROCESSES``.
-        index: which of them this is, from 0; None: ``$JAX_PROCESS_ID``.
+        coordinator: "address:port" of process 0, which all can reach. None: ``$JAX_COORDINATOR_ADDRESS``. "auto": take
+            all three values from the cluster (a TPU pod, Slurm, Open MPI).
+        processes: number of processes. None: ``$JAX_NUM_PROCESSES``.
+        index: index of this process, from 0. None: ``$JAX_PROCESS_ID``.
         timeout: seconds to wait for the others.
 
     Raises:
-        ValueError: if some of the three are given and others are not, or if they don't make sense.
-        RuntimeError: if JAX has been used before, or if nobody answers at the coordinator's address. Where that is
-            this process itself and the others don't come, JAX ends it with a message of its own.
+        ValueError: if only some of the three are given, or if a value is not valid.
+        RuntimeError: if JAX was used before, or if the coordinator's address does not answer. If this process is the
+            coordinator and the others do not come, JAX ends it with its own message.
 
     Source: jax.distributed.initialize, which this calls.
     """
@@ -201,7 +204,7 @@ def join_processes(
     if coordinator is None or processes is None or index is None:
         raise ValueError(f"to join several processes, also give {' and '.join(missing)}")
     if processes < 1 or not 0 <= index < processes:
-        raise ValueError(f"processes count from 0 to {processes - 1}, got index {index}")
+        raise ValueError(f"index must lie in 0 ... {processes - 1}, got {index}")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f'coordinator must be "address:port", for instance "10.0.0.1:1234", got {coordinator!r}')
@@ -216,11 +219,13 @@ def join_processes(
             initialization_timeout=math.ceil(timeout),
         )
     except RuntimeError as error:
-        raise RuntimeError(f"process {index} of {processes} could not join those at {coordinator}: {error}") from error
+        raise RuntimeError(
+            f"process {index} of {processes} could not join the others at {coordinator}: {error}"
+        ) from error
 
 
 def _wait_for(host: str, port: int, timeout: float) -> None:
-    """Until somebody answers; JAX, when it waits in vain, ends the process with a trace of C++."""
+    """Wait until the address answers. If JAX itself waits in vain, it ends the process with a C++ trace."""
     began = time.monotonic()
     while True:
         try:
@@ -229,8 +234,8 @@ def _wait_for(host: str, port: int, timeout: float) -> None:
         except OSError as error:
             if time.monotonic() - began > timeout:
                 raise RuntimeError(
-                    f"nobody answered at {host}:{port} for {timeout:g} s ({error}): is process 0 running, is this its "
-                    "address, and does a firewall let it through?"
+                    f"no answer from {host}:{port} for {timeout:g} s ({error}): check that process 0 is running, that "
+                    "this is its address, and that no firewall blocks it"
                 ) from error
             time.sleep(0.2)
 
@@ -245,7 +250,7 @@ def _number(given: int | None, variable: str) -> int | None:
 
 
 def on_first_process(action: Callable[[], None]) -> None:
-    """Do something with files in process 0, and have the others wait for it; an error there is one in all."""
+    """Run an action on files in process 0, while the others wait. An error there raises an error in all."""
     problem = None
     if jax.process_index() == 0:
         try:
@@ -256,11 +261,11 @@ def on_first_process(action: Callable[[], None]) -> None:
     if problem is not None:
         raise problem
     if failed:
-        raise RuntimeError("process 0 stopped with an error: see what it printed")
+        raise RuntimeError("process 0 stopped with an error: see its output")
 
 
 def largest(number: int) -> int:
-    """The largest of the numbers that the processes give; all must ask."""
+    """The largest of the numbers that the processes pass. All processes must call it."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""Gaussian noise on pixels, as fast as the random bits that it needs."""
+"""Gaussian noise on pixels, as fast as its random bits can be drawn."""
 
 import math
 
@@ -10,10 +10,10 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def pixel_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Standard normal numbers of 16 random bits each: any of 65,536 equally likely quantiles, the largest at 4.3.
+    """Standard normal numbers of 16 random bits each: one of 65,536 equally likely quantiles, the largest at 4.3.
 
-    Half the random bits of ``jax.random.normal`` and half its time, in which noise would be a third of a step's. The
-    variance is 1 to 1e-4.
+    This takes half the random bits and half the time of ``jax.random.normal``, whose noise would take a third of a
+    training step. The variance is 1 to within 1e-4.
 
     Example:
         >>> x = pixel_noise(jax.random.key(0), (200, 301))
@@ -21,16 +21,16 @@ def pixel_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..
         ((200, 301), 1.0, 3.0)
     """
     size = math.prod(shape)
-    bits = jax.lax.optimization_barrier(random_words(key, -(-size // 2)))  # once, and not for either half
+    bits = jax.lax.optimization_barrier(random_words(key, -(-size // 2)))  # so that XLA draws them only once
     quantiles = jnp.concatenate([bits & 0xFFFF, bits >> 16])[:size].astype(jnp.float32).reshape(shape)
     return math.sqrt(2) * jax.lax.erf_inv((quantiles - 32767.5) / 32768)
 
 
 def random_words(key: Key[Array, ""], size: int) -> UInt32[Array, " {size}"]:
-    """``jax.random.bits(key, (size,))``: the same words by the same 20 rounds of Threefry-2x32, written out.
+    """The same words as ``jax.random.bits(key, (size,))``: the 20 rounds of Threefry-2x32 as one expression.
 
-    On a CPU, JAX runs the rounds as a loop whose arrays go through memory every time; as one expression they take half
-    as long. Keys of another generator than Threefry are given to JAX.
+    On a CPU, JAX runs the rounds as a loop that writes its arrays to memory each time. One expression takes half as
+    long. For keys of other generators it calls JAX.
 
     Example:
         >>> key = jax.random.key(3)
@@ -43,7 +43,7 @@ def random_words(key: Key[Array, ""], size: int) -> UInt32[Array, " {size}"]:
         return jax.random.bits(key, (size,), jnp.uint32)
     first, second = jax.random.key_data(key)
     keys = first, second, first ^ second ^ jnp.uint32(0x1BD11BDA)
-    a, b = jnp.full(size, keys[0]), jnp.arange(size, dtype=jnp.uint32) + keys[1]  # of the counters (0, i)
+    a, b = jnp.full(size, keys[0]), jnp.arange(size, dtype=jnp.uint32) + keys[1]  # from the counters (0, i)
     for number in range(5):
         for distance in ROTATIONS[number % 2]:
             a = a + b

@@ -1,26 +1,27 @@
-"""The recipe for SAEs: one stream of activations feeds every SAE that is trained.
+"""The recipe for SAEs: one stream of activations trains all SAEs.
 
-The loss of an SAE on a batch of tokens is the share of its input that it misses:
+The loss of an SAE on a batch of tokens is the fraction of its input that it misses:
 
     loss  = sum |x - x_hat|^2 / sum |x|^2
-          + aux_coefficient sum |e - e_hat|^2 / sum |e|^2        only with k_aux > 0 and features that are dead
+          + aux_coefficient sum |e - e_hat|^2 / sum |e|^2        only with k_aux > 0 and dead features
 
-where e = x - x_hat is taken as a constant and ``e_hat = W_dec TopK_aux(z)`` reconstructs it from the ``k_aux`` largest
-pre-activations among the dead features: those that fired on none of the last ``dead_after`` tokens. (Gao et al. 2024,
-section 2.4 and appendix A.2: the auxiliary loss gives dead features a gradient, by what the living ones miss.)
+where e = x - x_hat is taken as a constant, and ``e_hat = W_dec TopK_aux(z)`` reconstructs it from the ``k_aux`` largest
+pre-activations among the dead features: those that fired on none of the last ``dead_after`` tokens. The auxiliary loss
+gives dead features a gradient, from what the other features miss (Gao et al. 2024, section 2.4 and appendix A.2).
 
-The optimiser is that of the bilinear-MLP paper (appendix on SAE training): Adam on the gradient without its part
-along each decoder column, which would only change the column's length, and columns brought back to unit length after.
+The optimiser is that of the bilinear-MLP paper (appendix on SAE training): Adam on the gradient without its part along
+each decoder column, which would only change the column's length. Afterwards columns are scaled back to unit length.
 
-SAEs of equal shape are stacked in the training state, decoder columns as rows:
+SAEs of equal shape are stacked in the training state, with decoder columns as rows:
 
     params[stack]   w_enc, w_dec_rows [n, features, d_model]   b_dec [n, d_model]   b_enc [n, features], if there is one
     extra[stack]    quiet [n, features]: tokens since each feature last fired, counted up to dead_after
 
-The gradients are taken one SAE after another (``lax.map``), the optimiser moves the whole stack. Measured on a 2-core
-CPU at 2, 4 and 8 SAEs of d_model 512 and 256, in one compiled step: .92 to .96 of the time of SAEs that are not
-stacked, .79 to .86 of that of ``vmap``, and the least memory beside the state (at 4 SAEs .6 and .55 of theirs), as the
-gradients of all SAEs are kept, but not their pre-activations. None of it has been measured on a GPU.
+The gradients are computed for one SAE after another (``lax.map``); the optimiser updates the whole stack. Measured on a
+2-core CPU with 2, 4 and 8 SAEs of d_model 512 and 256, in one compiled step: this takes .92 to .96 of the time of
+SAEs that are not stacked, and .79 to .86 of that of ``vmap``. It also needs the least memory besides the state (with 4
+SAEs .6 and .55 of theirs), because it keeps the gradients of all SAEs but not their pre-activations. This was not
+measured on a GPU.
 """
 
 import dataclasses
@@ -36,14 +37,14 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
 from bilinear_jax.nn.sites import capture
 from bilinear_jax.nn.sparse import FORMS, check_form, fastest_form
 from bilinear_jax.nn.transformer import run_module
+from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
 from bilinear_jax.training import folder
-from bilinear_jax.training.data import batches
+from bilinear_jax.training.batches import batches
 from bilinear_jax.training.fit import (
     BatchIterator,
     FitOptions,
@@ -58,25 +59,25 @@ from bilinear_jax.training.mesh import one_copy, place
 from bilinear_jax.training.unit_decoder import unit_decoder
 
 HELD_OUT = ("nmse", "explained_variance", "l0", "dead", "loss_added", "loss_recovered")
-"""What is logged of the metrics on held-out text."""
+"""The metrics on held-out text that are logged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SAERecipe:
-    """How to train SAEs. The learning rate goes up over ``warmup`` steps, then by a cosine to ``final_lr``."""
+    """How to train SAEs. The learning rate rises over ``warmup`` steps, then follows a cosine to ``final_lr``."""
 
     steps: int  # updates in all
-    batch_size: int = 4096  # tokens an update
-    lr: float = 1e-4  # Adam's learning rate at its highest
-    final_lr: float = 2e-5  # and at the end
-    warmup: int = 0  # steps
+    batch_size: int = 4096  # tokens per update
+    lr: float = 1e-4  # largest learning rate of Adam
+    final_lr: float = 2e-5  # learning rate at the end
+    warmup: int = 0  # steps in which the learning rate rises linearly from 0
     buffer_tokens: int = 65_536  # activations of this many tokens are shuffled together
-    rows: int = 32  # windows of n_ctx tokens a forward pass of the language model
+    rows: int = 32  # windows of n_ctx tokens per forward pass of the language model
     k_aux: int = 0  # dead features that reconstruct the error in the auxiliary loss; 0: no auxiliary loss
     aux_coefficient: float = 1 / 32  # weight of the auxiliary loss
     dead_after: int = 1_000_000  # tokens without firing after which a feature counts as dead
-    seed: int = 0  # of the parameters and of the order of the data
-    form: str | None = None  # of the sparse products, one of nn.sparse.FORMS; None: the fastest, measured at the start
+    seed: int = 0  # seed of the parameters and of the order of the data
+    form: str | None = None  # form of the sparse products, from nn.sparse.FORMS; None: the fastest, measured first
 
     def __post_init__(self):
         check_fields(self, COUNT, "steps", "batch_size", "buffer_tokens", "rows", "dead_after")
@@ -85,28 +86,28 @@ class SAERecipe:
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"final_lr must lie in 0 ... lr ({self.lr}), got {self.final_lr}")
         if self.dead_after + self.batch_size >= 2**31:
-            raise ValueError(f"dead_after must stay below 2^31 tokens, got {self.dead_after}")
+            raise ValueError(f"dead_after must be below 2^31 tokens, got {self.dead_after}")
         if self.form is not None:
             check_form(self.form)
 
 
 def sae_optimizer(recipe: SAERecipe) -> optax.GradientTransformation:
-    """Adam with the recipe's learning rate, on the training state's params, decoder rows kept at unit length."""
+    """Adam with the recipe's learning rate, on the params of the training state. Decoder rows stay at unit length."""
     rate = cosine_with_warmup(recipe.lr, recipe.steps, recipe.warmup, recipe.final_lr)
     return unit_decoder(optax.adam(rate), "w_dec_rows", axis=-1)
 
 
 def stacks(configs: Sequence[SAEConfig]) -> dict[str, tuple[SAEConfig, ...]]:
-    """The SAEs that are trained as one stack: those that are alike in all but site, layer and tag.
+    """The stacks of SAEs that are trained together: those that differ only in site, layer and tag.
 
     Raises:
-        ValueError: for no SAE, or two that share a name.
+        ValueError: if there are no SAEs, or if two have the same name.
     """
     names = [config.name for config in configs]
     if not names:
-        raise ValueError("name at least one SAE to train: configs is empty")
+        raise ValueError("configs is empty: give at least one SAE to train")
     if len(set(names)) < len(names):
-        raise ValueError(f"two SAEs share a name, give them tags: {sorted(names)}")
+        raise ValueError(f"two SAEs have the same name: give them different tags, {sorted(names)}")
     alike: dict[SAEConfig, list[SAEConfig]] = {}
     for config in configs:
         shape = dataclasses.replace(config, site="mlp_in", layer=0, tag=None)
@@ -119,9 +120,9 @@ def initial_state(
     recipe: SAERecipe,
     means: Mapping[tuple[str, int], Float[Array | np.ndarray, " d_model"]],
 ) -> TrainState:
-    """Fresh tied SAEs with ``means[site, layer]``, the mean input, as decoder bias, so that codes start centred.
+    """New tied SAEs. Their decoder bias is ``means[site, layer]``, the mean input, so that codes start centred.
 
-    An SAE's parameters depend on ``recipe.seed`` and its name, and not on what else is trained.
+    The parameters of an SAE depend only on ``recipe.seed``, its name and its mean, not on the other SAEs.
     """
 
     def fresh(config: SAEConfig) -> dict[str, Array]:
@@ -143,7 +144,7 @@ def initial_state(
 
 
 def saes_of(state: TrainState, configs: Sequence[SAEConfig]) -> list[SAE]:
-    """The SAEs of a training state, in the order of ``configs`` and the published orientation."""
+    """The SAEs of a training state, in the order of ``configs`` and in the published orientation."""
     found = {}
     for label, group in stacks(configs).items():
         for i, config in enumerate(group):
@@ -153,13 +154,16 @@ def saes_of(state: TrainState, configs: Sequence[SAEConfig]) -> list[SAE]:
 
 
 def sae_update(configs: Sequence[SAEConfig], recipe: SAERecipe, form: str = "scan") -> Callable:
-    """One training step of all SAEs, a pure function ``update(state, activations) -> (state, metrics)``.
+    """One training step of all SAEs: a pure function ``update(state, activations) -> (state, metrics)``.
 
-    ``activations[site, layer]`` is ``[batch, d_model]`` in any float dtype; every token counts. The metrics are, for
-    every SAE, ``nmse.<name>`` of the batch, ``dead.<name>``, the share of features that have not fired for
-    ``recipe.dead_after`` tokens, and ``aux.<name>``, the auxiliary loss, where there is one. The result for an SAE
-    does not depend on the others. In memory: the params, two moments, the gradient, and for the one SAE at work its
-    pre-activations ``[batch, features]`` and a few arrays of ``[batch, d_model]``.
+    ``activations[site, layer]`` is ``[batch, d_model]`` in any float dtype; every token counts. The result for one SAE
+    does not depend on the others.
+
+    The metrics of every SAE are ``nmse.<name>`` of the batch; ``dead.<name>``, the fraction of features that have not
+    fired for ``recipe.dead_after`` tokens; and with ``k_aux > 0`` ``aux.<name>``, the auxiliary loss.
+
+    Memory: the params, two moments, the gradient, and for one SAE at a time its pre-activations ``[batch, features]``
+    and a few arrays of ``[batch, d_model]``.
     """
     groups = stacks(configs)
     optimizer = sae_optimizer(recipe)
@@ -193,12 +197,12 @@ def reconstruction_loss(
     aux_coefficient: float = 0.0,
     form: str = "scan",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss of one SAE on a batch, as this module's docstring has it; params in the published orientation.
+    """The loss of one SAE on a batch: the formula in the docstring of this module. Params in the published orientation.
 
     Returns:
-        The loss, and its parts: ``nmse``, ``fired`` ``[features]``, whether each feature's code was other than 0 on
-        some token, and ``aux``, the auxiliary loss before its coefficient, where ``k_aux > 0``: 0 while no feature is
-        dead. A batch of zeros has loss 0.
+        The loss and its parts: ``nmse``; ``fired`` ``[features]``, whether each feature's code was not 0 on some token;
+        and with ``k_aux > 0`` ``aux``, the auxiliary loss before its coefficient, which is 0 while no feature is dead.
+        A batch of zeros has loss 0.
     """
     module = TopKSAE(config, form)
 
@@ -222,7 +226,7 @@ def reconstruction_loss(
     return nmse + aux_coefficient * parts["aux"], parts
 
 
-def train_saes(
+def fit_saes(
     lm: LanguageModel,
     configs: Sequence[SAEConfig],
     recipe: SAERecipe,
@@ -234,33 +238,36 @@ def train_saes(
     evaluate_every: int | None = None,
     **options: Unpack[FitOptions],
 ) -> list[SAE]:
-    """Train all SAEs in ``configs`` at once on a flat token stream; the same call again goes on where it stopped.
+    """Train all SAEs in ``configs`` at once on a flat token stream. The same call resumes an interrupted run.
 
-    One forward pass of the model feeds all; position 0 and padding are left out (``training.harvest``).
+    One forward pass of the model feeds all SAEs. Position 0 and padding are left out (see ``training.harvest``).
 
     Args:
+        lm: the language model.
         configs: any sites, layers and shapes, with different names.
+        recipe: how to train them.
         tokens: ``[tokens]``, the training text.
-        directory: of checkpoints and ``metrics.jsonl``, see ``fit``, which logs what ``sae_update`` returns.
-        held_out: ``[rows, seq]``; with them, ``evaluate_saes`` is logged as ``held_out_<metric>.<name>``.
-        mesh: of ``training.mesh.make_mesh``: tokens and features are shared out over its devices.
-        evaluate_every: steps from one evaluation to the next; there is one at the end as well.
+        directory: the folder for checkpoints and ``metrics.jsonl``, see ``fit``. It logs the metrics of ``sae_update``.
+        held_out: ``[rows, seq]``, the held-out text. With it, ``evaluate_saes`` is logged as
+            ``held_out_<metric>.<name>``.
+        mesh: from ``training.mesh.make_mesh``. Tokens and features are sharded over its devices.
+        evaluate_every: steps between evaluations. There is also one at the end.
         options: ``save_every``, ``keep``, ``keep_every``, ``log_every`` and ``log``, as for ``fit``.
 
     Returns:
         The SAEs, in the order of ``configs``.
 
     Raises:
-        ValueError: for no SAE, two of one name, one of another width than the model or at a site that it doesn't
-            have, a buffer or a text too small, or a directory that holds a run with another config, recipe, model or
-            text.
-        FloatingPointError: for a loss that isn't finite; the last good checkpoint stays.
+        ValueError: if there are no SAEs, two have the same name, one has another width than the model or a site that
+            the model does not have, the buffer or the text is too small, or the directory holds a run with another
+            config, recipe, model or text.
+        FloatingPointError: if a loss is not finite. The last good checkpoint stays.
     """
-    from bilinear_jax.evaluation import evaluate_saes
+    from bilinear_jax.measure.evaluation import evaluate_saes
 
-    stacks(configs)  # raises, or not
+    stacks(configs)  # checks the names
     if other := [config.name for config in configs if config.d_model != lm.config.d_model]:
-        raise ValueError(f"the model has d_model {lm.config.d_model}, and these SAEs another: {', '.join(other)}")
+        raise ValueError(f"the model has d_model {lm.config.d_model}, but these SAEs another: {', '.join(other)}")
     sites = list(dict.fromkeys((config.site, config.layer) for config in configs))
     placed = place(lm, mesh)
     rows = batches(tokens, lm.config.n_ctx, recipe.rows, recipe.seed)
@@ -299,16 +306,18 @@ def train_on_activations(
     evaluate_every: int | None = None,
     **options: Unpack[FitOptions],
 ) -> list[SAE]:
-    """Train SAEs on batches of activations ``{(site, layer): [batch, d_model]}``, as ``train_saes`` does, on any.
+    """Train SAEs on batches of activations ``{(site, layer): [batch, d_model]}`` from any source, as ``fit_saes`` does.
 
-    The form of the sparse products is ``recipe.form``, or else the fastest here (``nn.sparse.fastest_form``), and
-    ``config.json`` records it, so that a run that goes on has the same and ends with the same bits.
+    The form of the sparse products is ``recipe.form``, or the fastest here (``nn.sparse.fastest_form``).
+    ``config.json`` records it, so that a resumed run uses the same form and ends with the same bits.
 
     Args:
-        means: the mean activation of each site, where decoder biases start.
-        identity: what else makes the run what it is; a run that goes on must have the same.
-        evaluate: called with the SAEs every ``evaluate_every`` steps and at the end; its numbers are logged.
-        mesh, options: as for ``train_saes``; with a mesh, ``data`` gives batches that are laid out over it.
+        data: the batches.
+        configs, recipe, directory: as for ``fit_saes``.
+        means: the mean activation of each site, which is the initial decoder bias.
+        identity: further values that identify the run. A resumed run must have the same.
+        evaluate: called with the SAEs every ``evaluate_every`` steps and at the end. Its numbers are logged.
+        mesh, options: as for ``fit_saes``. With a mesh, ``data`` must give batches that are sharded over it.
     """
     form = recipe.form or _recorded_form(Path(directory)) or _measured_form(configs, recipe, mesh)
 
@@ -349,13 +358,13 @@ def _gradient(config: SAEConfig, recipe: SAERecipe, form: str, params, quiet: In
 
 
 def _share(part: Float[Array, "tokens d_model"], whole: Float[Array, "tokens d_model"]) -> Float[Array, ""]:
-    """``sum |part|^2 / sum |whole|^2``; 0 where the whole is 0. ``whole`` is a constant."""
+    """``sum |part|^2 / sum |whole|^2``, or 0 if the whole is 0. ``whole`` is a constant."""
     total = jnp.sum(whole**2)
     return jnp.sum(part**2) / jnp.where(total == 0, jnp.ones_like(total), total)
 
 
 def _as_rows(params: dict[str, Array]) -> dict[str, Array]:
-    """Published params as they are trained: decoder columns as rows, which the sparse products read."""
+    """Published params as they are trained: with decoder columns as rows, for the sparse products."""
     return {name: leaf for name, leaf in params.items() if name != "w_dec"} | {"w_dec_rows": params["w_dec"].T}
 
 
@@ -381,7 +390,7 @@ def _recorded_form(directory: Path) -> str | None:
 
 
 def _measured_form(configs: Sequence[SAEConfig], recipe: SAERecipe, mesh: Mesh | None) -> str:
-    """The fastest form at the shapes that one device has of the largest SAE; process 0 decides."""
+    """The fastest form for the largest SAE, at the shapes on one device. Process 0 decides."""
     largest = max(configs, key=lambda config: (config.n_features, config.k))
     tokens, features = recipe.batch_size, largest.n_features
     if mesh is not None:

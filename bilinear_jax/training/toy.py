@@ -1,6 +1,7 @@
-"""The recipe for toy models: mean squared error on random inputs, many seeds at once."""
+"""The recipe for toy models: mean squared error on random inputs, for many seeds in one call."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 
@@ -11,10 +12,11 @@ from jaxtyping import PyTree
 
 from bilinear_jax.nn.toy import Toy, ToyConfig, toy_targets
 from bilinear_jax.nn.transformer import run_module
+from bilinear_jax.store.fields import COUNT, Rule, check_fields
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, cosine_with_warmup, fit
 
 STEPS_TOGETHER = 100
-"""Updates in one program."""
+"""Number of updates in one program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,30 +24,30 @@ class ToyRecipe:
     """How to train a toy model."""
 
     steps: int = 2000  # updates, a multiple of 100
-    batch_size: int = 256  # random inputs an update, each 1 with probability 1/2
-    lr: float = 1e-2  # largest learning rate, of Adam; it falls as a cosine to 0
+    batch_size: int = 256  # random inputs per update, each 1 with probability 1/2
+    lr: float = 1e-2  # largest learning rate of Adam; it follows a cosine to 0
 
     def __post_init__(self):
-        if self.steps < 1 or self.steps % STEPS_TOGETHER:
-            raise ValueError(f"steps must be a multiple of {STEPS_TOGETHER}, got {self.steps}")
-        if self.batch_size < 1 or not self.lr > 0:
-            raise ValueError(f"batch_size and lr must be positive, got {self.batch_size} and {self.lr}")
+        whole = Rule(f"must be a multiple of {STEPS_TOGETHER}", lambda n: n >= 1 and n % STEPS_TOGETHER == 0)
+        check_fields(self, whole, "steps")
+        check_fields(self, COUNT, "batch_size")
+        check_fields(self, Rule("must be a positive number", lambda x: 0 < x < math.inf), "lr")
 
 
 def train_toy(config: ToyConfig, recipe: ToyRecipe | None = None, seeds: Sequence[int] = (0,)) -> PyTree:
-    """Toy models of several seeds, trained under one ``vmap``: params of ``Toy``, ``[seeds, ...]``.
+    """Train toy models of several seeds under one ``vmap``. Returns the params of ``Toy``, ``[seeds, ...]``.
 
     Example:
         >>> from bilinear_jax.tensor import BilinearTensor
         >>> params = jax.tree.map(lambda leaf: leaf[0], train_toy(ToyConfig(n_inputs=3)))
         >>> tensor = BilinearTensor(params["w_l"], params["w_r"], params["w_p"])
-        >>> q = tensor.interaction(jnp.eye(3)[:1])[0]  # of the and of inputs 0 and 1: x_0 x_1
+        >>> q = tensor.interaction(jnp.eye(3)[:1])[0]  # output 0 is the AND of inputs 0 and 1: x_0 x_1
         >>> bool(jnp.allclose(q, jnp.array([[0.0, 0.5, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]), atol=0.02))
         True
     """
     recipe = ToyRecipe() if recipe is None else recipe
     if not len(seeds):
-        raise ValueError("name at least one seed")
+        raise ValueError("there are no seeds: give at least one")
     optimizer = optax.adam(cosine_with_warmup(recipe.lr, recipe.steps, 10))
     module = Toy(config)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])

@@ -1,4 +1,4 @@
-"""The optimiser of SAEs, as an Optax transformation around another: decoder columns stay at unit length."""
+"""The optimiser of SAEs: an Optax transformation around another one that keeps decoder columns at unit length."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,16 @@ def unit_decoder(
     """An optimiser that keeps decoder columns at unit length.
 
     For every leaf called ``name``, with columns w along ``axis``: the gradient g becomes ``g - (g . w) w`` before
-    ``inner`` sees it, and the update u that ``inner`` gives becomes ``(w + u) / |w + u| - w``. Other leaves are left
-    to ``inner``. The columns must be of unit length to begin with, as those of ``SAE.init`` are. The state is that of
-    ``inner``.
+    ``inner`` gets it, and the update u from ``inner`` becomes ``(w + u) / |w + u| - w``. Other leaves go to ``inner``
+    unchanged. The initial columns must have unit length, as those of ``SAE.init`` do. The state is that of ``inner``.
 
     Args:
+        inner: the optimiser to wrap.
+        name: the name of the decoder leaves.
         axis: the axis of ``d_model``: -2 in the published orientation ``[d_model, features]``.
 
     Raises:
-        ValueError: where ``update`` is called without ``params``, or no leaf has the name.
+        ValueError: if ``update`` is called without ``params``, or if no leaf has the name.
 
     Example:
         >>> optimizer = unit_decoder(optax.sgd(1.0))
@@ -46,7 +47,9 @@ def unit_decoder(
 
     def init(params):
         if not any(is_decoder(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
-            raise ValueError(f"unit_decoder found no leaf called {name!r} among the params: pass its name")
+            raise ValueError(
+                f"unit_decoder found no leaf called {name!r} among the params: pass the name of the decoder"
+            )
         return inner.init(params)
 
     def update(updates, state, params=None):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes, TopKSAE
 from bilinear_jax.nn.transformer import run_module
 
@@ -109,15 +110,13 @@ def test_names_are_the_published_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(site="mlp"), "unknown SAE site 'mlp'; choose one of resid_pre"),
-        (dict(site="pattern"), "unknown SAE site 'pattern'"),
-        (dict(layer=-1), "layer counts from 0"),
-        (dict(k=0), r"k must lie in 1 ... 8"),
-        (dict(k=9), r"k must lie in 1 ... 8"),
+        (dict(layer=-1), "layer is -1, but layers are numbered from 0"),
+        (dict(k=0), "k is 0, but it must be between 1 and 8"),
+        (dict(k=9), "k is 9, but it must be between 1 and 8"),
         (dict(passthrough=(4,)), r"passthrough coordinates \[4\] lie outside 0 ... 3"),
-        (dict(tag=""), "a tag is a part of a folder's name, without '/', or None; got ''"),
-        (dict(tag="../v1"), r"got '\.\./v1'"),
-        (dict(apply_normalize=True), "apply_normalize needs a normalize"),
+        (dict(tag=""), "tag is '', but it must be None or a part of a folder's name, without '/'"),
+        (dict(tag="../v1"), r"tag is '\.\./v1'"),
+        (dict(apply_normalize=True), "normalize is None, but apply_normalize needs a number other than 0"),
     ],
 )
 def test_bad_configs_are_named(change, message):
@@ -125,8 +124,40 @@ def test_bad_configs_are_named(change, message):
         SAEConfig(**(dict(site="mlp_in", layer=0, d_model=4, expansion=2, k=1) | change))
 
 
+@pytest.mark.parametrize(
+    ("options", "size", "encoder"),
+    [
+        ({}, 2 * 8 * 4 + 4, "encoder: linear, no bias; input not normalised; no coordinate passes through"),
+        ({"normalize": 2.5}, 68, "encoder: linear, no bias; input not normalised; no coordinate passes through"),
+        (
+            {"encoder_bias": True, "normalize": 2.5, "apply_normalize": True},
+            2 * 8 * 4 + 4 + 8,
+            "encoder: linear, a bias; input divided by 2.5; no coordinate passes through",
+        ),
+        (
+            {"bilinear_encoder": True, "passthrough": (1, 3)},
+            3 * 8 * 4 + 4,
+            "encoder: bilinear, no bias; input not normalised; coordinates 1, 3 pass through",
+        ),
+    ],
+)
+def test_the_summary(options, size, encoder):
+    sae = SAE.init(SAEConfig("attn-out", 1, d_model=4, expansion=2, k=3, tag="v1", **options), jax.random.key(0))
+    assert sae.summary().splitlines() == [
+        f"SAE 1-attn-out-x2-k3-v1: 8 features, 3 active at a token, {size} parameters",
+        "trained on: attn_out of layer 1, d_model 4, and reconstructs it",
+        encoder,
+    ]
+
+
+@pytest.mark.parametrize("site", ["mlp", "pattern"])
+def test_a_site_that_no_sae_reads_lists_those_that_can_be_read(site):
+    with pytest.raises(UnknownNameError, match=f"no site '{site}' in what an SAE can read: choose one of resid_pre"):
+        SAEConfig(site, layer=0, d_model=4, expansion=2, k=1)
+
+
 def test_inputs_of_another_width_are_named():
-    with pytest.raises(ValueError, match=r"reads vectors of 4 coordinates, got \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5\), but SAE .* reads vectors of 4 coordinates"):
         small().encode(jnp.ones((2, 5)))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.sites import capture, default_token_mask, forward, loss
 from bilinear_jax.nn.transformer import SITES, Transformer, TransformerConfig, cross_entropy
 
@@ -229,19 +230,23 @@ def test_the_loss_of_rows_and_weights_on_eight_devices(params, whole):
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        (["mlp"], "unknown site 'mlp'; choose one of resid_pre"),
-        ([("mlp_in", 3)], "mlp_in has layers 0 ... 2, got 3"),
-        ([("mlp_in", -1)], "mlp_in has layers 0 ... 2, got -1"),
-        ([], "name at least one site"),
+        (["mlp"], "no site 'mlp': choose one of resid_pre"),
+        ([("mlp_in", 3)], "no layer 3 in this model's mlp_in: choose one of 0 ... 2"),
+        ([("mlp_in", -1)], "no layer -1 in this model's mlp_in: choose one of 0 ... 2"),
     ],
 )
 def test_bad_sites_are_named(params, sites, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UnknownNameError, match=message):
         capture(CONFIG, params, TOKENS, sites)
+
+
+def test_no_site_is_an_error(params):
+    with pytest.raises(ValueError, match="there is no site to capture: name at least one of resid_pre"):
+        capture(CONFIG, params, TOKENS, [])
 
 
 def test_an_edit_must_keep_the_shape(params):
     with pytest.raises(ValueError, match=r"mlp_out is \(2, 5, 8\), the edit returned \(2, 5\)"):
         forward(CONFIG, params, TOKENS, {"mlp_out": lambda x: x[..., 0]})
-    with pytest.raises(ValueError, match="unknown site 'mlpout'"):
+    with pytest.raises(UnknownNameError, match="no site 'mlpout': choose one of resid_pre"):
         forward(CONFIG, params, TOKENS, {"mlpout": lambda x: x})

@@ -66,11 +66,11 @@ def test_what_it_learns_is_in_its_interaction_matrices(tasks):
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"unknown tasks \['nope'\]"):
         ToyConfig(tasks=(("nope", 1.0),))
-    with pytest.raises(ValueError, match=r"nor of \(0, 0\) is 1"):
+    with pytest.raises(ValueError, match=r"nor of \(0, 0\) is 1, but a layer without a bias gives 0"):
         ToyConfig(tasks=(("nor", 1.0),))
     with pytest.raises(ValueError, match="at least 2 inputs"):
         ToyConfig(n_inputs=1)
     with pytest.raises(ValueError, match="multiple of 100"):
         ToyRecipe(steps=150)
-    with pytest.raises(ValueError, match="at least one seed"):
+    with pytest.raises(ValueError, match="there are no seeds: give at least one"):
         train_toy(ToyConfig(), seeds=())

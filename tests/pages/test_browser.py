@@ -10,6 +10,7 @@ import made
 import pytest
 from playwright.sync_api import sync_playwright
 
+from bilinear_jax.pages import render
 from bilinear_jax.pages.site import write_site
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -100,7 +101,7 @@ def test_a_pair_leads_to_its_input_feature_and_back(open_page):
     page.get_by_role("table", name="By weight").get_by_role("link", name="2", exact=True).first.click()
     page.wait_for_url("**/input/2.html")
     assert "Input feature 2" in page.locator("h1").inner_text()
-    page.get_by_role("table", name="Output features that name it").get_by_role("link", name="10").click()
+    page.get_by_role("table", name="Output features whose pages name it").get_by_role("link", name="10").click()
     page.wait_for_url("**/output/10.html")
 
 
@@ -190,7 +191,7 @@ def test_a_phone_need_not_scroll_sideways(open_page, path):
 
 def test_a_notebook_shows_values_without_a_script(open_page, browser, tmp_path):
     file = tmp_path / "notebook.html"
-    file.write_text(f"<!doctype html><meta charset=utf-8><p>before</p>{made.site().outputs[0]._repr_html_()}")
+    file.write_text(f"<!doctype html><meta charset=utf-8><p>before</p>{render.notebook(made.site().outputs[0])}")
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(file.as_uri())

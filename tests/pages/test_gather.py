@@ -9,15 +9,16 @@ import published
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from bilinear_jax.cofiring import co_firing, strongest_pairs
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.explain.logits import logit_effects
+from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.measure.cofiring import co_firing, strongest_pairs
+from bilinear_jax.measure.pairs import pair_summaries
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.pages.gather import gather
 from bilinear_jax.pages.options import PageOptions
-from bilinear_jax.summaries import pair_summaries
-from bilinear_jax.tracer import Tracer
-from bilinear_jax.visualizer import logit_effects
 
 SMALL = PageOptions(batch_size=4, contexts=3, groups=2, samples=2, window=1, bins=4, pairs=5, eigenpairs=4, reads=3)
 
@@ -56,7 +57,7 @@ def planted(tmp_path_factory):
     out = SAE({"w_enc": jnp.eye(4), "w_dec": jnp.eye(4), "b_dec": jnp.zeros(4)}, SAEConfig("mlp_out", 0, 4, 1, 1))
     a, b, e1, e2, x, pad = range(6)
     tokens = np.array([[a, a, b, e1, e2, pad], [pad] * 6, [b, b, x, a, b, b]])  # a row of padding alone
-    return gather(lm, Tracer(lm, 0, inp, out), [0, 2], tokens=tokens, options=SMALL, command="by hand", dataset="three")
+    return gather(Tracer(lm, 0, inp, out), [0, 2], tokens=tokens, options=SMALL, command="by hand", dataset="three")
 
 
 def test_by_hand(planted):
@@ -144,17 +145,18 @@ def test_characters_are_shown_whole_and_padding_is_not(planted):
 @pytest.fixture(scope="module", params=["micro", "biased"])
 def made(request, golden, tmp_path_factory):
     if request.param == "biased":
-        tracer, lm, tokens = published.biased_tracer()
+        tracer, tokens = published.biased_tracer()
     else:
         tokens = np.random.default_rng(0).integers(3, golden.lm.config.n_vocab, (6, 12))
-        tracer, lm = Tracer(golden.lm, 1, scope=published.SCOPE), golden.lm
-    lm = with_tokenizer(lm, tmp_path_factory.mktemp("tokenizer"))
-    return tracer, lm, tokens, site_of(tracer, lm, tokens)
+        tracer = Tracer(golden.lm, 1, scope=published.SCOPE)
+    lm = with_tokenizer(tracer.lm, tmp_path_factory.mktemp("tokenizer"))
+    tracer = Tracer(lm, tracer.layer, tracer.inp, tracer.out)
+    return tracer, tokens, site_of(tracer, tokens)
 
 
-def site_of(tracer, lm, tokens, features=(3, 1), **options):
+def site_of(tracer, tokens, features=(3, 1), **options):
     options = dataclasses.replace(SMALL, **options)
-    return gather(lm, tracer, list(features), tokens=tokens, options=options, command="", dataset="random")
+    return gather(tracer, list(features), tokens=tokens, options=options, command="", dataset="random")
 
 
 def dense_codes(lm, sae, tokens):
@@ -168,10 +170,10 @@ def close(actual, expected):
 
 
 def test_activities_against_dense_codes(made):
-    tracer, lm, tokens, site = made
+    tracer, tokens, site = made
     seq, random = tokens.shape[1], []
     for sae, pages in ((tracer.out, site.outputs), (tracer.inp, site.inputs)):
-        codes = dense_codes(lm, sae, tokens)
+        codes = dense_codes(tracer.lm, sae, tokens)
         for page in pages:
             found = page.activity
             mine = codes[..., found.feature]
@@ -197,32 +199,32 @@ def test_activities_against_dense_codes(made):
             if signed.size:
                 edges = np.linspace(min(signed.min(), 0), max(signed.max(), 0), 5)
                 assert found.histogram.counts == np.histogram(signed, edges)[0].tolist()
-            effects = logit_effects(lm, sae, found.feature)
+            effects = logit_effects(tracer.lm, sae, found.feature)
             close([effect.effect for effect in found.lowered], effects.lowered_by)
             random.append(len(found.lower))
     assert max(random) > 0
 
 
 def test_pairs_against_their_summaries_and_dense_codes(made):
-    tracer, lm, tokens, site = made
-    codes = dense_codes(lm, tracer.out, tokens)
+    tracer, tokens, site = made
+    codes = dense_codes(tracer.lm, tracer.out, tokens)
     for page in site.outputs:
         feature = page.activity.feature
         matrix = np.asarray(tracer.q(feature, project=True), np.float64)
         upper = np.abs(matrix[np.triu_indices(len(matrix))])
         close([abs(pair.weight) for pair in page.by_weight.pairs], np.sort(upper)[::-1][:5])
-        strongest = strongest_pairs(tracer, co_firing(tracer, lm, tokens), feature, 5).tolist()
+        strongest = strongest_pairs(tracer, co_firing(tracer, tokens), feature, 5).tolist()
         assert [[pair.i, pair.j] for pair in page.by_data.pairs] == strongest
         for found in (page.by_weight, page.by_data):
             pairs = [(pair.i, pair.j) for pair in found.pairs]
-            whole = pair_summaries(tracer, lm, tokens, {feature: pairs})[feature]
+            whole = pair_summaries(tracer, tokens, {feature: pairs})[feature]
             for name in ("weight", "mean", "joint", "chance", "interference", "r2"):
                 close([getattr(pair, name) for pair in found.pairs], getattr(whole, name))
             close([found.r2, found.share, found.share_of_pairs], [whole.r2[-1], whole.share, whole.share_of_pairs])
             close(list(found.terms.values()), [whole.terms[name] for name in found.terms])
             fires = (codes[..., feature] != 0) & (np.arange(tokens.shape[1]) > 0)
             if fires.any():
-                firing = pair_summaries(tracer, lm, tokens, {feature: pairs}, token_mask=fires)[feature]
+                firing = pair_summaries(tracer, tokens, {feature: pairs}, token_mask=fires)[feature]
                 close([pair.mean_when_firing for pair in found.pairs], firing.mean)
         inputs = page.heat_map.inputs
         close(page.heat_map.matrix, matrix[np.ix_(inputs, inputs)])
@@ -230,7 +232,7 @@ def test_pairs_against_their_summaries_and_dense_codes(made):
 
 
 def test_eigenpairs_are_those_of_the_matrix(made):
-    tracer, _, _, site = made
+    tracer, _, site = made
     columns = np.asarray(tracer.basis, np.float64)
     for page in site.outputs:
         values, vectors = np.linalg.eigh(np.asarray(tracer.q(page.activity.feature), np.float64))
@@ -245,17 +247,22 @@ def test_eigenpairs_are_those_of_the_matrix(made):
 
 
 def test_neither_another_run_nor_other_batches_change_a_fact(made):
-    tracer, lm, tokens, site = made
-    assert site_of(tracer, lm, tokens) == site
-    assert [page.by_data for page in site_of(tracer, lm, tokens, batch_size=6).outputs] == [
+    tracer, tokens, site = made
+    assert site_of(tracer, tokens) == site
+    assert [page.by_data for page in site_of(tracer, tokens, batch_size=6).outputs] == [
         page.by_data for page in site.outputs
     ]
 
 
 @pytest.mark.parametrize(
-    ("features", "message"), [([], "at least one"), ([3, 3], "named twice"), ([-1], "output features of .*, got -1")]
+    ("features", "error", "message"),
+    [
+        ([], ValueError, "at least one"),
+        ([3, 3], ValueError, "named twice"),
+        ([-1], UnknownNameError, r"no feature -1 in SAE {name}: choose one of 0 \.\.\. {last}"),
+    ],
 )
-def test_features_that_are_refused(made, features, message):
-    tracer, lm, tokens, _ = made
-    with pytest.raises((ValueError, IndexError), match=message):
-        site_of(tracer, lm, tokens, features)
+def test_features_that_are_refused(made, features, error, message):
+    tracer, tokens, _ = made
+    with pytest.raises(error, match=message.format(name=tracer.out.name, last=tracer.n_features - 1)):
+        site_of(tracer, tokens, features)

@@ -11,7 +11,8 @@ import numpy as np
 import published
 import pytest
 
-from bilinear_jax.checkpoint import corpus
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
@@ -19,7 +20,7 @@ from bilinear_jax.pages.facts import Activity, Context, ContextGroup, Histogram,
 from bilinear_jax.pages.gather import gather
 from bilinear_jax.pages.neuronpedia import EMPTY, export
 from bilinear_jax.pages.options import PageOptions
-from bilinear_jax.tracer import Tracer
+from bilinear_jax.store.datasets import load_corpus
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "data" / "neuronpedia-batch.schema.json").read_text())
 DATASET = {"dataset": "stories", "rows": 40, "tokens_per_row": 8}
@@ -124,12 +125,12 @@ def test_gathered_facts_with_whole_rows(tmp_path):
     # The largest value of every context, which Neuronpedia looks for itself, is the code that the model gives there
     lm = load("ts-nano")
     tracer = Tracer(lm, 2)
-    tokens = np.asarray(corpus("ts-nano")[:4], np.int32)
+    tokens = np.asarray(load_corpus("ts-nano")[:4], np.int32)
     codes = np.array(tracer.out.encode(lm.capture(tokens, [("mlp_out", 2)])["mlp_out", 2]))
     codes[:, 0] = 0
     feature = int(np.argmax((codes != 0).sum(axis=(0, 1))))
     options = PageOptions(window=256, contexts=3, pairs=1, eigenpairs=1, reads=1, heat_map=1, pair_contexts=0)
-    site = gather(lm, tracer, [feature], tokens=tokens, options=options, command="", dataset="corpus")
+    site = gather(tracer, [feature], tokens=tokens, options=options, command="", dataset="corpus")
     facts = [page.activity for page in site.outputs]
     batch = written(export(lm, tracer.out, facts, tmp_path / "np", dataset="corpus", rows=4, tokens_per_row=256))[0]
     jsonschema.validate(batch, SCHEMA, cls=jsonschema.Draft202012Validator)
@@ -173,7 +174,6 @@ def test_what_is_refused(made, tmp_path):
     for activities, options, message in [
         ([], {}, "there is no feature to export"),
         ([ALIVE, DEAD, ALIVE], {}, "feature 5 of SAE 0-attn-out-x2-k2 is given twice"),
-        ([dataclasses.replace(DEAD, feature=8)], {}, r"has features 0 \.\.\. 7, got 8"),
         ([ALIVE], {"features_per_file": 0}, "must be at least 1, got 0, 40 and 8"),
         ([ALIVE], {"lm": nan}, "feature 5 has a number that is not finite"),
         ([ALIVE], {"lm": dataclasses.replace(lm, source=None)}, "pass model_id="),
@@ -181,6 +181,8 @@ def test_what_is_refused(made, tmp_path):
         options = {"lm": lm, **DATASET, **options}
         with pytest.raises(ValueError, match=message):
             export(sae=sae, activities=activities, out=tmp_path / "np", **options)
+    with pytest.raises(UnknownNameError, match=r"no feature 8 in SAE 0-attn-out-x2-k2: choose one of 0 \.\.\. 7"):
+        export(*made, [dataclasses.replace(DEAD, feature=8)], tmp_path / "np", **DATASET)
     assert not list(tmp_path.iterdir())
     out = export(
         dataclasses.replace(lm, source=None), sae, [DEAD], tmp_path / "np", model_id="mine", set_name="s", **DATASET

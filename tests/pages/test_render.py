@@ -4,16 +4,16 @@ import dataclasses
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import made
 import numpy as np
 import pytest
 
-from bilinear_jax import rendering
 from bilinear_jax.pages import render
 from bilinear_jax.pages.facts import Context, HeatMap
 from bilinear_jax.pages.site import write_site
+from bilinear_jax.show import html as shared
+from bilinear_jax.show import text as rendering
 
 
 class Page(HTMLParser):
@@ -46,7 +46,7 @@ def every_page() -> dict[str, str]:
     pages |= {f"output {place}": render.output_page(site, place) for place in range(3)}
     pages |= {f"input {place}": render.input_page(site, place) for place in range(4)}
     fragments = (site, *site.outputs, *site.inputs)
-    return pages | {f"fragment {place}": one._repr_html_() for place, one in enumerate(fragments)}
+    return pages | {f"fragment {place}": render.notebook(one)._repr_html_() for place, one in enumerate(fragments)}
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,13 @@ def test_nothing_is_asked_of_a_network(pages):
     for name, html in pages.items():
         assert not re.search(r"(?:https?:)?//\w", html.replace("</", "")), name
         assert "@import" not in html and "url(" not in html
-    sheets = render.style("parts.css", "style.css") + render.read_static("script.js")
+    sheets = shared.style(shared.static("parts.css"), shared.static("style.css", render.ROOM))
+    sheets += shared.static("script.js", render.ROOM)
     assert not re.search(r"url\(|@import|https?:|fetch|import ", sheets)
 
 
 def test_a_character_split_over_tokens_is_one_piece_with_the_strongest_value():
-    found = render.glyphs(made.context(), 4.0)
+    found = shared.glyphs(made.context(), 4.0)
     whole = next(one for one in found if one.text == "é")
     assert (whole.value, whole.shade, whole.joined) == ("3.00", "p8", 1)
     assert sum(1 + one.joined for one in found) == len(made.TOKENS)
@@ -94,7 +95,7 @@ def test_a_character_split_over_tokens_is_one_piece_with_the_strongest_value():
 
 
 def test_shades_of_a_pair_tell_which_feature_fires():
-    found = render.glyphs(made.context(second=True), 4.0, 2.0)
+    found = shared.glyphs(made.context(second=True), 4.0, 2.0)
     assert [one.shade for one in found] == ["u3", "p3", "p5 u3", "", "p2", "", "p8", "n5 u2", "p10 u2"]
     assert [one.second for one in found][:3] == ["2.00", "0", "2.00"]
 
@@ -123,16 +124,16 @@ def test_every_link_and_every_label_leads_somewhere(tmp_path):
 
 
 def test_dead_features_and_what_is_missing_give_a_page(pages):
-    assert "on this dataset it is dead" in Page(pages["output 1"]).text
-    assert "on this dataset it is dead" in Page(pages["input 0"]).text
+    assert "On this dataset it is dead" in Page(pages["output 1"]).text
+    assert "On this dataset it is dead" in Page(pages["input 0"]).text
     assert "dead" in Page(pages["index"]).text
-    assert f"R² {render.DASH}" in Page(pages["output 1"]).text
+    assert f"R² {shared.DASH}" in Page(pages["output 1"]).text
 
 
 def test_an_output_feature_says_what_is_not_shown(pages):
     text = " ".join(" ".join(Page(pages["output 0"]).pieces).split())
     assert (
-        "The 4 pairs of largest weight are 3.21% of the account" in text and "(5.00% of what pairs alone say)" in text
+        "The 4 pairs of largest weight make up 3.21% of the account" in text and "and 5.00% of all its pairs." in text
     )
     assert "predicts the pre-activation with R² 0.400" in text
     assert "interference" in text and "mean pre-activation 0.375" in text  # 0.5 - 0.25 + 0.125
@@ -141,7 +142,7 @@ def test_an_output_feature_says_what_is_not_shown(pages):
 
 def test_a_visualizer_s_contexts_in_a_notebook():
     place = rendering.Context(4.0, 7, 31, 30, ("<i>", " dog"), np.array([0.0, 4.0]))
-    html = render.contexts_fragment({3: [place], 5: []}, {3: (["␣up"], ["<b>"])}, "2-mlp-out")
+    html = shared.contexts_fragment({3: [place], 5: []}, {3: (["␣up"], ["<b>"])}, "2-mlp-out")
     text = Page(html._repr_html_()).text
     assert "Feature 3 of SAE 2-mlp-out" in text and "<i> dog" in text and "lowers <b>" in text
     assert "dead: no token activates it" in text and not Page(html).all("i")
@@ -164,7 +165,7 @@ def test_the_same_facts_give_the_same_bytes_and_the_json_holds_them(tmp_path):
         }
 
     first = written("first")
-    render._environment.cache_clear()
+    shared.environment.cache_clear()
     assert first == written("second")
     facts = json.loads(first["data/output-10.json"])
     assert facts["output"] == json.loads(json.dumps(dataclasses.asdict(made.site().outputs[0])))
@@ -182,7 +183,7 @@ def test_a_site_replaces_a_site_and_nothing_else(tmp_path):
     assert not (site / "output" / "999.html").exists()
     other.mkdir()
     (other / "config.json").write_text('{"format": "a model"}')
-    with pytest.raises(FileExistsError, match="not even force"):
+    with pytest.raises(FileExistsError, match="force does not replace it"):
         write_site(made.site(), other, force=True)
 
 
@@ -212,7 +213,7 @@ def test_a_page_with_all_that_is_asked_for_by_default_is_under_300_kb():
 
 
 def test_every_rule_for_notebooks_stays_inside_its_fragment():
-    sheet = re.sub(r"/\*.*?\*/", "", render.style("parts.css"), flags=re.DOTALL)
+    sheet = re.sub(r"/\*.*?\*/", "", shared.style(shared.static("parts.css")), flags=re.DOTALL)
     selectors = re.findall(r"(?:^|[{}])\s*([^{}@]+)\{", sheet)
     assert len(selectors) > 100
     for selector in selectors:
@@ -229,7 +230,7 @@ def contrast(first: rendering.RGB, second: rendering.RGB) -> float:
 
 
 def test_text_is_legible_in_light_and_dark():
-    sheet = (Path(render.__file__).parent / "static" / "parts.css").read_text()
+    sheet = shared.static("parts.css")
     colours = {
         name: [tuple(bytes.fromhex(one)) for one in pair]
         for name, *pair in re.findall(r"--(\w+): light-dark\(#(\w+), #(\w+)\)", sheet)
@@ -240,7 +241,7 @@ def test_text_is_legible_in_light_and_dark():
                 assert contrast(colours[text][side], colours[ground][side]) >= 4.5, (text, ground, side)
         for mark in ("positive", "negative", "second"):
             assert contrast(colours[mark][side], colours["paper"][side]) >= 3, (mark, side)
-    rules = re.findall(r"background:light-dark\(#(\w+),#(\w+)\);color:light-dark\(#(\w+),#(\w+)\)", render.shades())
+    rules = re.findall(r"background:light-dark\(#(\w+),#(\w+)\);color:light-dark\(#(\w+),#(\w+)\)", shared.shades())
     assert len(rules) == 20
     for *grounds, light, dark in rules:
         for ground, text in zip(grounds, (light, dark), strict=True):

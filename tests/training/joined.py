@@ -15,11 +15,11 @@ import numpy as np
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAEConfig
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
-from bilinear_jax.training.data import held_out_rows
+from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.fit import ByStep, TrainState, fit
-from bilinear_jax.training.language import LanguageRecipe, train_language
+from bilinear_jax.training.language import LanguageRecipe, fit_language
 from bilinear_jax.training.mesh import OnMesh, join_processes, make_mesh, one_copy, place
-from bilinear_jax.training.sae import SAERecipe, train_saes
+from bilinear_jax.training.sae import SAERecipe, fit_saes
 
 CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=16, d_hidden=32, n_ctx=16, n_vocab=32, pad_id=0)
 SAES = [SAEConfig("mlp_in", 0, 16, 4, 4), SAEConfig("mlp_out", 1, 16, 4, 4)]
@@ -44,13 +44,13 @@ def train_lm(directory: Path, mesh) -> list[dict]:
     recipe = LanguageRecipe(steps=6, batch_size=8, warmup=2, compute_dtype="float32", accumulation=2)
     held_out = held_out_rows(stream()[:200], CONFIG.n_ctx)
     options = dict(params=weights(), mesh=mesh, save_every=3, evaluate_every=2)
-    train_language(CONFIG, recipe, stream(), held_out, directory, **options)
+    fit_language(CONFIG, recipe, stream(), held_out, directory, **options)
     return metrics(directory)
 
 
 def train_sae(directory: Path, mesh) -> list[dict]:
     recipe = SAERecipe(steps=6, batch_size=64, lr=1e-2, warmup=2, rows=8, buffer_tokens=256, form="gather")
-    saes = train_saes(LanguageModel(weights(), CONFIG), SAES, recipe, stream(), directory, mesh=mesh)
+    saes = fit_saes(LanguageModel(weights(), CONFIG), SAES, recipe, stream(), directory, mesh=mesh)
     codes = [sae.encode(jnp.ones((1, 16))) for sae in saes]
     return [{"codes": np.asarray(code).tolist()} for code in codes] + metrics(directory)
 

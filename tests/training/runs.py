@@ -15,7 +15,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAEConfig
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.training.fit import TrainState, apply_optimizer, fit
-from bilinear_jax.training.sae import SAERecipe, train_saes
+from bilinear_jax.training.sae import SAERecipe, fit_saes
 
 OPTIMIZER = optax.adam(1e-2)
 STEPS = 60
@@ -108,9 +108,7 @@ def train_saes_on_a_model(directory: Path) -> None:
     params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.5, leaf.shape), jnp.float32), shapes)
     recipe = SAERecipe(steps=40, batch_size=32, warmup=2, rows=8, buffer_tokens=100, form="gather")
     tokens = random.integers(0, 8, 4000).astype(np.int32)
-    train_saes(
-        LanguageModel(params, config), [SAEConfig("mlp_in", 0, 8, 2, 2)], recipe, tokens, directory, save_every=4
-    )
+    fit_saes(LanguageModel(params, config), [SAEConfig("mlp_in", 0, 8, 2, 2)], recipe, tokens, directory, save_every=4)
 
 
 # What is in a run's folder

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from bilinear_jax.checkpoint import load_tokenizer
-from bilinear_jax.training import data
-from bilinear_jax.training.data import batches, held_out_rows, open_tokens, tokenize, tokenizer_hash
-from bilinear_jax.training.documents import read_documents, save_tokenizer, train_tokenizer, without_last
+from bilinear_jax.store import tokens as token_files
+from bilinear_jax.store.documents import read_documents, without_last
+from bilinear_jax.store.tokenizers import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
+from bilinear_jax.store.tokens import open_tokens, tokenize
+from bilinear_jax.training.batches import batches, held_out_rows
 from bilinear_jax.training.fit import BatchIterator
 
 TEXT = ["The cat sat.\n\nIt purred — loudly!", "A dog ran 12 miles; naïve dog.", "The end of the cat and the dog."] * 5
@@ -56,16 +57,18 @@ class TestTokenizer:
         assert loaded(TEXT[0])["input_ids"] == tokenizer.encode(TEXT[0]).ids
 
     def test_a_vocabulary_that_the_text_cannot_fill_is_an_error(self):
-        with pytest.raises(ValueError, match=r"the text supports only \d+ pieces: lower n_vocab, which is 5000"):
+        with pytest.raises(ValueError, match=r"n_vocab is 5000, but the text gives only \d+ token ids: lower n_vocab"):
             train_tokenizer(["ab"], n_vocab=5000)
-        with pytest.raises(ValueError, match="has at least 257 pieces: raise n_vocab, which is 256"):
+        with pytest.raises(
+            ValueError, match="n_vocab is 256, but a byte-level tokenizer has at least 257 token ids: raise it"
+        ):
             train_tokenizer(["ab"], n_vocab=256)
 
     def test_a_full_disk_leaves_no_part_of_one(self, tokenizer, tmp_path):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         try:
-            with pytest.raises(OSError, match=r"could not write .*tokenizer.json \(File too large\): make room"):
+            with pytest.raises(OSError, match=r"could not write .*tokenizer.json \(File too large\): free disk space"):
                 save_tokenizer(tokenizer, tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -83,7 +86,7 @@ class TestDocuments:
     @pytest.mark.parametrize("size", [1, 2, 5, 13, 14, 1000])
     def test_a_separator_across_chunks(self, tmp_path, monkeypatch, size):
         """Whatever is read at once, the documents are those of the whole text; a piece of a separator is text."""
-        monkeypatch.setattr("bilinear_jax.training.documents._CHARACTERS", size)
+        monkeypatch.setattr("bilinear_jax.store.documents._CHARACTERS", size)
         text = "one<|endoftext|>two <|endoftext<|endoftext|><|endoftext|>three <|endof"
         (tmp_path / "a.txt").write_text(text)
         assert list(read_documents(tmp_path / "a.txt")) == ["one", "two <|endoftext", "three <|endof"]
@@ -108,7 +111,7 @@ class TestDocuments:
         with pytest.raises(ValueError, match=r"row 2 of .*null.parquet is not text, but NoneType"):
             list(read_documents(tmp_path / "null.parquet"))
         (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-        with pytest.raises(ValueError, match=r"cut.parquet can't be read .*download it again"):
+        with pytest.raises(ValueError, match=r"cut.parquet cannot be read .*download it again"):
             list(read_documents(tmp_path / "cut.parquet"))
 
     @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ class TestDocuments:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("a.txt", b"\n", "a.txt holds no documents: expected text, with .* between them"),
+            ("a.txt", b"\n", "a.txt has no documents: it must hold text, with .* between them"),
             ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
             ("a.txt.gz", gzip.compress(b"one story " * 99, mtime=0)[:-9], "a.txt.gz is cut short or damaged"),
             ("a.txt.gz", b"not gzipped", "a.txt.gz is cut short or damaged"),
@@ -156,7 +159,7 @@ class TestDocuments:
             ("a.jsonl", b'{"text": 3}\n', "'text' of line 1 of .*a.jsonl is not text, but int"),
             ("a.jsonl", b'{"text": "a"}\n' + b"[" * 99_999, "line 2 of .*a.jsonl is not JSON"),
             ("a.jsonl", b'{"text": "a \\ud800"}\n', "'text' of line 1 of .*a.jsonl is not Unicode text"),
-            ("a.csv", b"text\n", r"a.csv is of no kind that is read: name a .txt, .*hub:OWNER/NAME"),
+            ("a.csv", b"text\n", r"a.csv has a file type that cannot be read: name a .txt, .*hub:OWNER/NAME"),
         ],
         ids=range(11),
     )
@@ -174,7 +177,7 @@ class TestDocuments:
     def test_all_but_the_last(self):
         assert list(without_last("abcde", 2)) == ["a", "b", "c"]
         assert list(without_last("ab", 0)) == ["a", "b"]
-        with pytest.raises(ValueError, match=r"2 documents are too few to hold out 2: hold out fewer, or give more$"):
+        with pytest.raises(ValueError, match=r"2 documents are too few to hold out 2: hold out fewer, give more text$"):
             list(without_last("ab", 2))
 
     def test_no_text_is_taken_twice(self, tmp_path, text_file):
@@ -185,7 +188,7 @@ class TestDocuments:
 
 class TestTokenFile:
     def test_it_is_the_documents_as_the_tokenizer_gives_them(self, tokenizer, text_file, tmp_path, monkeypatch):
-        monkeypatch.setattr(data, "_CHARACTERS", 70)  # several documents a chunk, several chunks
+        monkeypatch.setattr(token_files, "_CHARACTERS", 70)  # several documents a chunk, several chunks
         file = tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=2)
         assert file.tokens.tolist() == ids(tokenizer, TEXT[:-2])
         assert file.held_out.tolist() == ids(tokenizer, TEXT[-2:])
@@ -231,7 +234,7 @@ class TestTokenFile:
 
     def test_the_second_time_it_is_only_opened(self, tokenizer, text_file, tmp_path, monkeypatch):
         first = tokenize(text_file, tokenizer, tmp_path / "tokens").tokens
-        monkeypatch.setattr(data, "_encode_into", None)
+        monkeypatch.setattr(token_files, "_encode_into", None)
         assert tokenize(text_file, tokenizer, tmp_path / "tokens").tokens.tolist() == first.tolist()
         with pytest.raises(ValueError, match=r"made from another text \(held_out_documents: 0 there, 3 now\)"):
             tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=3)
@@ -247,7 +250,7 @@ class TestTokenFile:
             open_tokens(tmp_path / "tokens", other)
         with pytest.raises(ValueError, match=message):
             tokenize(text_file, other, tmp_path / "tokens")
-        with pytest.raises(ValueError, match="a vocabulary of 300 tokens and the model one of 299"):
+        with pytest.raises(ValueError, match="a vocabulary of 300 tokens, but the model only has 299"):
             open_tokens(tmp_path / "tokens", n_vocab=299)
         assert open_tokens(tmp_path / "tokens", n_vocab=300).n_vocab == 300
 
@@ -255,16 +258,16 @@ class TestTokenFile:
         path = tokenize(text_file, tokenizer, tmp_path / "tokens").path
         whole = path.read_bytes()
         path.write_bytes(whole[:-2])
-        with pytest.raises(ValueError, match=rf"has {len(whole) - 2} bytes and should have {len(whole)}"):
+        with pytest.raises(ValueError, match=rf"has {len(whole) - 2} bytes, but should have {len(whole)}"):
             open_tokens(path)
 
     def test_no_other_file_is_taken_for_a_token_file(self, tokenizer, text_file, tmp_path):
         for call in (lambda: open_tokens(text_file), lambda: tokenize(text_file, tokenizer, text_file)):
-            with pytest.raises(FileNotFoundError, match=r"text.txt.json beside it, of which there is .*text.txt"):
+            with pytest.raises(FileNotFoundError, match=r"text.txt.json beside it; found: .*text.txt"):
                 call()
         assert text_file.read_text().startswith(TEXT[0])
         (tmp_path / "text.txt.json").write_text('{"format": "other"}')
-        with pytest.raises(ValueError, match="doesn't describe a token file of this library"):
+        with pytest.raises(ValueError, match="does not describe a token file of this library"):
             open_tokens(text_file)
 
     @pytest.mark.parametrize("change", [{"dtype": None}, {"version": "1"}, {"made_from": []}, {"n_tokens": 2.5}])
@@ -279,14 +282,14 @@ class TestTokenFile:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         try:
-            with pytest.raises(OSError, match=r"the disk is full \(.*\), .*tokens was not written: make room"):
+            with pytest.raises(OSError, match=r"the disk is full \(.*\), .*tokens was not written: free disk space"):
                 tokenize(text_file, tokenizer, tmp_path / "tokens")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert names(tmp_path) == ["text.txt"]
 
     def test_an_error_in_the_middle_leaves_nothing(self, tokenizer, tmp_path, monkeypatch):
-        monkeypatch.setattr(data, "_CHARACTERS", 1)
+        monkeypatch.setattr(token_files, "_CHARACTERS", 1)
         (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{')
         with pytest.raises(ValueError, match="line 3"):
             tokenize(tmp_path / "a.jsonl", tokenizer, tmp_path / "tokens")
@@ -297,7 +300,7 @@ class TestTokenFile:
             tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=15)
         with pytest.raises(ValueError, match=r"3 documents are too few .* or raise max_tokens, which is 30"):
             tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=3, max_tokens=30)
-        with pytest.raises(ValueError, match="max_tokens from 1, got -1 and 0"):
+        with pytest.raises(ValueError, match="max_tokens at least 1, got -1 and 0"):
             tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=-1, max_tokens=0)
         assert names(tmp_path) == ["text.txt"]
 
@@ -308,11 +311,11 @@ class TestTokenFile:
         text.write_text("a story that ends")
         script = f"""
 from tokenizers import Tokenizer
-from bilinear_jax.training import data
-data._CHARACTERS = 100
-data.read_documents = lambda *_: iter(lambda: "one more story", None)
+from bilinear_jax.store import tokens
+tokens._CHARACTERS = 100
+tokens.read_documents = lambda *_: iter(lambda: "one more story", None)
 tokenizer = Tokenizer.from_file({str(tmp_path / "tokenizer.json")!r})
-data.tokenize({str(text)!r}, tokenizer, {str(tmp_path / "tokens")!r})
+tokens.tokenize({str(text)!r}, tokenizer, {str(tmp_path / "tokens")!r})
 """
         with subprocess.Popen([sys.executable, "-c", script]) as process:
             for _ in range(600):
@@ -370,9 +373,10 @@ class TestBatches:
         assert np.any(next(batches(tokens, 10, 4, 1)) != next(batches(tokens, 10, 4, 2)))
 
     def test_a_program_ends_though_batches_are_still_being_cut(self):
-        script = "import numpy as np; from bilinear_jax.training.data import batches; s = batches(np.arange(99), 5, 2)"
+        script = "import numpy as np; from bilinear_jax.training.batches import batches"
+        script += "; s = batches(np.arange(99), 5, 2); next(s); print(s.get_state())"
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", f"{script}; next(s); print(s.get_state())"],
+            [sys.executable, "-W", "error", "-c", script],
             capture_output=True,
             text=True,
             timeout=60,
@@ -388,7 +392,7 @@ class TestBatches:
             with pytest.raises(ValueError, match=r"lie outside the vocabulary 0 ... 9: tokenise the text again"):
                 next(source)
         for bad in (np.zeros(100), np.zeros((50, 2), np.int32)):
-            with pytest.raises(ValueError, match=r"whole numbers \[tokens\], one stream; got"):
+            with pytest.raises(ValueError, match=r"one stream of integers \[tokens\], got"):
                 batches(bad, n_ctx=2, batch_size=2)
 
     def test_too_little_text_is_an_error(self):

@@ -7,14 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from bilinear_jax.evaluation import evaluate_saes
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.measure.evaluation import evaluate_saes
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
-from bilinear_jax.training.data import held_out_rows, tokenize
-from bilinear_jax.training.documents import END_OF_TEXT, train_tokenizer
-from bilinear_jax.training.language import LanguageRecipe, train_language
-from bilinear_jax.training.sae import SAERecipe, train_saes
+from bilinear_jax.store.documents import END_OF_TEXT
+from bilinear_jax.store.tokenizers import train_tokenizer
+from bilinear_jax.store.tokens import tokenize
+from bilinear_jax.training.batches import held_out_rows
+from bilinear_jax.training.language import LanguageRecipe, fit_language
+from bilinear_jax.training.sae import SAERecipe, fit_saes
 
 ADJECTIVES = ("big", "red", "sad", "old", "shy", "hot", "wet", "new")
 NOUNS = ("cat", "dog", "pig", "hen", "owl", "fox", "cow", "bee")
@@ -51,7 +53,7 @@ def test_text_to_language_model_to_saes(tmp_path):
     config = TransformerConfig(n_layer=2, n_head=2, d_model=32, d_hidden=64, n_ctx=32, n_vocab=file.n_vocab)
     rows = held_out_rows(file.held_out, config.n_ctx)
     recipe = LanguageRecipe(steps=300, batch_size=32, lr=1e-2, warmup=20)
-    config, params = train_language(config, recipe, file.tokens, rows, tmp_path / "language", evaluate_every=50)
+    config, params = fit_language(config, recipe, file.tokens, rows, tmp_path / "language", evaluate_every=50)
     losses = [entry["held_out_loss"] for entry in entries(tmp_path / "language") if "held_out_loss" in entry]
     assert losses[0] > entropy + 0.3  # it doesn't know the verbs yet
     assert losses[-1] < entropy + 0.1
@@ -60,7 +62,7 @@ def test_text_to_language_model_to_saes(tmp_path):
     configs = [SAEConfig("mlp_in", 1, 32, expansion=4, k=4), SAEConfig("mlp_out", 0, 32, expansion=4, k=4)]
     recipe = SAERecipe(steps=350, batch_size=512, lr=3e-3, final_lr=6e-4, warmup=20, buffer_tokens=8192, rows=32)
     fresh = evaluate_saes(lm, [SAE.init(one, jax.random.key(0)) for one in configs], rows)
-    saes = train_saes(lm, configs, recipe, file.tokens, tmp_path / "saes", held_out=rows)
+    saes = fit_saes(lm, configs, recipe, file.tokens, tmp_path / "saes", held_out=rows)
     trained = evaluate_saes(lm, saes, rows)
     last = entries(tmp_path / "saes")[-1]
     for name, now in trained.items():

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
-from bilinear_jax.training.data import batches
+from bilinear_jax.training.batches import batches
 from bilinear_jax.training.fit import BatchIterator, ByStep
 from bilinear_jax.training.harvest import Harvest
 from bilinear_jax.training.mesh import make_mesh, place
@@ -164,15 +165,19 @@ def test_on_a_mesh_it_is_the_same_and_shared_out(model):
 def test_wrong_use_is_told(model):
     rows = ByStep(lambda _: np.arange(24).reshape(4, 6))
     for sites, batch_size, buffer_tokens, message in [
-        (REAL, 16, 15, r"15 tokens can't hold one batch of 16.*\(a token takes 96 bytes\)"),
+        (REAL, 16, 15, r"15 tokens cannot hold one batch of 16.*\(a token takes 96 bytes\)"),
         (REAL, 0, 15, "batch_size must be at least 1"),
-        ([], 4, 16, "name at least one site"),
+        ([], 4, 16, "there is no site to capture: name at least one of resid_pre"),
         (["mlp_in"], 4, 16, "pairs of a name and a layer"),
-        ([("mlp_in", 3)], 4, 16, r"layers 0 \.\.\. 2, got 3"),
-        ([("pattern", 0)], 4, 16, "unknown SAE site 'pattern'"),
     ]:
         with pytest.raises(ValueError, match=message):
             Harvest(model, sites, rows, batch_size, buffer_tokens)
+    for site, message in [
+        (("mlp_in", 3), r"no layer 3 in this model's mlp_in: choose one of 0 \.\.\. 2"),
+        (("pattern", 0), "no site 'pattern' in what an SAE can read: choose one of resid_pre"),
+    ]:
+        with pytest.raises(UnknownNameError, match=message):
+            Harvest(model, [site], rows, 4, 16)
     with pytest.raises(ValueError, match="multiple of 8"):
         Harvest(model, REAL, rows, 12, 24, mesh=make_mesh())
     with pytest.raises(ValueError, match="leaves none of"):

@@ -143,12 +143,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(whole, tmp_path):
     finish(runs.train_on_a_full_disk, tmp_path)
     error = (tmp_path / "error.txt").read_text()
     assert "the checkpoint of step 33 could not be written" in error
-    assert "the last good one is of step 30. Make room on the disk" in error
+    assert "the last good one is of step 30. Free disk space" in error
     assert checkpoints(tmp_path) == {"27", "30"}
     finish(runs.train_slowly, tmp_path)
     assert_same(tmp_path, whole)
 
 
 def test_metrics_that_cannot_be_written_are_an_error(tmp_path):
-    with pytest.raises(OSError, match=r"could not write to /dev/full \(No space left on device\): make room"):
+    with pytest.raises(OSError, match=r"could not write to /dev/full \(No space left on device\): free disk space"):
         folder.append(Path("/dev/full"), {"step": 1})

@@ -13,14 +13,14 @@ from tokenizers import processors
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import forward
 from bilinear_jax.nn.transformer import MLP, TransformerConfig
-from bilinear_jax.training.data import held_out_rows
-from bilinear_jax.training.documents import save_tokenizer, train_tokenizer
+from bilinear_jax.store.tokenizers import save_tokenizer, train_tokenizer
+from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.language import (
     LanguageRecipe,
+    fit_language,
     initial_state,
     language_optimizer,
     language_update,
-    train_language,
     without_gate,
 )
 from bilinear_jax.training.mesh import make_mesh
@@ -61,7 +61,7 @@ def swiglu(tmp_path_factory):
     """A SwiGLU model trained by the published recipe, and what was logged."""
     directory = tmp_path_factory.mktemp("swiglu")
     recipe = LanguageRecipe(steps=200, batch_size=32, lr=1e-2, warmup=10)
-    config, params = train_language(GATED, recipe, TRAINING, HELD_OUT, directory, evaluate_every=100)
+    config, params = fit_language(GATED, recipe, TRAINING, HELD_OUT, directory, evaluate_every=100)
     assert config is GATED
     return params, lines(directory / "metrics.jsonl")
 
@@ -79,7 +79,7 @@ def test_adamw_learns_the_rule(swiglu):
 
 def test_muon_learns_the_rule(tmp_path):
     recipe = LanguageRecipe(steps=150, batch_size=16, optimizer="muon", lr=0.02, warmup=10, decay="cosine")
-    train_language(CONFIG, recipe, TRAINING, HELD_OUT, tmp_path)
+    fit_language(CONFIG, recipe, TRAINING, HELD_OUT, tmp_path)
     assert lines(tmp_path / "metrics.jsonl")[-1]["held_out_loss"] < 0.95
 
 
@@ -168,7 +168,7 @@ def two_runs(tmp_path_factory):
     (folder / "one" / "samples.jsonl").write_text('{"step": 2, "text": "old"}\n{"step": 9, "text": "old"}\n')
     for name, mesh in {"one": None, "mesh": make_mesh(data=4, model=2)}.items():
         options = {"tokenizer": folder, "prompts": ["once", "a"], "mesh": mesh, "evaluate_every": 1}
-        _, params = train_language(config, recipe, TRAINING, HELD_OUT[:8], folder / name, **options)
+        _, params = fit_language(config, recipe, TRAINING, HELD_OUT[:8], folder / name, **options)
     assert params["layers"]["mlp"]["w_l"].sharding.spec == jax.sharding.PartitionSpec(None, "model", None)
     return folder / "one", folder / "mesh"
 
@@ -215,7 +215,7 @@ def test_a_trained_swiglu_ends_bilinear(swiglu, tmp_path):
     """The gate is gone (without its biases the MLP is an even function), and the loss is hardly above the SwiGLU's."""
     params, before = swiglu
     recipe = LanguageRecipe(steps=100, batch_size=32, lr=3e-3, warmup=5, anneal=0.3)
-    config, folded = train_language(GATED, recipe, TRAINING, HELD_OUT, tmp_path, params=params, evaluate_every=20)
+    config, folded = fit_language(GATED, recipe, TRAINING, HELD_OUT, tmp_path, params=params, evaluate_every=20)
     metrics = lines(tmp_path / "metrics.jsonl")
     assert {entry["step"]: entry["beta"] for entry in metrics}[40] == 0
     assert metrics[0]["beta"] == pytest.approx(1 - 19 / 30)
@@ -229,7 +229,7 @@ def test_a_trained_swiglu_ends_bilinear(swiglu, tmp_path):
     assert metrics[-1]["held_out_loss"] < before[-1]["held_out_loss"] + 0.05
     assert params["w_u"].sum() != folded["w_u"].sum()  # the start is still there: it was not donated
     with pytest.raises(ValueError, match="start:"):
-        train_language(GATED, recipe, TRAINING, HELD_OUT, tmp_path)
+        fit_language(GATED, recipe, TRAINING, HELD_OUT, tmp_path)
 
 
 def test_fine_tuning_starts_at_the_start(swiglu):
@@ -242,15 +242,15 @@ def test_fine_tuning_starts_at_the_start(swiglu):
 @pytest.mark.parametrize("change", [{"gate": None}, {"gate": "relu"}, {"bilinear": False}], ids=str)
 def test_only_a_swiglu_can_be_annealed(change, tmp_path):
     config = dataclasses.replace(GATED, **change)
-    with pytest.raises(ValueError, match="it needs gate='silu' and bilinear=True, and this model has"):
-        train_language(config, LanguageRecipe(steps=1, anneal=0.3), TRAINING, HELD_OUT, tmp_path)
+    with pytest.raises(ValueError, match="a SwiGLU model, with gate='silu' and bilinear=True, but this model has"):
+        fit_language(config, LanguageRecipe(steps=1, anneal=0.3), TRAINING, HELD_OUT, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"held_out": HELD_OUT[:0]}, r"held_out is tokens \[rows, n_ctx\] .* of shape \(0, "),
-        ({"held_out": HELD_OUT[:, :1]}, r"of 2 \.\.\. \d+ a row"),
+        ({"held_out": HELD_OUT[:0]}, r"held_out must be token ids \[rows, seq\] .* of shape \(0, "),
+        ({"held_out": HELD_OUT[:, :1]}, r"2 \.\.\. \d+ per row"),
         ({"held_out": HELD_OUT.astype(float)}, "got float64"),
         ({"held_out": HELD_OUT - 1000}, "from -"),
         ({"tokens": TRAINING + 1000}, "lie outside the vocabulary"),
@@ -261,7 +261,7 @@ def test_what_cannot_be_trained_on_is_told_before_a_step(tmp_path, change, messa
     """And not as a loss that is NaN, or null on held-out text."""
     given = {"config": CONFIG, "tokens": TRAINING, "held_out": HELD_OUT} | change
     with pytest.raises(ValueError, match=message):
-        train_language(recipe=LanguageRecipe(steps=2, batch_size=2), directory=tmp_path, **given)
+        fit_language(recipe=LanguageRecipe(steps=2, batch_size=2), directory=tmp_path, **given)
 
 
 @pytest.mark.parametrize("prompt", ["once " * 20, ""])
@@ -271,25 +271,27 @@ def test_a_prompt_that_cannot_be_continued_is_told_before_a_step(tmp_path, promp
     tokenizer.post_processor = processors.Sequence([])
     save_tokenizer(tokenizer, tmp_path)
     recipe, prompts = LanguageRecipe(steps=2, batch_size=2), ["o", prompt]
-    with pytest.raises(ValueError, match=rf"tokens can be continued .* {prompt!r} has {len(prompt)}: name another"):
-        train_language(CONFIG, recipe, TRAINING, HELD_OUT, tmp_path / "run", tokenizer=tmp_path, prompts=prompts)
+    with pytest.raises(
+        ValueError, match=rf"the prompt {prompt!r} has {len(prompt)} tokens, .* to be continued .*: give another"
+    ):
+        fit_language(CONFIG, recipe, TRAINING, HELD_OUT, tmp_path / "run", tokenizer=tmp_path, prompts=prompts)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer is one of 'adamw', 'muon'; got 'sgd'"),
-        ({"decay": "sqrt"}, "decay is one of 'linear', 'cosine'"),
-        ({"remat": "all"}, "remat is one of None, 'products', 'layer'"),
-        ({"compute_dtype": "float16"}, "compute_dtype is one of 'float32', 'bfloat16'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of 'adamw', 'muon'; got 'sgd'"),
+        ({"decay": "sqrt"}, "decay must be one of 'linear', 'cosine'"),
+        ({"remat": "all"}, "remat must be one of None, 'products', 'layer'"),
+        ({"compute_dtype": "float16"}, "compute_dtype must be one of 'float32', 'bfloat16'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 10, "accumulation": 4}, "4 is no divisor of batch_size 10"),
-        ({"anneal": 30.0}, "anneal must be a share, 0 ... 1, got 30"),
-        ({"final": -0.5}, "final must be a share"),
+        ({"batch_size": 10, "accumulation": 4}, "4 does not divide batch_size 10"),
+        ({"anneal": 30.0}, "anneal must lie in 0 ... 1, got 30"),
+        ({"final": -0.5}, "final must lie in 0 ... 1"),
         ({"lr": -1e-3}, "lr must be a number that is not negative, got -0.001"),
         ({"embed_lr": float("nan")}, "embed_lr must be a number that is not negative, got nan"),
-        ({"betas": (0.9, 1.0)}, "betas must lie in 0 ... 1, and below 1, got"),
+        ({"betas": (0.9, 1.0)}, "betas must be at least 0 and below 1, got"),
         ({"clip": 0.0}, "clip must be greater than 0, got 0"),
         ({"seed": -1}, "seed must lie in 0 ... 2.32 - 1, got -1"),
     ],

@@ -63,7 +63,7 @@ def together(tmp_path_factory) -> Path:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [143, 143], "\n".join(said)
-    assert all(f"stopped at step 6 of 10, which is saved in {directory / 'stopped'}" in text for text in said)
+    assert all(f"stopped at step 6 of 10; it is saved in {directory / 'stopped'}" in text for text in said)
     return directory
 
 
@@ -114,14 +114,16 @@ def test_each_device_gets_its_rows():
         part = int(np.argwhere(mesh.devices == shard.device)[0, 0])
         np.testing.assert_array_equal(shard.data, np.arange(24).reshape(8, 3)[2 * part : 2 * part + 2])
     assert place_rows(np.zeros((7, 3)), mesh).sharding.spec == P()
-    with pytest.raises(ValueError, match=r"a batch of 6 rows can't be shared out over 4 devices: .* a multiple of 4"):
+    with pytest.raises(
+        ValueError, match=r"a batch of 6 rows cannot be split evenly over 4 devices: .* a multiple of 4"
+    ):
         next(OnMesh(ByStep(lambda step: np.zeros((6, 2))), mesh))
 
 
 def test_a_mesh_has_all_devices():
     assert dict(make_mesh(model=2).shape) == {"data": 4, "model": 2}
     for wrong in [(3, 2), (8, 2), (None, 3), (None, 0), (0, 8)]:
-        with pytest.raises(ValueError, match="aren't the 8 devices there are"):
+        with pytest.raises(ValueError, match="do not make 8, the number of devices"):
             make_mesh(*wrong)
 
 
@@ -130,11 +132,11 @@ def test_a_mesh_has_all_devices():
     [
         (("10.0.0.1:1234",), {}, r"also give processes \(\$JAX_NUM_PROCESSES\) and index \(\$JAX_PROCESS_ID\)"),
         ((None, 2, 0), {}, r"also give coordinator \(\$JAX_COORDINATOR_ADDRESS\)"),
-        (("10.0.0.1:1234", 2, 2), {}, "processes count from 0 to 1, got index 2"),
+        (("10.0.0.1:1234", 2, 2), {}, "index must lie in 0 ... 1, got 2"),
         (("10.0.0.1", 2, 0), {}, "coordinator must be \"address:port\", .* got '10.0.0.1'"),
         (("10.0.0.1:1234", 2), {"JAX_PROCESS_ID": "one"}, r"\$JAX_PROCESS_ID must be a number, got 'one'"),
-        (("127.0.0.1:9", 2, 1), {}, r"nobody answered at 127.0.0.1:9 for 0 s \(.*\): is process 0 running"),
-        (("10.0.0.1:1234", 2, 0), {}, "process 0 of 2 could not join those at 10.0.0.1:1234: .*before any JAX"),
+        (("127.0.0.1:9", 2, 1), {}, r"no answer from 127.0.0.1:9 for 0 s \(.*\): check that process 0 is running"),
+        (("10.0.0.1:1234", 2, 0), {}, "process 0 of 2 could not join the others at 10.0.0.1:1234: .*before any JAX"),
     ],
 )
 def test_joining_says_what_is_missing(monkeypatch, given, environment, message):

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 import bilinear_jax as bj
-from bilinear_jax.checkpoint import sae_names
-from bilinear_jax.cli import main
-from bilinear_jax.evaluation import evaluate_saes, to_json
-from bilinear_jax.tracer import mlp_tensor
-from bilinear_jax.training.command import held_out_loss, train_lm, train_sae
-from bilinear_jax.training.data import held_out_rows, open_tokens
-from bilinear_jax.training.documents import save_tokenizer, train_tokenizer
+from bilinear_jax.commands.main import main
+from bilinear_jax.explain.tracer import mlp_tensor
+from bilinear_jax.measure.evaluation import evaluate_saes, to_json
+from bilinear_jax.store.sources import sae_names
+from bilinear_jax.store.tokenizers import save_tokenizer, train_tokenizer
+from bilinear_jax.store.tokens import open_tokens
+from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.recipes import RECIPES, describe, read_recipe, recipe_names
+from bilinear_jax.training.runs import train_language, train_saes
 
 TINY = {
     "model.n_layer": "1",
@@ -48,7 +49,7 @@ def run(text, tmp_path_factory):
     """A run of ts-nano, tiny."""
     out = tmp_path_factory.mktemp("run")
     kept = {"run.save_every": "1", "run.keep": "1", "run.keep_every": "2", "run.log_every": "2"}
-    train_lm("ts-nano", text, out, overrides=TINY | RUN | kept)
+    train_language("ts-nano", text, out, overrides=TINY | RUN | kept)
     return out
 
 
@@ -75,7 +76,7 @@ def swiglu(run, text, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", stub)
         for _ in range(2):
-            train_lm("ts", text, out, overrides=overrides, wandb="project")
+            train_language("ts", text, out, overrides=overrides, wandb="project")
     return out, stub
 
 
@@ -114,7 +115,7 @@ class TestLanguageModel:
         before = {path: path.stat().st_mtime_ns for path in files}
         assert command("lm", "ts-nano", "--data", text, "--out", run, *options(TINY | RUN)) == 0
         assert {path: path.stat().st_mtime_ns for path in before} == before
-        assert "nats a token on" in capsys.readouterr().out
+        assert "nats per token on" in capsys.readouterr().out
 
     @pytest.mark.parametrize(("name", "value", "message"), [
         ("recipe.lr", "0.5", "holds a run with another config"),
@@ -129,43 +130,41 @@ class TestLanguageModel:
         before = (run / "tokenizer.json").read_bytes()
         save_tokenizer(train_tokenizer(text.read_text().split("<|endoftext|>"), 265), tmp_path)
         named = {"data.tokenizer": str(tmp_path / "tokenizer.json")}
-        with pytest.raises(
-            ValueError, match=r"tokenizer.json is another tokenizer than this run's: name another --out"
-        ):
-            train_lm("ts-nano", text, run, overrides=TINY | RUN | named)
-        with pytest.raises(ValueError, match=r"tokenizer.json is another tokenizer than this run's"):
-            train_sae("ts-nano", text, run, model="ts-nano", overrides=RUN)
+        with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer of this run: name another --out"):
+            train_language("ts-nano", text, run, overrides=TINY | RUN | named)
+        with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer of this run"):
+            train_saes("ts-nano", text, run, model="ts-nano", overrides=RUN)
         assert (run / "tokenizer.json").read_bytes() == before
 
     def test_a_model_of_another_run_is_not_taken_for_this_ones(self, run, text, tmp_path):
         """Else its score would be written down as that of what was trained now."""
         shutil.copytree(run, tmp_path / "run")
         model, given = tmp_path / "run" / "model", TINY | RUN | NO_SAMPLES
-        with pytest.raises(ValueError, match=r"model isn't what was trained here, in float32: move .*model away"):
-            train_lm("ts-nano", text, tmp_path / "run", overrides=given | {"run.weights": "float32"})
+        with pytest.raises(ValueError, match=r"model is not what was trained here, in float32: move .*model away"):
+            train_language("ts-nano", text, tmp_path / "run", overrides=given | {"run.weights": "float32"})
         (model / "config.json").unlink()
-        with pytest.raises(ValueError, match=r"what is saved can't be read \(.*: move .*model away and give the"):
-            train_lm("ts-nano", text, tmp_path / "run", overrides=given)
+        with pytest.raises(ValueError, match=r"what was saved cannot be read \(.*: move .*model away and run the"):
+            train_language("ts-nano", text, tmp_path / "run", overrides=given)
         shutil.rmtree(model)
         model.mkdir()
-        train_lm("ts-nano", text, tmp_path / "run", overrides=given)
+        train_language("ts-nano", text, tmp_path / "run", overrides=given)
         assert (tmp_path / "run" / "model.json").read_bytes() == (run / "model.json").read_bytes()
 
     @pytest.mark.parametrize("place", ["model", "model/x", "language", "language/checkpoints/3", "tokens", "tokens/x"])
     def test_no_run_within_another(self, run, text, place):
         """It would replace the tokenizer of a model, or be deleted with an old checkpoint."""
         before = sorted(run.rglob("*"))
-        with pytest.raises((ValueError, OSError), match=r"is, or lies in, a part of another run|tokens is a file"):
-            train_lm("ts-nano", text, run / place, overrides=TINY | RUN)
+        with pytest.raises((ValueError, OSError), match=r"is inside a part of another run|tokens is a file"):
+            train_language("ts-nano", text, run / place, overrides=TINY | RUN)
         assert sorted(run.rglob("*")) == before
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            ({"recipe.anneal": "0.5"}, "it needs gate='silu'"),
+            ({"recipe.anneal": "0.5"}, "a SwiGLU model, with gate='silu'"),
             ({"run.mesh": "3,1"}, "3 parts of a batch"),
             ({"model.n_ctx": "1"}, "n_ctx must be at least 2"),
-            ({"model.pad_id": "270"}, "pad_id is a token, 0 ... 269, or none; got 270"),
+            ({"model.pad_id": "270"}, "pad_id must lie in 0 ... 269, or none; got 270"),
             ({"data.held_out": "150"}, "150 documents are too few to hold out 150"),
             ({"data.max_tokens": "30"}, "raise max_tokens, which is 30"),
             ({"data.tokenizer": "nope"}, "no folder nope, and no model of that name"),
@@ -173,14 +172,14 @@ class TestLanguageModel:
     )
     def test_what_cannot_be_trained_is_told_before_the_text_is_tokenised(self, text, tmp_path, overrides, message):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            train_lm("ts-nano", text, tmp_path, overrides=TINY | RUN | overrides)
+            train_language("ts-nano", text, tmp_path, overrides=TINY | RUN | overrides)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("name", ["fw-medium", "fw-small"])
     def test_a_large_recipe_trains(self, text, tmp_path, name):
         """Over a mesh of all 8 devices: 4 parts of a batch, 2 of the weights."""
         overrides = TINY | RUN | NO_SAMPLES | {"recipe.batch_size": "8", "run.mesh": "4,2"}
-        folder = train_lm(name, text, tmp_path, overrides=overrides)
+        folder = train_language(name, text, tmp_path, overrides=overrides)
         lm = bj.load(folder)
         assert lm.config == read_recipe("lm", name, overrides).model
         scores = json.loads((tmp_path / "model.json").read_text())
@@ -207,19 +206,23 @@ class TestLanguageModel:
 
     def test_too_small_a_vocabulary_is_refused(self, run, text, tmp_path):
         given = {"data.tokenizer": str(run / "tokenizer.json"), "model.n_vocab": "269"}
-        with pytest.raises(ValueError, match="a vocabulary of 270 tokens and the model one of 269"):
-            train_lm("ts", text, tmp_path, overrides=TINY | RUN | given)
+        with pytest.raises(ValueError, match="a vocabulary of 270 tokens, but the model only 269"):
+            train_language("ts", text, tmp_path, overrides=TINY | RUN | given)
         assert list(tmp_path.iterdir()) == []
 
     def test_another_size_of_a_new_tokenizer_is_refused(self, run, text):
         """Else the one that is there is taken, and the model has tokens that never come."""
-        with pytest.raises(ValueError, match="has a tokenizer of 270 pieces, the model 280: name another --out"):
-            train_lm("ts-nano", text, run, overrides=TINY | RUN | {"model.n_vocab": "280"})
+        with pytest.raises(
+            ValueError, match="has a tokenizer of 270 token ids, but the model has 280: name another --out"
+        ):
+            train_language("ts-nano", text, run, overrides=TINY | RUN | {"model.n_vocab": "280"})
 
     def test_the_loss_does_not_depend_on_the_batch(self, run):
         lm = bj.load(run / "model")
         rows = held_out_rows(open_tokens(run / "tokens").held_out, 16)[:5]
-        assert held_out_loss(lm, rows, batch_size=2) == pytest.approx(held_out_loss(lm, rows, batch_size=5), rel=1e-6)
+        found = [lm.mean_loss(rows, batch_size=size) for size in (2, 5)]
+        assert found[0].tokens == found[1].tokens == 5 * 15
+        assert found[0].loss == pytest.approx(found[1].loss, rel=1e-6)
 
 
 class TestSAEs:
@@ -231,7 +234,7 @@ class TestSAEs:
     ])  # fmt: skip
     def test_for_a_model_elsewhere(self, run, text, tmp_path, name, site, trained):
         overrides = self.SMALL | {"saes.layers": "0", "saes.sites": site, "recipe.form": "scan"}
-        assert train_sae(name, text, tmp_path, model=run / "model", overrides=overrides) == tmp_path / "scope"
+        assert train_saes(name, text, tmp_path, model=run / "model", overrides=overrides) == tmp_path / "scope"
         assert sae_names(tmp_path) == [trained] == list(json.loads((tmp_path / "saes.json").read_text()))
         assert bj.load_sae(tmp_path, site).config.k == 2
 
@@ -257,16 +260,27 @@ class TestSAEs:
         rows = held_out_rows(open_tokens(run / "tokens").held_out, 16)
         by_hand = evaluate_saes(bj.load(run / "model"), [tracer.inp, tracer.out], rows)
         assert (run / "saes.json").read_text() == to_json(by_hand) + "\n"
-        with pytest.raises(ValueError, match=r"0-mlp-in-x4-k2 isn't what was trained here, in float32"):
-            train_sae("ts-nano", text, run, overrides=overrides | {"run.weights": "float32"})
+        with pytest.raises(ValueError, match=r"0-mlp-in-x4-k2 is not what was trained here, in float32"):
+            train_saes("ts-nano", text, run, overrides=overrides | {"run.weights": "float32"})
+
+    def test_an_sae_without_its_config_is_told(self, run, text, tmp_path):
+        """It is not found by its name then, and its folder is not free."""
+        overrides = self.SMALL | {"saes.layers": "0", "saes.sites": "mlp_in", "recipe.form": "scan"}
+        given = {"model": run / "model", "overrides": overrides}
+        train_saes("ts-nano", text, tmp_path, **given)
+        (tmp_path / "scope" / "0-mlp-in-x4-k2" / "config.json").unlink()
+        with pytest.raises(
+            ValueError, match=r"what was saved cannot be read \(there is no SAE .*move .*-k2 away and run"
+        ):
+            train_saes("ts-nano", text, tmp_path, **given)
 
     def test_a_model_is_needed(self, text, tmp_path, capsys):
         assert command("sae", "ts-nano", "--data", text, "--out", tmp_path) == 1
         assert "train it with `bilinear-jax train lm`, or name one with --model" in capsys.readouterr().err
 
     def test_a_layer_that_the_model_lacks(self, run, text, tmp_path):
-        with pytest.raises(ValueError, match=r"saes.layers are 0 ... 0 for this model, got \[7\]"):
-            train_sae("fw", text, tmp_path, model=run / "model")
+        with pytest.raises(ValueError, match=r"saes.layers must lie in 0 ... 0 for this model, got \[7\]"):
+            train_saes("fw", text, tmp_path, model=run / "model")
 
 
 class TestFiles:
@@ -306,15 +320,15 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            ({"recipe.step": "3"}, r"no field recipe.step; those of recipe are steps, batch_size, "),
-            ({"recipes.steps": "3"}, r"no table recipes; those of such a recipe are model, recipe, data, run"),
-            ({"recipe.steps": "3.5"}, "recipe.steps is a whole number, not 3.5"),
-            ({"recipe.steps": "true"}, "recipe.steps is a whole number, not true"),
-            ({"model.bias": "1"}, "model.bias is true or false, not 1"),
-            ({"recipe.betas": "0.9,x"}, r"recipe.betas is a list \[a number"),
-            ({"data.max_tokens": "many"}, 'data.max_tokens is a whole number or "none", not many'),
+            ({"recipe.step": "3"}, r"no field recipe.step; recipe has steps, batch_size, "),
+            ({"recipes.steps": "3"}, r"no table recipes; this kind of recipe has model, recipe, data, run"),
+            ({"recipe.steps": "3.5"}, "recipe.steps must be a whole number, not 3.5"),
+            ({"recipe.steps": "true"}, "recipe.steps must be a whole number, not true"),
+            ({"model.bias": "1"}, "model.bias must be true or false, not 1"),
+            ({"recipe.betas": "0.9,x"}, r"recipe.betas must be a list \[a number"),
+            ({"data.max_tokens": "many"}, 'data.max_tokens must be a whole number or "none", not many'),
             ({"model.n_head": "3"}, "d_model .512. must be a multiple of"),
-            ({"run.weights": "int8"}, "weights are saved in 'float32' or 'bfloat16'"),
+            ({"run.weights": "int8"}, "weights must be 'float32' or 'bfloat16'"),
             ({"run.save_every": "0"}, "ts.toml: save_every must be at least 1, got 0"),
             ({"run.held_out_rows": "0"}, "held_out_rows must be at least 1, got 0"),
             ({"run.mesh": "-1,-1"}, "mesh must be two numbers of at least 1"),
@@ -332,9 +346,9 @@ class TestFiles:
             ("[recipe]\nsteps = ", "own.toml is not TOML"),
             ("[model]\nn_layer = 2\n[recipe]\nsteps = 1", "lacks model.n_head, model.d_model, .*--model.n_head VALUE"),
             ("[data]\nheld_out = 3", r"own.toml has no table \[recipe\]"),
-            ("recipe = 3", r"recipe is a table, \[recipe\], not 3"),
-            ('[recipe]\nsteps = "3"', "recipe.steps is a whole number, not '3'"),
-            ("[saes]\nks = [3]", "no table saes; those of such a recipe are model"),
+            ("recipe = 3", r"recipe must be a table, \[recipe\], not 3"),
+            ('[recipe]\nsteps = "3"', "recipe.steps must be a whole number, not '3'"),
+            ("[saes]\nks = [3]", "no table saes; this kind of recipe has model"),
         ],
     )  # fmt: skip
     def test_a_file_of_ones_own(self, tmp_path, content, message):
@@ -345,11 +359,14 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            ({"saes.ks": "[]"}, "ks must name at least one, and none twice"),
+            ({"saes.ks": "[]"}, "ks must name at least one, and each only once"),
             ({"saes.layers": "[]"}, "layers must name at least one"),
-            ({"saes.expansions": "4,4"}, r"expansions must name at least one, and none twice, got \(4, 4\)"),
-            ({"saes.sites": "mlp_in,mlp-in"}, r"and none twice, got \('mlp_in', 'mlp_in'\)"),
-            ({"saes.sites": "mlp"}, "unknown SAE site 'mlp'; choose one of"),
+            ({"saes.expansions": "4,4"}, r"expansions must name at least one, and each only once, got \(4, 4\)"),
+            ({"saes.sites": "mlp_in,mlp-in"}, r"and each only once, got \('mlp_in', 'mlp_in'\)"),
+            (
+                {"saes.sites": "mlp"},
+                r"ts.toml: there is no site 'mlp' in what an SAE can read: choose one of resid_pre",
+            ),
         ],
     )
     def test_a_grid_of_saes_names_each_once(self, overrides, message):
@@ -360,7 +377,7 @@ class TestFiles:
         (tmp_path / "own.toml").write_text("[recipe]\nsteps = 3")
         assert read_recipe("lm", tmp_path / "own.toml").model is None
         assert command("lm", tmp_path / "own.toml", "--data", text, "--out", tmp_path / "run") == 1
-        assert "goes on from one that there is: name --model" in capsys.readouterr().err
+        assert "name the model to fine-tune with --model" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
 
@@ -408,5 +425,5 @@ class TestCommand:
     def test_weights_and_biases_are_asked_for_only_if_wanted(self, text, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
         with pytest.raises(ImportError, match=r"pip install 'bilinear-jax\[wandb\]'"):
-            train_lm("ts", text, tmp_path, overrides=TINY | RUN, wandb="project")
+            train_language("ts", text, tmp_path, overrides=TINY | RUN, wandb="project")
         assert list(tmp_path.iterdir()) == []

@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(finished, tmp_path, dam
     directory, state = finished
     shutil.copytree(directory, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "8")
-    with pytest.warns(UserWarning, match=r"checkpoint 8 of .*can't be read.*going on from checkpoint 6.*damaged/8"):
+    with pytest.warns(UserWarning, match=r"checkpoint 8 of .*cannot be read.*resuming from checkpoint 6.*damaged/8"):
         jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "run"), state)
     assert metrics(tmp_path / "run") == metrics(directory)
     assert complete(tmp_path / "run") == {"6", "8"}
@@ -170,7 +170,7 @@ def test_checksums_are_those_of_the_formula(tmp_path):
 def test_the_newest_are_kept_and_every_mth(tmp_path):
     run(tmp_path, steps=9, save_every=1, keep=1, keep_every=4)
     assert complete(tmp_path) == {"4", "8", "9"}
-    with pytest.raises(ValueError, match="keep must be 1 or more"):
+    with pytest.raises(ValueError, match="keep must be at least 1"):
         run(tmp_path, keep=0)
 
 
@@ -189,7 +189,7 @@ def test_a_signal_saves_at_the_end_of_the_step(finished, tmp_path, number, capsy
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as stopped:
         run(tmp_path, interrupted, save_every=100, log_every=2)
-    assert f"stopped at step 5 of 8, which is saved in {tmp_path}" in capsys.readouterr().err
+    assert f"stopped at step 5 of 8; it is saved in {tmp_path}" in capsys.readouterr().err
     assert number != signal.SIGTERM or stopped.value.code == 143
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert complete(tmp_path) == {"5"}
@@ -232,7 +232,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.warns(UserWarning, match=r"can't be locked \(Function not implemented\)"):
+    with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\)"):
         run(tmp_path)
     assert complete(tmp_path) == {"6", "8"}
 
@@ -261,7 +261,9 @@ def test_what_is_no_line_of_metrics_is_dropped(finished, tmp_path):
 def test_the_changes_of_a_list_are_named_one_by_one(tmp_path):
     before = {"saes": [{"site": "mlp_in", "k": 2}, {"site": "mlp_out", "k": 2}]}
     run(tmp_path, config=before)
-    with pytest.raises(ValueError, match=r"another config \(saes.1.k: 2 -> 3, saes.2.k: None -> 4\): restore"):
+    with pytest.raises(
+        ValueError, match=r"another config \(saes.1.k: 2 -> 3, saes.2.k: None -> 4\): use the old config"
+    ):
         run(tmp_path, config={"saes": [before["saes"][0], {"site": "mlp_out", "k": 3}, {"k": 4}]})
 
 
@@ -271,9 +273,7 @@ def test_another_config_may_follow_a_run_that_saved_nothing(tmp_path):
     def poisoned(step):
         return batch_at(step) * np.nan
 
-    with pytest.raises(
-        FloatingPointError, match=r"good checkpoint in .* is none\. Lower .*the same command again with"
-    ):
+    with pytest.raises(FloatingPointError, match=r"good checkpoint in .* is none\. Lower .*the same command with"):
         run(tmp_path, poisoned, config={"lr": 9.0}, log_every=1, save_every=100)
     run(tmp_path, config={"lr": 0.1})
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.1}
@@ -311,5 +311,5 @@ def test_data_that_ends_and_data_that_cannot_be_saved(tmp_path):
         def get_state(self):
             return {"step": np.int64(0)}
 
-    with pytest.raises(TypeError, match=r"get_state\(\) of Numpy must give JSON"):
+    with pytest.raises(TypeError, match=r"get_state\(\) of Numpy must return JSON"):
         fit(update, start(), Numpy(batch_at), steps=1, directory=tmp_path / "numpy", config={})

@@ -15,6 +15,7 @@ from bilinear_jax.training.fit import ByStep, apply_optimizer, cosine_with_warmu
 from bilinear_jax.training.mesh import make_mesh, one_copy, place, place_rows
 from bilinear_jax.training.sae import (
     SAERecipe,
+    fit_saes,
     initial_state,
     reconstruction_loss,
     sae_optimizer,
@@ -22,7 +23,6 @@ from bilinear_jax.training.sae import (
     saes_of,
     stacks,
     train_on_activations,
-    train_saes,
 )
 from bilinear_jax.training.unit_decoder import unit_decoder
 
@@ -163,7 +163,7 @@ def test_saes_that_are_alike_are_stacked():
     wide = SAEConfig("mlp_in", 0, D_MODEL, 4, 2)
     through = SAEConfig("mlp_in", 0, D_MODEL, 3, 2, passthrough=(1,), tag="through")
     assert list(stacks([one, wide, two, through, three]).values()) == [(one, two, three), (wide,), (through,)]
-    with pytest.raises(ValueError, match="share a name, give them tags"):
+    with pytest.raises(ValueError, match="have the same name: give them different tags"):
         stacks([one, one])
     with pytest.raises(ValueError, match="at least one SAE"):
         stacks([])
@@ -319,7 +319,7 @@ def test_training_on_text_goes_on_with_the_same_bits(lm, tmp_path):
         raise Stopped
 
     def run(name: str, log=None):
-        return train_saes(lm, configs, recipe, tokens, tmp_path / name, save_every=4, log=log)
+        return fit_saes(lm, configs, recipe, tokens, tmp_path / name, save_every=4, log=log)
 
     whole = run("whole")
     with pytest.raises(Stopped):
@@ -333,10 +333,10 @@ def test_training_on_text_goes_on_with_the_same_bits(lm, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"configs": []}, "name at least one SAE to train"),
+        ({"configs": []}, "configs is empty: give at least one SAE to train"),
         (
             {"configs": [SAEConfig("mlp_in", 0, 2 * D_MODEL, 2, 2)]},
-            "has d_model 8, and these SAEs another: 0-mlp-in-x2",
+            "has d_model 8, but these SAEs another: 0-mlp-in-x2",
         ),
         ({"tokens": np.arange(3000)}, "outside the vocabulary"),
         ({"tokens": np.zeros(3000)}, "got float64 of shape"),
@@ -347,13 +347,13 @@ def test_what_cannot_be_trained_on_is_named(lm, tmp_path, change, message):
     recipe = SAERecipe(steps=1, batch_size=60, buffer_tokens=60, rows=4, form="scan")
     given = {"configs": configs_of()[:1], "tokens": np.zeros(3000, np.int32)} | change
     with pytest.raises(ValueError, match=message):
-        train_saes(lm, recipe=recipe, directory=tmp_path, **given)
+        fit_saes(lm, recipe=recipe, directory=tmp_path, **given)
 
 
 def test_a_buffer_larger_than_the_memory_names_the_mend(lm, tmp_path):
     recipe = SAERecipe(steps=1, batch_size=60, buffer_tokens=10**12, rows=4, form="scan")
     with pytest.raises(RuntimeError, match=r"a buffer of \d\d,[\d,]+ bytes: RESOURCE_EXHAUSTED.* Lower buffer_tokens"):
-        train_saes(lm, configs_of()[:1], recipe, np.zeros(3000, np.int32), tmp_path)
+        fit_saes(lm, configs_of()[:1], recipe, np.zeros(3000, np.int32), tmp_path)
 
 
 def test_decoder_biases_start_at_the_mean_activation(lm, tmp_path, monkeypatch):
@@ -364,7 +364,7 @@ def test_decoder_biases_start_at_the_mean_activation(lm, tmp_path, monkeypatch):
     )
     tokens = np.random.default_rng(0).integers(0, 10, 3000)
     recipe = SAERecipe(steps=1, batch_size=60, buffer_tokens=60, rows=4)
-    train_saes(lm, configs_of(), recipe, tokens, tmp_path)
+    fit_saes(lm, configs_of(), recipe, tokens, tmp_path)
     data, *_, means = given
     for site, served in next(data).items():  # 4 rows of 15 tokens that count, shuffled
         np.testing.assert_allclose(means[site], np.mean(served, axis=0), rtol=1e-4, atol=1e-5)
@@ -404,7 +404,7 @@ def test_the_optimisers_state_has_one_count_and_two_moments():
         (dict(lr=float("inf")), "lr must be a number that is not negative, got inf"),
         (dict(seed=2**32), "seed must lie in 0 ... 2.32 - 1"),
         (dict(final_lr=1.0), r"final_lr must lie in 0 ... lr \(0.0001\), got 1.0"),
-        (dict(dead_after=2**31), "dead_after must stay below"),
+        (dict(dead_after=2**31), "dead_after must be below"),
         (dict(form="fast"), "unknown form 'fast'"),
     ],
 )

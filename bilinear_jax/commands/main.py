@@ -1,0 +1,161 @@
+"""The command ``bilinear-jax``: the list of commands, and how they end.
+
+Exit status: 0; 1 if it ran and failed; 2 for wrong use, which is clear from the command line before anything is loaded;
+130 after Ctrl-C; 141 if the reader of the output has gone. The last two are what a shell reports for these signals.
+"""
+
+import _thread
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from bilinear_jax.commands import common, train
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.store.version import library_version
+
+INTERRUPTED = 130
+COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "train", "convert", "export")
+EXAMPLES = """examples:
+  bilinear-jax tour                                      the whole method on the model that ships with the package
+  bilinear-jax generate --prompt "Once upon a time"      text from a model
+  bilinear-jax spectra --layer 2                         which output features have the largest eigenvalues
+  bilinear-jax trace --layer 2 --feature 7               why one of them fires, from the weights
+  bilinear-jax pages --layer 2 --features top:200 --out site    a page for each of many features
+  bilinear-jax eval                                      the loss of a model, and the scores of its SAEs
+  bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/mine   a model of your own
+  bilinear-jax convert tdooms/fw-medium fw-medium        convert a published checkpoint
+  bilinear-jax export runs/mine/model mine               write it back, for torch
+
+Each command has a --help with examples. Exit status: 0; 1 if it failed; 2 for wrong use; 130 after Ctrl-C.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status. Wrong use, ``--help`` and ``--version`` raise ``SystemExit``."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((word for word in words if not word.startswith("-")), None)
+    parser = _parser(command)
+    try:
+        try:
+            _run(parser, words, command)
+        finally:
+            print(end="", flush=True)  # here a broken pipe can still be handled
+        return 0
+    except common.WrongUse as error:
+        parser.error(str(error))
+    except BrokenPipeError:
+        _forget_output()
+        return 141
+    except KeyboardInterrupt:
+        print("bilinear-jax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        print(f"bilinear-jax: error: {_in_one_line(error)}", file=sys.stderr)
+        try:
+            print(end="", flush=True)
+        except OSError:  # it would fail again at exit
+            _forget_output()
+        return 1
+
+
+def run_and_exit() -> None:
+    """Run ``main`` as a process, and end it.
+
+    After Ctrl-C it ends at once: a normal exit crashes if the compiler still works in another thread.
+    """
+    status = main()
+    if status == INTERRUPTED:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _parser(command: str | None) -> common.Parser:
+    """The parser, with the arguments of this command only: those of ``pages`` need slow imports."""
+    about = "Weight-based interpretability of bilinear networks."
+    parser = common.Parser(prog="bilinear-jax", description=about, epilog=EXAMPLES)
+    common.add_debug(parser)
+    parser.add_argument("--version", action="version", version=f"bilinear-jax {library_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
+    for name in COMMANDS:
+        module = importlib.import_module(f"bilinear_jax.commands.{name}")
+        about = f"{module.HELP[0].upper()}{module.HELP[1:]}."
+        each = commands.add_parser(name, help=module.HELP, description=about, epilog=module.EXAMPLES)
+        common.add_debug(each)
+        each.set_defaults(module=module, json=False)
+        if name == command:
+            module.add_arguments(each)
+            parser.prog = each.prog  # an error names the help of the command
+    return parser
+
+
+def _run(parser: common.Parser, words: list[str], command: str | None) -> None:
+    given, overrides = train.split_overrides(words) if command == "train" else (words, {})
+    options = parser.parse_args(given, argparse.Namespace(overrides=overrides, words=words))
+    # With --json the standard output holds only JSON.
+    with (
+        _plain_warnings(),
+        _heeding_interrupts(),
+        contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext(),
+    ):
+        result = options.module.run(options)
+    if result is not None:
+        shown = json.dumps(result, indent=2, allow_nan=False) if options.json else options.module.text(result)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+
+@contextlib.contextmanager
+def _plain_warnings():
+    """Print each of the library's warnings as one line on the standard error, without its place in the code."""
+
+    def show(message: Any, *_, **__) -> None:
+        print(f"bilinear-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def _heeding_interrupts():
+    """Raise Ctrl-C again if it comes during a callback of the garbage collector (as JAX has): Python drops it there."""
+    before = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _in_one_line(error: Exception) -> str:
+    """The message of an error that the library raises on purpose; for any other error, with its type."""
+    message = " ".join(str(error).split())
+    expected = isinstance(error, OSError | ValueError | ImportError | ArithmeticError | RuntimeError | UnknownNameError)
+    return message if expected and message else f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def _forget_output() -> None:
+    """Nobody reads the standard output any more. The rest of its buffer must not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

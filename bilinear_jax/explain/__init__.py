@@ -1,0 +1,16 @@
+"""What can be read from the weights: which inputs make an output, and how.
+
+For any ``BilinearTensor``:
+    spectra       eigenvalues and eigenvectors of interaction matrices, exact or matrix-free with bounds
+    interactions  the largest interactions between the columns of a basis
+    hosvd, cp     structure that all outputs share    similarity  how similar two tensors are
+
+For a language model between two SAEs:
+    tracer        ``Tracer``: the MLP of a layer as a tensor between SAE features
+    account       every term of an output feature's pre-activation at a token
+    overview      eigenpairs and interactions of output features, one after another
+    logits        the tokens whose logits a feature raises and lowers
+    select        the features that a text such as "top:200" or "3,17,20-30" names
+
+This folder imports ``linalg``, ``nn``, ``store`` and ``language``. What needs a dataset is in ``measure``.
+"""

@@ -1,0 +1,279 @@
+"""The exact account of an output feature's pre-activation: why it fires at a token, term by term.
+
+An output feature with encoder row u has the pre-activation ``u . (y - b_dec_out) + b_enc``, from which the top-k of its
+SAE selects. The MLP's output y is quadratic in the MLP's input: ``u . y = x^T Q x``. The input SAE splits what it reads
+into
+
+    x = D f + b + p + e          f codes, b decoder bias, p coordinates passed through, e the error of the SAE
+
+So the pre-activation is exactly the sum of
+
+    pairs            sum_ij f_i f_j (D^T Q D)_ij                  pairs of active input features
+    feature_bias     sum_i 2 f_i (D^T Q b)_i                      an input feature with the decoder bias
+    bias             b^T Q b                                      the decoder bias with itself
+    passthrough      2 p^T Q (D f + b) + p^T Q p                  0 unless the input SAE passes coordinates through
+    error_cross      2 e^T Q (D f + b + p)                        the error of the input SAE with all the rest
+    error_error      e^T Q e                                      the error with itself
+    encoder          b_enc - u . b_dec_out                        the same at every token
+
+If the input SAE reads the residual stream r before the norm, the MLP sees ``x = r / rms(r)``. Every term but the last
+is then that of r, times ``1 / rms(r)^2`` of its token. If the MLP has biases, the constant input is one more feature,
+the last one (as in ``Tracer.basis``). Its code is 1 at every token. Its pairs are the linear and the constant terms,
+which carry one factor ``1 / rms(r)`` or none.
+
+Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 5.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bilinear_jax.explain.tracer import Tracer
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn import sites
+from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.transformer import RMS_EPSILON
+from bilinear_jax.tensor import with_constant
+
+TOKENS_AT_ONCE = 256  # limits the decoder columns held at once, [tokens, k, in]; does not change the result
+TERMS = {
+    "pairs": "pairs of input features",
+    "feature_bias": "input features with the input SAE's decoder bias",
+    "bias": "the input SAE's decoder bias with itself",
+    "passthrough": "coordinates that the input SAE passes through",
+    "error_cross": "the input SAE's error with what it reconstructs",
+    "error_error": "the input SAE's error with itself",
+    "encoder": "the constant of the output SAE's encoder",
+}
+"""The kinds of terms in the order of the formula, each with its description."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[*TERMS, "codes", "indices", "preactivation"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """The terms of one output feature's pre-activation at each token. Their sum is the pre-activation, see ``total``.
+
+    k is the number of active input features of a token, plus one if the MLP has biases: the constant input, always the
+    last.
+    """
+
+    pairs: Array  # [..., k, k]: c_i c_j (D^T Q D)_ij; symmetric, so a pair i != j contributes its entry twice
+    feature_bias: Array  # [..., k]: 2 c_i (D^T Q b)_i
+    bias: Array  # [...]: b^T Q b
+    passthrough: Array  # [...]: 2 p^T Q (D c + b) + p^T Q p; 0 unless the input SAE passes coordinates through
+    error_cross: Array  # [...]: 2 e^T Q (D c + b + p)
+    error_error: Array  # [...]: e^T Q e
+    encoder: Array  # [...]: b_enc - u . b_dec_out: the same at every token
+    codes: Array  # [..., k]: c: codes as the MLP sees them, f or f / rms(r); 1 for the constant input
+    indices: Array  # [..., k] int: the input feature of each row and column of pairs; n_features: the constant input
+    preactivation: Array  # [...]: the output SAE's pre-activation, from the model's own mlp_out
+
+    @property
+    def terms(self) -> dict[str, Float[Array, "..."]]:
+        """Each kind of term, summed over features: ``[...]`` by name, in the order of the formula."""
+        summed = {name: getattr(self, name) for name in TERMS}
+        return summed | {"pairs": self.pairs.sum(axis=(-2, -1)), "feature_bias": self.feature_bias.sum(axis=-1)}
+
+    @property
+    def total(self) -> Float[Array, "..."]:
+        """The sum of all terms. It equals ``preactivation`` up to rounding in the dtype of the model's computation."""
+        return functools.reduce(jnp.add, self.terms.values())
+
+    @property
+    def magnitude(self) -> "Magnitude":
+        """Sums of the absolute values of the terms. Each pair and each feature is a term of its own."""
+        pairs = jnp.abs(self.pairs).sum(axis=(-2, -1))
+        single = (jnp.abs(getattr(self, name)) for name in list(TERMS)[2:])
+        whole = functools.reduce(jnp.add, single, pairs + jnp.abs(self.feature_bias).sum(axis=-1))
+        return Magnitude(pairs, whole)
+
+
+class Magnitude(NamedTuple):
+    """Sums of the absolute values of an account's terms, at each token."""
+
+    pairs: Float[Array, "..."]  # of the pairs
+    whole: Float[Array, "..."]  # of all terms
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "basis", "projected", "direction", "encoder", "inp"],
+    meta_fields=["normed"],
+)
+@dataclasses.dataclass(frozen=True)
+class OutputFeature:
+    """What the account of one output feature needs. It is a pytree, made by ``output_feature``."""
+
+    q: Array  # [in, in]: its interaction matrix
+    basis: Array  # [in, features]: D with the constant input, as Tracer.basis
+    projected: Array  # [in, features]: Q D
+    direction: Array  # [d_model]: u
+    encoder: Array  # []: b_enc - u . b_dec_out
+    inp: SAE  # the input SAE
+    normed: bool  # whether the input SAE reads the residual stream r, which a norm divides by rms(r)
+
+
+def output_feature(tracer: Tracer, feature) -> OutputFeature:
+    """One output feature, ready for ``account_at``.
+
+    Raises:
+        ValueError: if the tracer has decoder columns as its directions, or if feature names more than one.
+        UnknownNameError: if the feature does not exist.
+
+    Memory: ``in (in + features)`` numbers. No features x features matrix is formed.
+    """
+    tracer.require_encoder()
+    q = tracer.q(feature)
+    if q.ndim != 2:
+        raise ValueError(f"feature is {feature!r}, but it must be one output feature, an int")
+    with jax.default_matmul_precision("highest"):
+        projected = q @ tracer.basis
+    constant, normed = encoder_constant(tracer.out, feature), reads_before_norm(tracer.lm, tracer.inp)
+    return OutputFeature(q, tracer.basis, projected, tracer.directions[feature], constant, tracer.inp, normed)
+
+
+def encoder_constant(out: SAE, features) -> Float[Array, "*U"]:
+    """``b_enc - u . b_dec`` of some features: their pre-activations at a zero input."""
+    with jax.default_matmul_precision("highest"):
+        constant = -(out.w_enc[features] @ out.b_dec)
+    return constant + out.params["b_enc"][features] if out.config.encoder_bias else constant
+
+
+def reads_before_norm(lm: LanguageModel, inp: SAE) -> bool:
+    """Whether there is a norm between the site that an SAE reads and the MLP."""
+    return inp.config.site == "resid_mid" and lm.config.norms[1]
+
+
+def account_at(
+    feature: OutputFeature, x: Float[Array, "*tokens d_model"], y: Float[Array, "*tokens d_model"]
+) -> Account:
+    """The account from x, what the input SAE reads, and y, the MLP's output. Pure: for your own jit, vmap and grad.
+
+    It uses the highest matmul precision.
+
+    Memory: ``tokens (features + k^2)`` numbers, and ``512 k in`` for columns.
+    """
+    with jax.default_matmul_precision("highest"):
+        parts = input_parts(feature.inp, x, normed=feature.normed, extended=feature.q.shape[0] > x.shape[-1])
+        shape = x.shape[:-1]
+        flat = [array.reshape(-1, array.shape[-1]) for array in parts]
+        number = max(min(TOKENS_AT_ONCE, len(flat[0])), 1)
+        terms = jax.lax.map(lambda token: _terms(feature, InputParts(*token)), tuple(flat), batch_size=number)
+        preactivation = y @ feature.direction + feature.encoder
+    terms = {name: array.reshape(*shape, *array.shape[1:]) for name, array in terms.items()}
+    encoder = jnp.broadcast_to(feature.encoder, shape)
+    return Account(**terms, encoder=encoder, codes=parts.codes, indices=parts.indices, preactivation=preactivation)
+
+
+class InputParts(NamedTuple):
+    """The input of the MLP in parts, ``read + bias + passed + error``. ``in`` includes the constant input."""
+
+    codes: Float[Array, "... k"]  # c: codes as the MLP sees them, and 1 for the constant input
+    indices: Int[Array, "... k"]  # their input features
+    scale: Float[Array, "... 1"]  # 1 / rms(r) if there is a norm in between, else 1
+    read: Float[Array, "... in"]  # D c, with the constant input
+    bias: Float[Array, "... in"]  # b
+    passed: Float[Array, "... in"]  # p
+    error: Float[Array, "... in"]  # e
+
+
+def input_parts(inp: SAE, x: Float[Array, "... d_model"], *, normed: bool, extended: bool) -> InputParts:
+    """The parts of x, as the MLP sees them. ``normed`` divides by rms(x). ``extended`` adds the constant input, 1."""
+    codes = inp.encode(x, sparse=True)
+    reconstruction = inp.decode(codes, x)
+    bias = inp.decode(jnp.zeros(inp.config.n_features, x.dtype), jnp.zeros(inp.config.d_model, x.dtype))
+    bias, passed = jnp.broadcast_to(bias, x.shape), jnp.zeros_like(x)
+    if inp.config.passthrough:
+        dims = jnp.asarray(inp.config.passthrough)
+        passed = passed.at[..., dims].set(x[..., dims])
+    scale = jnp.ones_like(x[..., :1])
+    if normed:
+        scale = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + RMS_EPSILON)
+    values, indices = codes.values * scale, codes.indices
+    vectors = [part * scale for part in (reconstruction - bias - passed, bias, passed, x - reconstruction)]
+    if extended:
+        last = jnp.full_like(indices[..., :1], inp.config.n_features)
+        values, indices = with_constant(values), jnp.concatenate([indices, last], axis=-1)
+        vectors = [with_constant(vectors[0]), *(jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, 1)]) for v in vectors[1:])]
+    return InputParts(values, indices, scale, *vectors)
+
+
+def _terms(feature: OutputFeature, parts: InputParts) -> dict[str, Array]:
+    """The terms of x^T Q x at one token."""
+    columns = feature.basis.T[parts.indices] * parts.codes[:, None]  # [k, in]; the sum is D c
+    images = feature.projected.T[parts.indices] * parts.codes[:, None]  # Q times these
+    read, bias, passed, error = columns.sum(axis=0), parts.bias, parts.passed, parts.error
+    q_bias, q_passed, q_error = (feature.q @ part for part in (bias, passed, error))
+    return {
+        "pairs": columns @ images.T,
+        "feature_bias": 2 * columns @ q_bias,
+        "bias": bias @ q_bias,
+        "passthrough": 2 * q_passed @ (read + bias) + passed @ q_passed,
+        "error_cross": 2 * q_error @ (read + bias + passed),
+        "error_error": error @ q_error,
+    }
+
+
+class SitePair(NamedTuple):
+    """The two ends of what is explained, in float32."""
+
+    x: Float[Array, "batch seq d_model"]  # what the input SAE reads
+    y: Float[Array, "batch seq d_model"]  # the output of the MLP of its layer
+
+
+def site_pair(lm: LanguageModel, inp: SAE, tokens: Int[Array, "batch seq"]) -> SitePair:
+    """What the input SAE reads, and the output of the MLP in its layer."""
+    wanted = [(inp.config.site, inp.config.layer), ("mlp_out", inp.config.layer)]
+    got = sites.capture(lm.config, lm.params, tokens, wanted, compute_dtype=lm.compute_dtype)
+    return SitePair(got[wanted[0]].astype(jnp.float32), got[wanted[1]].astype(jnp.float32))
+
+
+@jax.jit
+def _account(lm: LanguageModel, feature: OutputFeature, tokens: Int[Array, "batch seq"]) -> Account:
+    return account_at(feature, *site_pair(lm, feature.inp, tokens))
+
+
+def account(tracer: Tracer, tokens, feature) -> Account:
+    """The exact account of an output feature's pre-activation, at every token of some rows.
+
+    The formula is in the docstring of ``explain.account``. Only the active input features of a token are used: a block
+    of k x k pairs, never features x features.
+
+    Args:
+        tracer: with ``use_encoder=True``; its model is run. The input SAE may have a bilinear encoder, an applied
+            normalisation or passthrough. The output SAE may have a bias and an applied normalisation, but ``Tracer``
+            does not accept one with a bilinear encoder, because its pre-activations are of degree 4 in x.
+        tokens: token ids ``[batch, seq]``, run through the model in one batch.
+        feature: the output feature, an int.
+
+    Returns:
+        An ``Account`` whose arrays have ``[batch, seq]`` first. It has every position, including position 0 and
+        padding.
+
+    Raises:
+        ValueError: if the tracer has decoder columns as its directions, feature names more than one, or the model
+            cannot read the tokens.
+        UnknownNameError: if the feature does not exist.
+
+    Memory: one batch of the model and of the input SAE's pre-activations, ``batch seq (features + k^2)``, and
+    ``in (in + features)`` numbers. For a whole dataset, use ``pair_summaries``.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> lm = bj.load("ts-nano")
+        >>> tracer = bj.Tracer(lm, layer=2)
+        >>> found = bj.account(tracer, lm.encode("The dog was happy."), feature=7)
+        >>> found.pairs.shape[2:] == (tracer.inp.config.k,) * 2
+        True
+        >>> bool(jnp.allclose(found.total, found.preactivation, atol=1e-4))
+        True
+    """
+    return _account(tracer.lm, output_feature(tracer, feature), tracer.lm.check_tokens(tokens))

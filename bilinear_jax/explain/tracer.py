@@ -1,0 +1,400 @@
+"""``Tracer``: the MLP of one layer between an SAE of its input and an SAE of its output.
+
+An output feature with encoder row (or decoder column) u reads ``u . y = x^T Q_u x`` from the MLP's output y. In SAE
+features, the input is ``x = D f + b + e`` (D decoder, f codes, b decoder bias, e error), and pairs of them contribute
+
+    sum_ij  f_i f_j (D^T Q_u D)[i, j]
+
+So the entries of ``D^T Q_u D`` say which pairs of input features raise or lower the output feature.
+
+Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 5.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer as JaxTracer
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
+
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.explain.interactions import Interactions, top_interactions
+from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.linalg.devices import one_blas_thread, spread
+from bilinear_jax.nn.sae import SAE, site_name, unit_columns
+from bilinear_jax.tensor import BilinearTensor
+
+INPUT_SITES = ("mlp_in", "resid_mid")
+OUTPUT_SITES = ("mlp_out",)
+
+Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
+
+
+class Submatrix(NamedTuple):
+    """The part of a projected interaction matrix between some input features."""
+
+    matrix: Float[Array, "n n"]  # D^T Q D between these features
+    features: Int[np.ndarray, " n"]  # the input features of its rows and columns, ascending
+    explained: Float[Array, ""]  # |matrix|_F^2 / |D^T Q D|_F^2: its share of the whole; 0 if the whole is 0
+
+
+def mlp_tensor(lm: LanguageModel, layer: int) -> BilinearTensor:
+    """The MLP of a layer as a ``BilinearTensor``, from ``mlp_in`` to ``mlp_out``.
+
+    With biases, the tensor has one more input, the last, which is always 1 (see ``tensor.with_constant``).
+
+    Raises:
+        ValueError: if the MLP is gated or plain, because it is then not a tensor.
+        UnknownNameError: if the model does not have this layer.
+    """
+    config = lm.config
+    if not config.bilinear or config.gate is not None:
+        kind = f"gated by {config.gate}" if config.bilinear else "plain (bilinear=False)"
+        raise ValueError(f"the MLP of this model is {kind}, but only a bilinear MLP without a gate is a tensor")
+    if not hasattr(layer, "__index__") or not 0 <= layer < config.n_layer:
+        raise UnknownNameError("layer", repr(layer), range(config.n_layer), of="this model")
+    mlp = {name: weight[layer] for name, weight in lm.params["layers"]["mlp"].items()}
+    biases = (mlp.get(name) for name in ("b_l", "b_r", "b_p"))
+    return BilinearTensor.from_mlp(mlp["w_l"], mlp["w_r"], mlp["w_p"], *biases)
+
+
+class Tracer:
+    """Interaction matrices between the features of two SAEs around the MLP of one layer.
+
+    Args:
+        lm: a model with bilinear MLPs.
+        layer: the layer of the MLP, from 0.
+        inp: the input SAE: an ``SAE``, or a dict that says which to load, with any of the keys ``site``, ``expansion``,
+            ``k`` and ``tag``. The site is mlp-in (the default) or resid-mid; the other keys are needed only if several
+            SAEs fit. With resid-mid, the MLP sees ``x = r / rms(r)`` of the residual stream r, so every quadratic term
+            in the codes of r has the factor ``1 / rms(r)^2`` of its token.
+        out: the output SAE, given in the same way. Its site is mlp-out.
+        use_encoder: True: the output directions are the encoder rows of the output SAE, which make the feature fire
+            (before its bias and the top-k). False: they are its decoder columns: what the feature represents.
+        scope: the folder or hub name to load the SAEs from; None: the source of the model.
+
+    Attributes:
+        inp, out: the two ``SAE`` objects, each with its own k.
+        tensor: the MLP as a ``BilinearTensor``, see ``mlp_tensor``.
+        directions: the output directions ``[features, d_model]``.
+        basis: the decoder of the input SAE ``[in, features]``, without coordinates passed through. If the model has
+            biases, the constant input is the last feature, whose row gives the effects of single features.
+
+    Raises:
+        ValueError: if the MLP is not a tensor, an SAE reads another site, layer or width, or the output SAE has a
+            bilinear encoder and ``use_encoder`` is set.
+        UnknownNameError: if the layer or the SAE does not exist. The message lists those that do.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+        >>> q = tracer.q(3, project=True)
+        >>> q.shape == (tracer.inp.config.n_features,) * 2
+        True
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        inp: SAE | Mapping[str, Any] | None = None,
+        out: SAE | Mapping[str, Any] | None = None,
+        use_encoder: bool = True,
+        scope: str | Path | None = None,
+    ):
+        self.lm = lm
+        self.layer = layer
+        self.use_encoder = use_encoder
+        self.tensor = mlp_tensor(lm, layer)
+        source = lm.source if scope is None else scope
+        self.inp = _resolve_sae("inp", inp, INPUT_SITES, lm, layer, source)
+        self.out = _resolve_sae("out", out, OUTPUT_SITES, lm, layer, source)
+        self.directions = encoder_rows(self.out) if use_encoder else self.out.w_dec.T
+        self.basis = decoder_columns(self.inp)
+        if self.tensor.n_in > lm.config.d_model:
+            self.basis = jnp.pad(self.basis, ((0, 1), (0, 1))).at[-1, -1].set(1)
+
+    def __repr__(self) -> str:
+        return f"Tracer(layer={self.layer}, inp={self.inp.name}, out={self.out.name}, use_encoder={self.use_encoder})"
+
+    @property
+    def n_features(self) -> int:
+        """Number of output features."""
+        return self.directions.shape[0]
+
+    def require_encoder(self) -> None:
+        """Raises ``ValueError`` unless the directions are encoder rows. Only these give a feature's activation."""
+        if not self.use_encoder:
+            raise ValueError(
+                "this tracer has decoder columns as directions, but a feature's activations need encoder rows: make it "
+                "with use_encoder=True"
+            )
+
+    def q(self, idx: Index, project: bool = False) -> Float[Array, "*U in in"]:
+        """Interaction matrices of output features, always symmetrised, with the highest matmul precision.
+
+        Args:
+            idx: an output feature gives ``[in, in]``; a slice, a list or an array of them gives ``[U, in, in]``.
+            project: use the basis of the input SAE: ``D^T Q D``, with the input SAE's ``features`` in place of ``in``.
+
+        Raises:
+            UnknownNameError: if a feature does not exist.
+
+        Memory: the result, ``U * features^2`` numbers with ``project``, twice, and ``hidden * in`` numbers.
+        """
+        features, single = self._features(idx)
+        q = _interaction(self.tensor, self.directions[features], self.basis if project else None)
+        return q[0] if single else q
+
+    def top_eigh(
+        self,
+        k: int = 2,
+        features: Index | None = None,
+        *,
+        project: bool = False,
+        exact: bool = False,
+        mesh: Mesh | None = None,
+        **options,
+    ) -> TopSpectrum:
+        """The k extreme eigenpairs of the interaction matrices of output features, with bounds on their errors.
+
+        This is ``spectra.top_eigh`` of ``tensor`` and ``directions``: from the factors alone, a thousand features in a
+        second.
+
+        Args:
+            features: which output features (as for ``q``); None: all. The first axis of the result, also for an int.
+            project: eigenpairs of ``D^T Q D``, vectors in features of the input SAE. No such matrix is formed.
+            exact: decompose every matrix densely. This is slower, but misses nothing.
+            mesh: the output features are sharded over its devices.
+            options: ``which``, ``rtol`` and the other options of ``spectra.top_eigh``.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+            >>> top = tracer.top_eigh(k=2, features=[3, 797])
+            >>> top.values.shape, top.converged.tolist(), bool((top.explained < 1).all())
+            ((2, 2), [True, True], True)
+        """
+        features = slice(None) if features is None else features
+        basis = self.basis if project else None
+        directions = self.directions[self._features(features)[0]]
+        with one_blas_thread():
+            return jax.block_until_ready(
+                top_eigh(self.tensor, directions, k, basis=basis, exact=exact, mesh=mesh, **options)
+            )
+
+    def compute(
+        self,
+        fn: Callable[..., PyTree],
+        batch_size: int = 32,
+        project: bool = False,
+        *,
+        mesh: Mesh | None = None,
+        **kwargs,
+    ) -> PyTree:
+        """``fn(q, **kwargs)`` of the interaction matrices of all output features, with a progress bar.
+
+        Args:
+            fn: a function of a batch of matrices ``[batch, in, in]`` that JAX can trace, such as those in ``spectra``.
+                It returns a pytree of arrays with the batch as first axis. Matrices must not affect each other's
+                results.
+            batch_size: matrices that are built and given to fn together. It does not change the result.
+            project: give fn the matrices in the basis of the input SAE, ``[batch, features, features]``.
+            mesh: each batch is sharded over its devices, for example ``jax.make_mesh((8,), ("features",))``.
+            kwargs: passed on to fn, as constants of the compilation.
+
+        Returns:
+            The pytree of fn, with all output features along the first axis.
+
+        Memory: twice the result, what fn needs, and ``hidden * in + 2 batch_size * in^2`` numbers. With ``project``,
+        another ``2 batch_size * features^2``: choose a small batch_size.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+            >>> strength = tracer.compute(bj.spectra.truncated_eigenvalues, k=2)
+            >>> strength.shape == (tracer.n_features,)
+            True
+        """
+        from tqdm import tqdm
+
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        total, size = self.n_features, min(batch_size, self.n_features)
+
+        @jax.jit
+        def step(tensor, directions, basis, features):
+            def of_some(shared, features):
+                tensor, directions, basis = shared
+                return fn(_interaction(tensor, directions[features], basis), **kwargs)
+
+            return spread(of_some, mesh, (tensor, directions, basis), features)
+
+        results = []
+        with one_blas_thread():
+            for start in tqdm(range(0, total, size), desc=f"features of {self.out.name}", disable=None):
+                # The last batch is filled up with the last feature, so that only one shape is compiled.
+                features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))
+                result = step(self.tensor, self.directions, self.basis if project else None, features)
+                for leaf in jax.tree.leaves(result) if not results else ():
+                    if leaf.ndim == 0 or leaf.shape[0] != size:
+                        raise ValueError(
+                            f"fn returned an array of shape {leaf.shape} for {size} matrices: the first axis must be "
+                            "the batch"
+                        )
+                results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
+
+    def top_interactions(self, n: int = 50, feature: Index | None = None, *, mesh: Mesh | None = None) -> Interactions:
+        """The n largest |entries| of the projected matrices ``D^T Q D``, of one output feature or of all together.
+
+        The result is exact, and no such matrix is formed. Method and memory: see ``interactions.top_interactions``.
+
+        Args:
+            n: how many pairs of input features; (i, j) and (j, i) are one pair.
+            feature: an output feature, or a slice or list of them; None: all.
+            mesh: the output features are sharded over its devices.
+
+        Raises:
+            ValueError: if n is below 1, or there are fewer pairs than n.
+            UnknownNameError: if a feature does not exist.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+            >>> found = tracer.top_interactions(n=3, feature=7)
+            >>> q = tracer.q(7, project=True)
+            >>> bool(jnp.allclose(found.value, q[found.i, found.j], atol=1e-6))
+            True
+        """
+        features = np.unique(self._features(slice(None) if feature is None else feature)[0])
+        if not len(features):
+            raise ValueError("name at least one output feature, or None for all")
+        found = top_interactions(self.tensor, self.directions[features], self.basis, n, mesh=mesh)
+        return dataclasses.replace(found, out=jnp.asarray(features)[found.out])
+
+    def interaction_submatrix(self, feature: Index, n: int = 50) -> Submatrix:
+        """The smallest part of an output feature's projected matrix that holds its n largest |entries|.
+
+        (i, j) and (j, i) count as two entries. In a model with biases, feature ``n_features`` of the input SAE is the
+        constant input. The whole matrix is not formed.
+
+        Raises:
+            ValueError: if the matrix has fewer than n entries, or n is below 1.
+            UnknownNameError: if the feature does not exist.
+        """
+        features, single = self._features(feature)
+        if not single:
+            raise ValueError(f"feature is {feature!r}, but it must be one output feature, an int")
+        size = self.basis.shape[1]
+        if not 1 <= n <= size**2:
+            raise ValueError(f"n is {n}, but it must be between 1 and {size**2} (the number of entries)")
+        found = self.top_interactions(min(n, size * (size + 1) // 2), feature)
+        i, j = np.asarray(found.i), np.asarray(found.j)
+        entries = np.cumsum(np.where(i == j, 1, 2))  # up to and with each pair
+        pairs = 1 + np.searchsorted(entries, n)
+        involved = np.unique([i[:pairs], j[:pairs]])
+        return _submatrix(self.tensor, self.directions[features], self.basis, involved)
+
+    def cosines(self, features: Index) -> Float[Array, "n n"]:
+        """Cosine similarities between the decoder columns of some output features."""
+        columns = unit_columns(self.out.w_dec[:, self._features(features)[0]])
+        with jax.default_matmul_precision("highest"):
+            return columns.T @ columns
+
+    def _features(self, idx: Index) -> tuple[Any, bool]:
+        """The output features that idx names, and whether idx is a single feature."""
+        if isinstance(idx, slice):
+            return np.arange(self.n_features)[idx], False
+        features: Any = idx if isinstance(idx, JaxTracer) else np.asarray(idx)
+        if features.ndim > 1 or not (features.size == 0 or np.issubdtype(features.dtype, np.integer)):
+            raise ValueError(
+                f"the features are {features.dtype} of shape {features.shape}: name output features by an int, a "
+                "slice, or a list or 1-D array of ints"
+            )
+        if not isinstance(idx, JaxTracer):
+            outside = features[(features < 0) | (features >= self.n_features)]
+            if outside.size:
+                raise UnknownNameError("feature", outside.flat[0], range(self.n_features), of=f"SAE {self.out.name}")
+            features = features.astype(np.int32)
+        return jnp.atleast_1d(features), features.ndim == 0
+
+
+@jax.jit
+def _interaction(tensor: BilinearTensor, directions, basis) -> Float[Array, "U in in"]:
+    with jax.default_matmul_precision("highest"):
+        return tensor.interaction(directions, basis)
+
+
+def _submatrix(tensor: BilinearTensor, direction, basis, features: np.ndarray) -> Submatrix:
+    """The part of ``D^T Q D`` between some columns; |D^T Q D|_F^2 = tr(Q M Q M) with M = D D^T."""
+    with jax.default_matmul_precision("highest"):
+        q, columns = _interaction(tensor, direction, None)[0], basis[:, features]
+        matrix = columns.T @ q @ columns
+        product = q @ (basis @ basis.T)
+        whole = jnp.sum(product * product.T)
+    matrix = (matrix + matrix.T) / 2
+    explained = jnp.where(whole > 0, jnp.sum(matrix**2) / jnp.where(whole > 0, whole, 1), 0)
+    return Submatrix(matrix, features, explained)
+
+
+def _resolve_sae(argument: str, given, sites: tuple[str, ...], lm: LanguageModel, layer: int, source) -> SAE:
+    """The SAE that is given or that a dict describes, checked against the model and the layer."""
+    if isinstance(given, SAE):
+        sae = given
+        _check_site(argument, sae.config.site, sites)
+    else:
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(
+                f"{argument} is {given!r}, but it must be an SAE or a dict such as {{'site': {sites[-1]!r}, 'k': 20}}"
+            )
+        wanted = {"site": sites[0], **(given or {})}
+        unknown = sorted(set(wanted) - {"site", "expansion", "k", "tag"})
+        if unknown:
+            raise ValueError(f"{argument} has unknown keys {', '.join(unknown)}: use site, expansion, k and tag")
+        _check_site(argument, site_name(wanted["site"]), sites)
+        if source is None:
+            raise ValueError(
+                "this model was not loaded from a folder or the hub, so it has no SAEs: pass scope=, or an SAE as "
+                f"{argument}"
+            )
+        from bilinear_jax.store.checkpoint import load_sae
+
+        sae = load_sae(source, layer=layer, **wanted)
+    if sae.config.layer != layer:
+        raise ValueError(f"{argument} is the SAE {sae.name} of layer {sae.config.layer}, but layer {layer} is traced")
+    if sae.config.d_model != lm.config.d_model:
+        raise ValueError(
+            f"{argument} is the SAE {sae.name} with d_model {sae.config.d_model}, but the model has {lm.config.d_model}"
+        )
+    return sae
+
+
+def _check_site(argument: str, site: str, sites: tuple[str, ...]) -> None:
+    if site not in sites:
+        raise ValueError(f"{argument} is an SAE of {site}, but it must be an SAE of {' or '.join(sites)}")
+
+
+def encoder_rows(sae: SAE) -> Float[Array, "features d_model"]:
+    """The gradient of each feature's pre-activation with respect to the SAE's input."""
+    if sae.config.bilinear_encoder:
+        raise ValueError(
+            f"SAE {sae.name} has a bilinear encoder, so a feature does not have one encoder row: trace its decoder "
+            "columns with use_encoder=False"
+        )
+    return sae.w_enc / _scale(sae)
+
+
+def decoder_columns(sae: SAE) -> Float[Array, "d_model features"]:
+    """The gradient of the SAE's reconstruction with respect to its codes."""
+    return sae.w_dec * _scale(sae)
+
+
+def _scale(sae: SAE) -> float:
+    return sae.config.normalize if sae.config.apply_normalize and sae.config.normalize else 1.0

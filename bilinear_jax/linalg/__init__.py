@@ -1,0 +1,9 @@
+"""Solvers on arrays. Nothing here knows of models, SAEs or features.
+
+    eigenvalues   all eigenvalues of many symmetric matrices, without eigenvectors
+    eigenpairs    the extreme eigenpairs of many interaction matrices, each with a bound on its error
+    lanczos       the search for these pairs without forming a matrix; cycle and ritz are parts of it
+    devices       work sharded over the devices of a mesh
+
+This folder imports only ``tensor`` from the rest of the package. What explains a tensor or a model is in ``explain``.
+"""

@@ -1,0 +1,14 @@
+"""Measurements on data: what features do on text, and how the model changes without them.
+
+Every measurement takes a model (or a ``Tracer``, which holds one) and token ids. It goes through
+``LanguageModel.batches`` once, adds up sums, and divides them at the end.
+
+    activations     the largest activations of every feature
+    cofiring        which input features fire together
+    pairs           what pairs of input features do to an output feature
+    evaluation      how well an SAE replaces the site that it reads
+    correlation     how well a few eigenpairs predict a feature
+    interventions   ablation of pairs of features, steering of features
+
+It may import ``explain`` and what that imports. ``show`` and ``pages`` draw the results.
+"""

@@ -1,0 +1,11 @@
+"""Models, SAEs, tokenizers and texts on disk: where they are, and how they are read and written.
+
+    sources       built-in names, folders and the hub; which SAEs there are
+    checkpoint    save and load models and SAEs       convert     published files to checkpoints, and back
+    tokenizers    find, train, save and hash          documents   text files and hub datasets, one document at a time
+    tokens        text as one file of token ids       datasets    rows of token ids
+    files         folders that appear when complete; JSON
+    fields        the fields of configs as options    version     of the library
+
+This package may import ``nn`` and ``weights_convert``. Nothing here runs a model.
+"""

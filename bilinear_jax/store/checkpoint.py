@@ -1,0 +1,350 @@
+"""Save and load models and SAEs. It writes Orbax checkpoints, and it reads those and the published files.
+
+The folder of a model (it appears when it is complete):
+
+    config.json             {"format": "bilinear_jax.transformer", "version": 1, "config": {...}, "origin": {...},
+                             "files": {"params/...": bytes}, "crc32": {"layers.mlp.w_p": checksum}}
+    params/                 the params, an Orbax checkpoint, in the dtype in which they were saved
+    tokenizer.json          and tokenizer_config.json; optional
+    scope/<name>/           its SAEs: config.json ("bilinear_jax.sae") and params/; optional
+    corpus.npy              [rows, n_ctx] token ids, uint16; optional
+
+In memory, params are float32, whatever the dtype on disk.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+import weights_convert
+from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
+from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+from bilinear_jax.store.files import atomic_folder, read_json
+from bilinear_jax.store.sources import find_sae, folder_of, sae_folder
+from bilinear_jax.store.tokenizers import copy_tokenizer
+
+MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
+VERSION = 1
+Origin = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+
+
+class ModelFiles(NamedTuple):
+    """What the folder of a model holds."""
+
+    config: TransformerConfig
+    params: PyTree  # float32
+    source: str  # as given
+    tokenizer_source: str | None  # the folder, if it has a tokenizer.json; None: use the tokenizer that config names
+
+
+def load_model(source: str | Path, *, attn_scale: float | int | None = None) -> ModelFiles:
+    """Load the config and the params of a model.
+
+    Args:
+        source: the name of a built-in model, a folder, or a hub name "owner/name". The folder is one that
+            ``save_model`` wrote, or one in the layout of the published checkpoints.
+        attn_scale: the factor on the attention's output. It replaces the value in the files. None: use the files.
+
+    Raises:
+        FileNotFoundError: if the source or a file does not exist. The message lists what can be loaded.
+        ConnectionError: if the hub cannot be reached and its cache does not hold the model.
+        ValueError: if the checkpoint is damaged, has a newer format, or does not match its config.
+    """
+    folder = folder_of(source)
+    raw = read_json(folder / "config.json")
+    if raw is None or "format" not in raw:
+        if raw is None and weights_convert.sae_folders(folder):
+            raise FileNotFoundError(f"{source} holds SAEs but no model: load their model, or one SAE with load_sae")
+        name = None if Path(source).expanduser().is_dir() else str(source)
+        values, arrays = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
+        config = TransformerConfig(**values)
+        params = jax.tree.map(_float32, arrays)
+    else:
+        config = TransformerConfig(**_own_config(folder, raw, MODEL_FORMAT, TransformerConfig))
+        if attn_scale is not None:
+            config = dataclasses.replace(config, attn_scale=float(attn_scale))
+        params = _restore(folder, raw, _abstract_transformer(config))
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return ModelFiles(config, params, str(source), str(folder) if has_tokenizer else None)
+
+
+def load_sae(
+    source: str | Path,
+    site: str = "mlp-out",
+    layer: int | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    tag: str | None = None,
+) -> SAE:
+    """Load the one SAE of a source that has the given properties. None means any value.
+
+    Args:
+        source: as for ``load_model``, or a ``-scope`` folder or hub name. The SAEs of a model are in its folder
+            ``scope``, or in ``<name>-scope`` beside it.
+        site: where the SAE reads, with hyphens or underscores.
+        layer: the layer of that site, from 0.
+        expansion: features / d_model.
+        k: active features per token.
+        tag: tells SAEs apart that are otherwise the same. None: the one without a tag, if there is one.
+
+    Raises:
+        UnknownNameError: if no SAE can read at this site, or if no SAE matches. The message lists the SAEs.
+        FileNotFoundError: if the source does not exist.
+        ValueError: if several SAEs match, or if the files are damaged or contradict each other.
+
+    Example:
+        >>> load_sae("ts-nano", site="mlp-in", layer=2).config.site
+        'mlp_in'
+    """
+    folder = sae_folder(source, find_sae(source, site_name(site), layer, expansion, k, tag))
+    raw = read_json(folder / "config.json")
+    if raw is not None and "format" in raw:
+        config = SAEConfig(**_own_config(folder, raw, SAE_FORMAT, SAEConfig))
+        return SAE(_restore(folder, raw, _abstract_sae(config)), config)
+    values, arrays = weights_convert.read_sae(folder)
+    return SAE(jax.tree.map(_float32, arrays), SAEConfig(**values))
+
+
+def save_model(
+    path: str | Path,
+    config: TransformerConfig,
+    params: PyTree,
+    *,
+    tokenizer: str | Path | None = None,
+    origin: Origin,
+    force: bool = False,
+    dtype: Any = None,
+) -> Path:
+    """Write the folder of a model. ``load_model`` reads the same config and params from it.
+
+    Args:
+        path: the folder. It appears when it is complete.
+        tokenizer: a ``tokenizer.json``, or a folder with one. It is copied.
+        origin: where the params come from, as JSON, or a function that returns this after the params are written.
+            It is kept in ``config.json``.
+        force: replace an older checkpoint. The old one stays until the new one is complete.
+        dtype: the dtype on disk, for instance ``jnp.bfloat16``. None: as the params are.
+
+    Raises:
+        FileExistsError: if the folder is not empty and ``force`` is False, or if it is not a checkpoint.
+        ValueError: if the params are not finite or do not match the config.
+    """
+    _check_params(Path(path), params, _abstract_transformer(config))
+    with atomic_folder(path, force=force) as folder:
+        _write(folder, MODEL_FORMAT, config, params, origin, dtype)
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), folder)
+    return Path(path)
+
+
+def save_sae(path: str | Path, sae: SAE, *, origin: Mapping[str, Any], force: bool = False, dtype: Any = None) -> Path:
+    """Write the folder of an SAE, ``<folder of the model>/scope/<sae.name>``. Its last part must be ``sae.name``.
+
+    The other arguments and the errors are those of ``save_model``.
+    """
+    if Path(path).name != sae.name:
+        raise ValueError(f"the folder of an SAE must have its name, but is {path}: save it to {Path(path) / sae.name}")
+    _check_params(Path(path), sae.params, _abstract_sae(sae.config))
+    with atomic_folder(path, force=force) as folder:
+        _write(folder, SAE_FORMAT, sae.config, sae.params, origin, dtype)
+    return Path(path)
+
+
+def training_of(source: str | Path, sae: str | None = None) -> str:
+    """One line on the training data of a model or of one of its SAEs, from its ``config.json``.
+
+    Args:
+        source: as for ``load_model``.
+        sae: the name of an SAE, such as "2-mlp-out-x4-k20". None: the model.
+
+    Raises:
+        UnknownNameError: if the source does not have this SAE.
+        FileNotFoundError, ConnectionError: as ``load_model``.
+
+    Example:
+        >>> training_of("ts-nano")
+        'TinyStories, 12955 stories, 2669724 tokens'
+    """
+    folder = folder_of(source) if sae is None else sae_folder(source, sae)
+    config = read_json(folder / "config.json") or {}
+    text = config.get("origin", {}).get("text")
+    if isinstance(text, Mapping):
+        names = [one["name"] if isinstance(one, Mapping) else str(one) for one in text.get("sources", [])]
+        return f"{', '.join(names)}: {text['n_documents']} documents, {text['n_tokens']} tokens"
+    if text is None and isinstance(config.get("config", config).get("dataset"), str):
+        return config.get("config", config)["dataset"]
+    return "not known: its files do not say" if text is None else str(text)
+
+
+def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Origin, dtype: Any) -> None:
+    from orbax.checkpoint import v1 as ocp
+
+    arrays = jax.tree.map(lambda a: np.asarray(a) if dtype is None else np.asarray(a).astype(dtype), params)
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # it makes weights 7 % smaller, but takes three times as long
+    context.array.saving.use_ocdbt = False  # only one process writes, so there is nothing to merge
+    context.memory.deepcopy_host_arrays = False  # nothing changes them, because the save is waited for
+    with ThreadPoolExecutor(1) as meanwhile, context, _without_warnings():
+        checksums = meanwhile.submit(_checksums, arrays)
+        ocp.save(str(folder.resolve() / "params"), arrays)
+    (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it contains a path of this machine
+    files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
+    record = {
+        "format": kind,
+        "version": VERSION,
+        "config": dataclasses.asdict(config),
+        "origin": dict(origin if isinstance(origin, Mapping) else origin()),
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        "crc32": checksums.result(),
+    }
+    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence Orbax, which warns that there is nothing to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:
+    """The params of a folder in float32. Their structure and shapes must be those of ``abstract``."""
+    from orbax.checkpoint import v1 as ocp
+
+    path = folder.resolve() / "params"
+    if not path.is_dir():
+        raise FileNotFoundError(f"{folder} has no params: the checkpoint is incomplete. Convert or download it again")
+    for name, size in raw.get("files", {}).items():
+        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if there != size:
+            raise _damaged(
+                path, f"{name} should have {size} bytes, but {'is missing' if there is None else f'has {there}'}"
+            )
+    try:
+        stored = ocp.metadata(str(path)).metadata
+    except Exception as error:
+        raise _damaged(path, error) from error
+    if stored is None:  # Orbax logs why
+        raise _damaged(path, "its metadata cannot be read")
+    _check_shapes(folder, stored, abstract)
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
+    try:
+        arrays = ocp.load(str(path), target)
+    except Exception as error:
+        raise _damaged(path, error) from error
+    _check_finite(folder, arrays)
+    found = _checksums(arrays)
+    if changed := sorted(key for key, checksum in raw.get("crc32", {}).items() if found.get(key) != checksum):
+        raise _damaged(path, f"these are not the values that were written: {', '.join(changed)}")
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def _damaged(path: Path, error: Exception | str) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return ValueError(f"{path} cannot be read ({reason}): the checkpoint is damaged. Convert or download it again")
+
+
+def _own_config(folder: Path, raw: Mapping[str, Any], kind: str, cls: type) -> dict[str, Any]:
+    """The keyword arguments of a config that this library wrote."""
+    path = folder / "config.json"
+    if raw["format"] != kind:
+        raise ValueError(f"{path} has format {raw['format']!r}, but must have {kind!r}: name another folder")
+    version = raw.get("version")
+    if type(version) is not int or version > VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, but this bilinear_jax reads versions up to {VERSION}: upgrade it"
+        )
+    config = raw.get("config", {})
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(config.keys() - known)
+    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+    lacking = sorted(required - config.keys())
+    if unknown or lacking:
+        raise ValueError(
+            f"{path} has unknown config keys {unknown} and lacks the keys {lacking}: convert or download it again"
+        )
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _abstract_transformer(config: TransformerConfig) -> PyTree:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+
+
+def _abstract_sae(config: SAEConfig) -> PyTree:
+    x = jax.ShapeDtypeStruct((1, config.d_model), jnp.float32)
+    return jax.eval_shape(TopKSAE(config).init, jax.random.key(0), x)["params"]
+
+
+def _check_params(folder: Path, params: PyTree, abstract: PyTree) -> None:
+    _check_shapes(folder, params, abstract)
+    _check_finite(folder, params)
+
+
+def _check_shapes(folder: Path, params: PyTree, abstract: PyTree) -> None:
+    """Raise ``ValueError`` if names or shapes differ. The message lists both sides."""
+    have, want = (
+        {jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape) for key, leaf in _leaves(tree)}
+        for tree in (params, abstract)
+    )
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    wrong = [f"{key} {have[key]}, expected {want[key]}" for key in sorted(have.keys() & want) if have[key] != want[key]]
+    if missing or extra or wrong:
+        raise ValueError(
+            f"the params of {folder} do not match its config. In the model but not in the checkpoint: "
+            f"{', '.join(missing) or 'nothing'}; in the checkpoint but not in the model: "
+            f"{', '.join(extra) or 'nothing'}; shapes: {'; '.join(wrong) or 'as expected'}. "
+            "Check that the params and the config belong together"
+        )
+
+
+def _check_finite(folder: Path, params: PyTree) -> None:
+    bad = [
+        jax.tree_util.keystr(key, simple=True, separator=".")
+        for key, leaf in _leaves(params)
+        if not all(np.isfinite(part).all() for part in _parts(np.asarray(leaf)))
+    ]
+    if bad:
+        raise ValueError(
+            f"the params of {folder} have NaN or infinite values: {', '.join(bad)}. Use an earlier checkpoint"
+        )
+
+
+def _parts(array: np.ndarray) -> list[np.ndarray]:
+    """The numbers of an array in parts of a few million, so that a computation on each part takes little memory."""
+    return np.array_split(array.reshape(-1), 1 + array.size // 2**22)
+
+
+def _checksums(params: PyTree) -> dict[str, int]:
+    """The CRC-32 of every array, computed from its bytes in memory (float32, little-endian), not from those on disk."""
+    found = {}
+    for key, leaf in _leaves(params):
+        checksum = 0
+        for part in _parts(np.asarray(leaf)):
+            checksum = zlib.crc32(part.astype("<f4", copy=False).data, checksum)
+        found[jax.tree_util.keystr(key, simple=True, separator=".")] = checksum
+    return found
+
+
+def _leaves(tree: PyTree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _float32(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array.astype(np.float32, copy=False))

@@ -1,0 +1,173 @@
+"""Convert published torch files to checkpoints of this library, and back: ``convert`` and ``export``."""
+
+import dataclasses
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import weights_convert
+from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.store.checkpoint import load_model, load_sae, save_model, save_sae
+from bilinear_jax.store.files import atomic_folder, check_place
+from bilinear_jax.store.sources import folder_of, list_saes, sae_folder, sae_names
+from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer, load_tokenizer, tokenizer_hash
+from bilinear_jax.store.version import library_version
+from weights_convert.files import inside, weight_files
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    scope: str | Path | None = None,
+    *,
+    attn_scale: float | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Write the Orbax checkpoint of a published model, with the SAEs of ``scope``.
+
+    Args:
+        source: a folder or a hub name with the published files of a model.
+        out: the folder to write. It appears when it is complete.
+        scope: a folder or a hub name with SAEs of this model. None: no SAEs.
+        attn_scale: the factor on the attention's output. It replaces the value in the files. None: use the files.
+        force: replace an older checkpoint at ``out``.
+
+    Returns:
+        The names of the SAEs.
+
+    Raises:
+        FileNotFoundError: if the source does not exist, or if ``scope`` holds no SAEs.
+        FileExistsError: if ``out`` is not empty and ``force`` is False, or if it is not a checkpoint.
+        ValueError: if the source is already a checkpoint of this library, if an SAE does not fit the model, if
+            ``force`` would delete SAEs, or if a file is damaged.
+    """
+
+    if force and scope is None and (Path(out) / "scope").is_dir():
+        raise ValueError(f"{out} holds SAEs, which would be deleted: convert them too with --scope, or delete it first")
+    names = [] if scope is None else sae_names(scope)
+    if scope is not None and not names:
+        raise FileNotFoundError(f"{scope} has no SAEs: give --scope a folder or a hub name with SAEs")
+    with atomic_folder(out, force=force) as partial:
+        config = _convert_model(source, partial, attn_scale)
+        for sae_name in names:
+            folder = sae_folder(str(scope), sae_name)
+            values, params = weights_convert.read_sae(folder)
+            sae = SAE(jax.tree.map(jnp.asarray, params), SAEConfig(**values))
+            _check_fits(sae, config, folder)
+            save_sae(partial / "scope" / sae.name, sae, origin=_origin(scope, folder))
+    return names
+
+
+def _convert_model(source: str | Path, out: Path, attn_scale: float | None) -> Any:
+    """Write the model without SAEs and return its config. The params are in memory once, and only during this call."""
+
+    folder = folder_of(source)
+    if (folder / "params").is_dir():
+        raise ValueError(f"{source} is already a checkpoint of this library: load it as it is")
+    name = None if Path(source).expanduser().is_dir() else str(source)
+    tokenizer_files = [inside(folder, file) for file in TOKENIZER_FILES]
+    tokenizer = folder if tokenizer_files[0].is_file() else None
+    with ThreadPoolExecutor(1) as meanwhile:
+        hashed = meanwhile.submit(_origin, source, folder)
+
+        def origin() -> dict[str, Any]:
+            if tokenizer is None:
+                return hashed.result()
+            loaded = load_tokenizer(str(folder), config.tokenizer)
+            return hashed.result() | {"tokenizer_hash": tokenizer_hash(loaded)}
+
+        values, params = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
+        config = TransformerConfig(**values)
+        save_model(out, config, params, tokenizer=tokenizer, origin=origin)
+    return config
+
+
+def _check_fits(sae: Any, config: Any, folder: Path) -> None:
+    if sae.config.d_model != config.d_model:
+        raise ValueError(
+            f"{folder} has d_model {sae.config.d_model}, but the model has {config.d_model}: name SAEs of this model"
+        )
+    if sae.config.layer >= config.n_layer:
+        raise ValueError(
+            f"{folder} belongs to layer {sae.config.layer}, but the model has layers 0 ... {config.n_layer - 1}: "
+            "name SAEs of this model"
+        )
+
+
+def _origin(source: Any, folder: Path) -> dict[str, Any]:
+    """Where a checkpoint comes from: the source, the SHA-256 of each file, and the version of the converter."""
+
+    files = [folder / "config.json", *weight_files(folder)]
+    return {
+        "source": str(source),
+        "files": {path.name: _sha256(path) for path in files},
+        "written_by": f"weights_convert of bilinear-jax {library_version()}",
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    scope: str | Path | None = None,
+    *,
+    repo: str | None = None,
+    attn_scale: float | None = None,
+) -> list[str]:
+    """Write a model, and the SAEs of ``scope``, in the published layout.
+
+    The model and its tokenizer go to ``out``. The SAEs go to ``<out>-scope``, one folder each. Both folders must be new
+    or empty, and each appears when it is complete.
+
+    Args:
+        source: as for ``load_model``.
+        out: the folder to write.
+        scope: a model, a folder or a hub name with SAEs. None: no SAEs.
+        repo: the hub name "owner/name" under which the model will be published. None: leave it out.
+        attn_scale: as for ``load_model``.
+
+    Returns:
+        The names of the SAEs.
+
+    Raises:
+        FileExistsError: if one of the two folders exists and is not empty.
+        FileNotFoundError: if the source does not exist, or if ``scope`` holds no SAEs.
+        ValueError: if the published layout cannot describe the model or an SAE: see
+            ``weights_convert.write_transformer`` and ``write_sae``.
+    """
+
+    out = Path(out).expanduser()
+    places = [out] if scope is None else [out, out.with_name(f"{out.name}-scope")]
+    for place in places:
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            raise FileExistsError(f"{place} already exists: name another OUT, or move it away")
+        check_place(place)
+    files = load_model(source, attn_scale=attn_scale)
+    named = [] if scope is None else list_saes(scope)
+    if scope is not None and not named:
+        raise FileNotFoundError(f"{scope} has no SAEs: give --scope a folder or a hub name with SAEs")
+    names = []
+    with atomic_folder(out) as partial:
+        config = dataclasses.asdict(files.config)
+        weights_convert.write_transformer(partial, config, jax.tree.map(np.asarray, files.params), repo=repo)
+        if files.tokenizer_source is not None:
+            copy_tokenizer(Path(files.tokenizer_source), partial)
+        if scope is not None:
+            with atomic_folder(places[1]) as partial_scope:
+                for name in named:
+                    sae = load_sae(scope, **name._asdict())
+                    (partial_scope / sae.name).mkdir()
+                    values = dataclasses.asdict(sae.config)
+                    weights_convert.write_sae(partial_scope / sae.name, values, jax.tree.map(np.asarray, sae.params))
+                    names.append(sae.name)
+    return names

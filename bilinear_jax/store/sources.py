@@ -1,0 +1,261 @@
+"""Find a model by a built-in name, a folder or a hub name, and list its SAEs.
+
+A source is one of
+- the name of a model that ships with the package: a folder in ``bilinear_jax/pretrained``;
+- a folder that this library wrote, or one in the layout of the published checkpoints;
+- a hub name, "owner/name". Only the files that are needed are downloaded, once, into the hub's cache. The
+  environment variables ``HF_ENDPOINT`` and ``HF_HOME`` are respected.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bilinear_jax.errors import UnknownNameError
+from weights_convert.names import SAEName, sae_folders, sae_names_among
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+"""The folder of the models that ship with the package."""
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "params/*", "tokenizer*.json")
+_TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""The files of a model's folder, and the older torch files, which are downloaded only if there are no others."""
+
+
+def builtin_names() -> list[str]:
+    """The names of the models that ship with the package."""
+    if not PRETRAINED.is_dir():
+        return []
+    return sorted(entry.name for entry in PRETRAINED.iterdir() if (entry / "config.json").is_file())
+
+
+def folder_of(source: str | Path, files: Sequence[str] = _MODEL_FILES) -> Path:
+    """The folder of a source. From a hub repository, only ``files`` (patterns) are downloaded.
+
+    Raises:
+        FileNotFoundError: if the source does not exist.
+        ConnectionError: if the hub cannot be reached and its cache does not hold the files.
+
+    Both messages list what can be loaded.
+    """
+    folder = _local(source)
+    if folder is not None:
+        return folder
+    folder = _fetch(str(source), files)
+    if files is _MODEL_FILES and not any(folder.glob("model*.safetensors")) and not (folder / "params").is_dir():
+        folder = _fetch(str(source), [*files, *_TORCH_FILES])
+    return folder
+
+
+def dataset_folder(source: str | Path) -> Path:
+    """The folder with the Parquet files of a hub dataset. Raises the errors of ``folder_of``."""
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(
+            f"there is no file or folder {source}: name one that exists, or a hub dataset owner/name"
+        )
+    return _fetch(str(source), ["*.parquet"], repo_type="dataset")
+
+
+def sae_names(source: str | Path) -> list[str]:
+    """The names of the SAEs of a source: a model, or its ``-scope``.
+
+    Example:
+        >>> sae_names("ts-nano")[0].count("-")
+        4
+    """
+    return list(_scope(source)[1])
+
+
+def list_saes(source: str | Path) -> list[SAEName]:
+    """List the SAEs of a source (a model, or its ``-scope``): layer, site, expansion, k and tag of each.
+
+    No SAE is read, and none is downloaded from the hub. They come in the order of their layers. The list is empty if
+    there are none.
+
+    Raises:
+        FileNotFoundError: if the source does not exist.
+        ConnectionError: if the hub cannot be reached and its cache does not hold the repository.
+
+    Example:
+        >>> import bilinear_jax as bj
+        >>> bj.list_saes("ts-nano")[0]
+        SAEName(layer=2, site='mlp_in', expansion=4, k=20, tag=None)
+        >>> saes = [bj.load_sae("ts-nano", **name._asdict()) for name in bj.list_saes("ts-nano")]
+    """
+    return list(_scope(source)[1].values())
+
+
+def sae_folder(source: str | Path, name: str) -> Path:
+    """The folder of one SAE of a source. From the hub, only this folder is downloaded."""
+    scope, names = _scope(source)
+    if name not in names:
+        raise UnknownNameError("SAE", name, names, of=str(source))
+    return (scope if isinstance(scope, Path) else _fetch(scope, [f"{name}/*"])) / name
+
+
+def find_sae(
+    source: str | Path, site: str, layer: int | None, expansion: int | None, k: int | None, tag: str | None
+) -> str:
+    """The name of the one SAE that has these properties. None means any value.
+
+    Without a ``tag``, SAEs that have no tag are preferred.
+
+    Raises:
+        UnknownNameError: if no SAE matches.
+        ValueError: if several SAEs match.
+
+    Both messages list the SAEs of the source.
+    """
+    for name, value in (("layer", layer), ("expansion", expansion), ("k", k)):
+        if value is not None and not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+    wanted = layer, site.replace("-", "_"), expansion, k, tag
+    names = _scope(source)[1]
+    found = [
+        name
+        for name, parts in names.items()
+        if all(value is None or value == part for value, part in zip(wanted, parts, strict=True))
+    ]
+    untagged = [name for name in found if names[name].tag is None]
+    found = untagged if tag is None and untagged else found
+    if len(found) == 1:
+        return found[0]
+    asked = "-".join(
+        f"{mark}{'*' if value is None else value}"
+        for mark, value in zip(("", "", "x", "k"), (layer, site.replace("_", "-"), expansion, k), strict=True)
+    )
+    asked = f"{asked}-{tag}" if tag else asked
+    if found:
+        raise ValueError(
+            f"{asked} matches several SAEs in {source}: {', '.join(found)}. Give layer, expansion, k or tag"
+        )
+    raise UnknownNameError("SAE", asked, names, of=str(source))
+
+
+def _local(source: str | Path) -> Path | None:
+    """The folder of a built-in name or of a path. None for a hub name. Raises an error if it is neither."""
+    if isinstance(source, str) and source in builtin_names():
+        return PRETRAINED / source
+    path = Path(source).expanduser()
+    if source == "":
+        raise FileNotFoundError(f"the name of the model is empty. {_what_there_is()}")
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{source} is a file: name the folder that holds it")
+    if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not source.startswith("."):
+        return None
+    raise FileNotFoundError(f"there is no folder {source}, and no model of that name. {_what_there_is()}")
+
+
+def _scope(source: str | Path) -> tuple[Path | str, dict[str, SAEName]]:
+    """Where the SAEs of a source are (a folder or a hub name), and their names."""
+    folder = _local(source)
+    if folder is None:
+        repository = str(source) if str(source).endswith("-scope") else f"{source}-scope"
+        return repository, _remote_names(repository)
+    resolved = folder.resolve()
+    candidates = [folder, folder / "scope", resolved.with_name(f"{resolved.name}-scope")]
+    for candidate in candidates:
+        if names := sae_folders(candidate):
+            return candidate, names
+    return folder, {}
+
+
+def _remote_names(repository: str) -> dict[str, SAEName]:
+    """The SAE folders of a repository. If the hub cannot be reached, those in the cache."""
+    from huggingface_hub import HfApi
+
+    try:
+        siblings = HfApi().model_info(repository).siblings or []  # list_repo_files retries for a minute if offline
+    except Exception as error:
+        if not _is_unreachable(error):
+            raise _explained(repository, error) from error
+        for snapshot in _cached().get(repository, []):
+            if names := sae_folders(snapshot):
+                return names
+        raise _explained(repository, error) from error
+    files = [sibling.rfilename for sibling in siblings]
+    return sae_names_among(file.removesuffix("/config.json") for file in files if file.count("/") == 1)
+
+
+def _fetch(repository: str, files: Sequence[str], repo_type: str = "model") -> Path:
+    """The folder with the files of a repository. If the hub cannot be reached, only the cache is used."""
+    from huggingface_hub import errors, snapshot_download
+
+    fetch = functools.partial(snapshot_download, repository, repo_type=repo_type, allow_patterns=list(files))
+    try:
+        return Path(fetch())
+    except Exception as error:
+        if _is_unreachable(error):
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                return Path(fetch(local_files_only=True))
+        raise _explained(repository, error) from error
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error of the hub's client means that there was no answer, or only a server error (500 or more)."""
+    from huggingface_hub import errors
+
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status >= 500
+        if isinstance(error, ConnectionError | TimeoutError):
+            return True
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+            return True
+        if error.__cause__ is None and isinstance(error, errors.LocalEntryNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _explained(repository: str, error: Exception) -> Exception:
+    """The error to raise for an error of the hub's client."""
+    from huggingface_hub import constants
+
+    if _is_unreachable(error):
+        return ConnectionError(
+            f"the hub ({constants.ENDPOINT}) cannot be reached, its cache does not hold all files of {repository}, and "
+            f"there is no folder of that name. {_what_there_is()}"
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return FileNotFoundError(
+        f"{repository} cannot be downloaded from the hub ({constants.ENDPOINT}): {reason}. There is no folder of that "
+        f"name either. Check the name, and whether it needs a token (`hf auth login`). {_what_there_is()}"
+    )
+
+
+def _what_there_is() -> str:
+    cached = sorted(name for name, snapshots in _cached().items() if any(map(_is_ours, snapshots)))
+    return (
+        f"What can be loaded offline: built in: {', '.join(builtin_names()) or 'none'}; "
+        f"from the hub's cache: {', '.join(cached) or 'none'}; and any folder that holds a model"
+    )
+
+
+def _cached() -> dict[str, list[Path]]:
+    """The model repositories in the hub's cache, with their snapshots, newest first."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    snapshots: dict[str, list[Path]] = {}
+    for folder in cache.glob("models--*--*/snapshots/*"):
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        snapshots.setdefault(name, []).append(folder)
+    return {name: sorted(found, key=os.path.getmtime, reverse=True) for name, found in snapshots.items()}
+
+
+def _is_ours(snapshot: Path) -> bool:
+    """Whether a cached repository holds a model of this architecture, or SAEs."""
+    try:
+        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return bool(sae_folders(snapshot))
+    return isinstance(config, dict) and ({"d_hidden", "n_ctx"} <= config.keys() or "format" in config)

@@ -1,0 +1,217 @@
+"""Find, load, train, save and hash tokenizers."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from bilinear_jax.store.documents import END_OF_TEXT
+from bilinear_jax.store.files import replace_file
+from bilinear_jax.store.sources import folder_of
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a ``tokenizer.json`` (or that of a folder) and the ``tokenizer_config.json`` beside it."""
+    source = source.parent if source.is_file() else source
+    if not (source / TOKENIZER_FILES[0]).is_file():
+        raise FileNotFoundError(f"{source} has no {TOKENIZER_FILES[0]}")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+class _Known(NamedTuple):
+    """A tokenizer that published models were trained with."""
+
+    repository: str
+    bos_token: str
+    eos_token: str
+    pad_token: str
+    begins: bool  # whether every text starts with the bos_token
+
+
+_TOKENIZERS = {
+    "ts-4096": _Known("tdooms/ts-tokenizer-4096", "[BOS]", "[EOS]", "[EOS]", begins=True),
+    "mistral": _Known("mistral-community/Mixtral-8x22B-v0.1", "<s>", "</s>", "</s>", begins=True),
+    "gpt2": _Known("openai-community/gpt2", *["<|endoftext|>"] * 3, begins=False),
+}
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(tokenizer_source: str | None, name: str | None):
+    """Load a tokenizer as a ``transformers.PreTrainedTokenizerFast``. Up to 8 are cached.
+
+    Args:
+        tokenizer_source: a folder with ``tokenizer.json``, the file itself, or a hub name. None: look up ``name``.
+        name: the name of a known tokenizer ("ts-4096", "mistral", "gpt2"), which is downloaded from the hub. The first
+            two put their bos_token at the start of every text, as in the training of the published models. A file that
+            does not do this (for instance one made from a sentencepiece file) is corrected, with a warning.
+
+    Raises:
+        FileNotFoundError, ConnectionError: if the tokenizer cannot be found. The message says what would help.
+        ValueError: if a file cannot be read.
+    """
+    known = _TOKENIZERS.get(name or "")
+    if tokenizer_source is None:
+        if known is None:
+            raise FileNotFoundError(
+                f"the model's folder has no tokenizer.json, and its config names the tokenizer {name!r}, which is not "
+                f"one of {', '.join(_TOKENIZERS)}: put a tokenizer.json into the model's folder, or use token ids"
+            )
+        tokenizer_source = known.repository
+    path = Path(tokenizer_source).expanduser()
+    if not path.is_file():
+        try:
+            path = folder_of(tokenizer_source, ["tokenizer.json", "tokenizer_config.json"]) / "tokenizer.json"
+        except (ConnectionError, FileNotFoundError) as error:
+            raise type(error)(
+                f"the tokenizer cannot be loaded: {error}. A tokenizer.json in the model's folder is used first"
+            ) from error
+    if not path.is_file():
+        made = ", made from its tokenizer.model by transformers," if (path.parent / "tokenizer.model").is_file() else ""
+        raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put one there{made} or use token ids")
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises a plain Exception
+        raise ValueError(
+            f"{path} is not a tokenizer that can be read ({error}): restore it, or name another"
+        ) from error
+    if known and known.begins:
+        _begin_with(tokenizer, known.bos_token, name)
+    usual = {key: getattr(known, key) for key in ("bos_token", "eos_token", "pad_token")} if known else {}
+    usual = {key: token for key, token in usual.items() if tokenizer.token_to_id(token) is not None}
+    padding = {key: token for key, token in usual.items() if key == "pad_token"}  # it takes precedence over the files
+    special = usual | _special_tokens(path) | padding
+    return _tokenizer_class()(tokenizer_object=tokenizer, **special)
+
+
+def _begin_with(tokenizer, bos_token: str, name: str | None) -> None:
+    """Make a tokenizer put its bos_token first, if it has one and does not do so yet."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos_id = tokenizer.token_to_id(bos_token)
+    if bos_id is None or tokenizer.encode("a").ids[:1] == [bos_id]:
+        return
+    special = [(bos_token, bos_id)]
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos_token} $A", special_tokens=special)
+    warnings.warn(
+        f"this tokenizer did not put {bos_token} first, unlike {name}, which the published models were trained with: "
+        "now it does",
+        stacklevel=3,
+    )
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    """The special tokens in the ``tokenizer_config.json`` beside a tokenizer."""
+    config_path = path.with_name("tokenizer_config.json")
+    if not config_path.is_file():
+        return {}
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path} is not JSON ({error}): restore it, or delete it") from error
+    tokens = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None:
+            tokens[key] = value
+    return tokens
+
+
+def _tokenizer_class():
+    """``PreTrainedTokenizerFast``, imported without the warning of transformers that torch is missing."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        from transformers import PreTrainedTokenizerFast
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+    return PreTrainedTokenizerFast
+
+
+def train_tokenizer(documents: Iterable[str], n_vocab: int):
+    """Train a lossless byte-level BPE tokenizer. ``<|endoftext|>`` has id 0 and starts every text.
+
+    Args:
+        documents: the texts to train on.
+        n_vocab: the number of token ids, at least 257: one per byte, and ``<|endoftext|>``.
+
+    Returns:
+        A ``tokenizers.Tokenizer``. Decoding gives the text back, byte for byte.
+
+    Raises:
+        ValueError: if ``n_vocab`` is too small, or larger than the text allows.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if n_vocab < least:
+        raise ValueError(f"n_vocab is {n_vocab}, but a byte-level tokenizer has at least {least} token ids: raise it")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() != n_vocab:
+        raise ValueError(
+            f"n_vocab is {n_vocab}, but the text gives only {tokenizer.get_vocab_size()} token ids: lower n_vocab, or "
+            "give more text"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: str | Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, which names the bos, eos and pad tokens.
+
+    For a ``transformers`` tokenizer these are its own tokens. For a ``tokenizers.Tokenizer`` all three are
+    ``<|endoftext|>``. Each file is written completely or not at all. Raises ``OSError`` with the path if that fails.
+    """
+    folder = Path(folder)
+    names = ("bos_token", "eos_token", "pad_token")
+    special = {name: getattr(tokenizer, name, END_OF_TEXT) for name in names}
+    given = {name: token for name, token in special.items() if token is not None}
+    replace_file(folder / "tokenizer_config.json", json.dumps(given, indent=2) + "\n")
+    replace_file(folder / "tokenizer.json", plain_tokenizer(tokenizer).to_str(pretty=True))
+
+
+def plain_tokenizer(tokenizer):
+    """A copy as a ``tokenizers.Tokenizer``, with padding and truncation switched off."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(getattr(tokenizer, "backend_tokenizer", tokenizer).to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """The SHA-256 of a tokenizer's ``tokenizer.json``, with sorted keys and without padding and truncation settings."""
+    definition = json.loads(plain_tokenizer(tokenizer).to_str())
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer) -> int:
+    """The largest token id of a tokenizer, plus 1. Some tokenizers skip ids."""
+    return 1 + max(getattr(tokenizer, "backend_tokenizer", tokenizer).get_vocab(with_added_tokens=True).values())

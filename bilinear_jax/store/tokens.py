@@ -1,0 +1,234 @@
+"""Text as one flat, memory-mapped file of token ids.
+
+A token file is two files. ``NAME`` holds the token ids of all documents, one after another, as little-endian uint16 or
+uint32. ``NAME.json``, its sidecar, describes them.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import secrets
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from bilinear_jax.store.documents import as_sources, is_hub, read_documents, too_few_documents
+from bilinear_jax.store.tokenizers import plain_tokenizer, tokenizer_hash, vocabulary_size
+
+FORMAT, VERSION = "bilinear_jax.tokens", 1
+
+
+_COUNTS = ("version", "n_vocab", "n_documents", "n_tokens", "n_held_out")
+
+
+_RECORD = dict.fromkeys(_COUNTS, int) | {"dtype": str, "tokenizer_hash": str, "made_from": dict}
+
+
+_CHARACTERS = 1 << 21  # encoded at once
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """A tokenised text, as ``tokenize`` writes it."""
+
+    path: Path  # the file of token ids; the sidecar is beside it
+    tokens: np.ndarray  # [n_tokens], uint16 or uint32, memory-mapped: the text to train on
+    held_out: np.ndarray  # [n_held_out], the held-out text: the last documents
+    n_documents: int  # number of documents, with those held out
+    n_vocab: int  # largest token id of the tokenizer, plus 1
+    tokenizer_hash: str  # SHA-256 of the tokenizer, see tokenizer_hash
+    made_from: dict[str, Any]  # the sources (name and size of each), field, held-out documents, limit of tokens
+
+
+def tokenize(
+    sources: str | Path | Sequence[str | Path],
+    tokenizer,
+    path: str | Path,
+    *,
+    field: str = "text",
+    held_out: int = 0,
+    max_tokens: int | None = None,
+) -> TokenFile:
+    """Encode all documents into one token file. If the file exists, it is only opened.
+
+    Each document is encoded exactly as the tokenizer does it. Between documents there is only what the tokenizer itself
+    adds at their ends. Documents are read and encoded 2 million characters at a time, on all cores, so memory does not
+    grow with the text. A terminal shows a progress bar. The file appears at ``path`` when it is complete. A killed
+    process leaves only a hidden file ``.NAME.partial-...`` beside it, which can be deleted.
+
+    Args:
+        sources, field: as for ``read_documents``.
+        tokenizer: a ``tokenizers.Tokenizer`` or a ``transformers.PreTrainedTokenizerFast``. Its padding and truncation
+            settings are ignored.
+        path: the token file.
+        held_out: number of documents at the end that are kept apart, as ``TokenFile.held_out``.
+        max_tokens: stop after the document that reaches this many tokens. None: read the sources to the end.
+
+    Raises:
+        ValueError: if ``path`` holds another text or the tokens of another tokenizer, or is not a token file; if all
+            documents would be held out; and as ``read_documents`` does.
+        OSError: if the file cannot be written, for instance on a full disk. No partial file is left.
+
+    Example:
+        >>> import tempfile
+        >>> from bilinear_jax.store.tokenizers import train_tokenizer
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "two.txt").write_text("A cat sat.<|endoftext|>A dog sat.")
+        >>> tokenizer = train_tokenizer(["A cat sat.", "A dog sat."], n_vocab=259)
+        >>> file = tokenize(folder / "two.txt", tokenizer, folder / "tokens")
+        >>> file.n_documents, tokenizer.decode(list(file.tokens), skip_special_tokens=False)
+        (2, '<|endoftext|>A cat sat.<|endoftext|>A dog sat.')
+    """
+    if held_out < 0 or (max_tokens is not None and max_tokens < 1):
+        raise ValueError(f"held_out must be at least 0 and max_tokens at least 1, got {held_out} and {max_tokens}")
+    found, path = as_sources(sources), Path(path)
+    made_from = {
+        "sources": [str(s) if is_hub(s) else {"name": Path(s).name, "bytes": Path(s).stat().st_size} for s in found],
+        "field": field,
+        "held_out_documents": held_out,
+        "max_tokens": max_tokens,
+    }
+    if path.exists():
+        there = open_tokens(path, tokenizer)
+        before = there.made_from
+        changed = [f"{key}: {before[key]} there, {now} now" for key, now in made_from.items() if before[key] != now]
+        if changed:
+            raise ValueError(
+                f"{path} was made from another text ({'; '.join(changed)}): delete it, or name another file"
+            )
+        return there
+
+    encoder, n_vocab = plain_tokenizer(tokenizer), vocabulary_size(tokenizer)
+    dtype = np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    described = partial.with_name(partial.name + ".json")
+    try:
+        with open(partial, "wb") as file:
+            counts = _encode_into(file, dtype, encoder, read_documents(found, field), held_out, max_tokens)
+            file.flush()
+            os.fsync(file.fileno())
+        record = {"format": FORMAT, "version": VERSION, "tokenizer_hash": tokenizer_hash(tokenizer)}
+        record |= {"n_vocab": n_vocab, "dtype": dtype.name} | counts | {"made_from": made_from}
+        described.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(described, _sidecar(path))  # before the tokens: a sidecar alone is not a token file
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full ({error.strerror}), so {path} was not written: free disk space, or name another disk",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+        described.unlink(missing_ok=True)
+    return open_tokens(path, tokenizer)
+
+
+def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None) -> TokenFile:
+    """Open the token file at ``path``, memory-mapped.
+
+    Args:
+        path: the token file.
+        tokenizer: the tokenizer that the tokens must come from. None: any.
+        n_vocab: the vocabulary size of the model that will read the tokens. None: any.
+
+    Raises:
+        FileNotFoundError: if the file or its sidecar does not exist.
+        ValueError: if the file is cut short or is not a token file, if another tokenizer made it, or if the model does
+            not have all of its token ids.
+    """
+    path = Path(path)
+    sidecar = _sidecar(path)
+    if not path.is_file() or not sidecar.is_file():
+        there = path if path.is_file() else sidecar if sidecar.is_file() else "neither"
+        raise FileNotFoundError(
+            f"a token file needs both {path} and {sidecar.name} beside it; found: {there}. Tokenise the text again, to "
+            "a new name, or delete this file first if it holds tokens"
+        )
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{sidecar} is not JSON ({error}): delete {path} and tokenise the text again") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{sidecar} does not describe a token file of this library: name another file")
+    missing = [name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)]
+    if missing:
+        raise ValueError(f"{sidecar} lacks {', '.join(missing)}: delete {path} and tokenise the text again")
+    if record["version"] > VERSION:
+        raise ValueError(
+            f"{path} has format version {record['version']}, but this bilinear_jax reads {VERSION}: upgrade it"
+        )
+    dtype = np.dtype(record["dtype"]).newbyteorder("<")
+    count, size = record["n_tokens"] + record["n_held_out"], path.stat().st_size
+    if size != count * dtype.itemsize:
+        raise ValueError(
+            f"{path} has {size} bytes, but should have {count * dtype.itemsize} ({count} tokens of {dtype.name}): "
+            "it is cut short or damaged. Delete it and tokenise the text again"
+        )
+    if tokenizer is not None and record["tokenizer_hash"] != tokenizer_hash(tokenizer):
+        raise ValueError(
+            f"{path} has the tokens of another tokenizer, {record['tokenizer_hash'][:12]} with {record['n_vocab']} "
+            f"token ids, not of this one, {tokenizer_hash(tokenizer)[:12]} with {vocabulary_size(tokenizer)}: "
+            "tokenise the text with this one, to another file"
+        )
+    if n_vocab is not None and record["n_vocab"] > n_vocab:
+        raise ValueError(
+            f"{path} has a vocabulary of {record['n_vocab']} tokens, but the model only has {n_vocab}: tokenise the "
+            "text with the model's own tokenizer, or give the model a larger vocabulary"
+        )
+    stream = np.memmap(path, dtype, mode="r")
+    return TokenFile(
+        path=path,
+        tokens=stream[: record["n_tokens"]],
+        held_out=stream[record["n_tokens"] :],
+        **{name: record[name] for name in ("n_documents", "n_vocab", "tokenizer_hash", "made_from")},
+    )
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _encode_into(
+    file: BinaryIO, dtype: np.dtype, encoder, documents: Iterable[str], held_out: int, max_tokens: int | None
+) -> dict[str, int]:
+    """Append the tokens of all documents to a file. Returns the numbers of documents and tokens."""
+    from tqdm.auto import tqdm
+
+    n_documents = n_tokens = 0
+    last: deque[int] = deque(maxlen=held_out)  # lengths of the last documents so far: at the end, those held out
+    with tqdm(desc="tokenise", disable=None, unit="token", unit_scale=True) as bar:
+        for chunk in _chunks(documents):
+            encoded = [np.asarray(document.ids, dtype) for document in encoder.encode_batch_fast(chunk)]
+            if max_tokens is not None:
+                ends = n_tokens + np.cumsum([len(document) for document in encoded])
+                encoded = encoded[: int(np.searchsorted(ends, max_tokens)) + 1]
+            file.write(np.concatenate(encoded).tobytes())
+            last.extend(map(len, encoded))
+            n_documents += len(encoded)
+            n_tokens += sum(map(len, encoded))
+            bar.update(n_tokens - bar.n)
+            if max_tokens is not None and n_tokens >= max_tokens:
+                break
+    if n_documents <= held_out:
+        raise too_few_documents(n_documents, held_out, max_tokens)
+    return {"n_documents": n_documents, "n_tokens": n_tokens - sum(last), "n_held_out": sum(last)}
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of documents of about 2 million characters, with at most 65,536 documents."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= _CHARACTERS or len(chunk) == 1 << 16:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,244 @@
+"""Checkpoints: what is saved comes back, what is damaged is refused, what was there is never lost."""
+
+import gc
+import json
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+from published import ORIGIN, make_params, same, snapshot
+
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.store import checkpoint
+
+CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11, bias=True, gate="silu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model and its params; copy it before you break it."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    params = make_params(CONFIG)
+    assert checkpoint.save_model(folder, CONFIG, params, origin=ORIGIN) == folder
+    return folder, params
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "copy")
+
+
+# What is saved comes back.
+
+
+def test_a_saved_model_comes_back_bit_for_bit(saved):
+    folder, params = saved
+    files = checkpoint.load_model(folder)
+    assert files.config == CONFIG
+    assert same(files.params, params)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(files.params))
+    assert (files.source, files.tokenizer_source) == (str(folder), None)
+    assert json.loads((folder / "config.json").read_text())["origin"] == ORIGIN
+    assert checkpoint.load_model(folder, attn_scale=0.25).config.attn_scale == 0.25
+
+
+def test_smaller_on_disk_is_float32_in_memory(tmp_path):
+    params = make_params(CONFIG)
+    folder = checkpoint.save_model(tmp_path / "m", CONFIG, params, origin=ORIGIN, dtype=jnp.bfloat16)
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params)
+    assert same(checkpoint.load_model(folder).params, rounded)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bilinear_encoder": True, "encoder_bias": True, "passthrough": (1, 3), "tag": "v2"}]
+)
+def test_a_saved_sae_comes_back_bit_for_bit(tmp_path, options):
+    sae = SAE.init(SAEConfig("mlp_out", 1, d_model=8, expansion=4, k=3, **options), jax.random.key(1))
+    checkpoint.save_sae(tmp_path / "scope" / sae.name, sae, origin=ORIGIN)
+    again = checkpoint.load_sae(tmp_path, layer=1)
+    assert again.config == sae.config
+    assert same(again.params, sae.params)
+    with pytest.raises(ValueError, match=f"must have its name.*{sae.name}"):
+        checkpoint.save_sae(tmp_path / "scope" / "another", sae, origin=ORIGIN)
+
+
+def test_a_model_of_six_million_parameters_loads_fast(tmp_path):
+    config = TransformerConfig(n_layer=4, n_head=8, d_model=256, d_hidden=1024, n_ctx=256, n_vocab=4096)
+    checkpoint.save_model(tmp_path / "m", config, make_params(config), origin=ORIGIN, dtype=jnp.bfloat16)
+    start = time.monotonic()
+    checkpoint.load_model(tmp_path / "m")
+    assert (
+        time.monotonic() - start < 10
+    )  # 0.2 s where nothing else runs; this catches a load per layer or a compilation
+
+
+def test_loading_prints_nothing(saved, capfd):
+    checkpoint.load_model(saved[0])
+    assert capfd.readouterr() == ("", "")
+
+
+# The golden model, loaded from the published layout and converted.
+
+
+def test_loaded_model_gives_the_originals_logits_and_loss(golden):
+    lm = golden.lm
+    assert (lm.config.pad_id, lm.config.tokenizer, lm.source) == (2, "ts-4096", str(published.MODEL))
+    logits = lm.logits(golden.ids)
+    golden.close(logits[..., ::8], golden.expected["logits.every8"])
+    assert np.array_equal(np.argmax(logits, axis=-1), golden.expected["greedy_next"])
+    everything = np.ones(golden.ids.shape, bool)
+    golden.close(lm.loss(golden.ids, token_mask=everything), golden.expected["loss"][0])
+
+
+@pytest.mark.parametrize("name", ["1-mlp-in-x4-k6", "1-resid-mid-x4-k6", "2-mlp-in-x4-k6", "2-mlp-out-x4-k6"])
+def test_loaded_sae_gives_the_originals_codes_and_reconstruction(golden, name):
+    sae = checkpoint.load_sae(published.SCOPE, site=name[2:].split("-x")[0], layer=int(name[0]), expansion=4, k=6)
+    x = golden.expected[f"act.{sae.config.site}.{sae.config.layer}"]
+    reconstruction, codes = sae(jnp.asarray(x))
+    golden.close(codes, golden.expected[f"sae.{name}.codes"])
+    golden.close(reconstruction, golden.expected[f"sae.{name}.recon"])
+
+
+def test_loss_with_the_mlp_replaced_by_the_sae_and_by_zero(golden):
+    sae = checkpoint.load_sae(published.SCOPE, "mlp-out", 1)
+    everything = np.ones(golden.ids.shape, bool)
+    for name, edit in (("loss_patched", lambda x: sae(x)[0]), ("loss_zeroed", jnp.zeros_like)):
+        got = golden.lm.loss(golden.ids, token_mask=everything, edits={("mlp_out", 1): edit})
+        golden.close(got, golden.expected[f"sae.{sae.name}.{name}"][0])
+
+
+# Nothing on disk is lost or half-written.
+
+
+def test_refuses_to_overwrite_without_force(saved, copy):
+    before = snapshot(copy)
+    with pytest.raises(FileExistsError, match="exists: name another folder, or replace it with force"):
+        checkpoint.save_model(copy, CONFIG, make_params(CONFIG, seed=1), origin=ORIGIN)
+    assert snapshot(copy) == before
+    checkpoint.save_model(copy, CONFIG, make_params(CONFIG, seed=1), origin=ORIGIN, force=True)
+    assert same(checkpoint.load_model(copy).params, make_params(CONFIG, seed=1))
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_force_replaces_nothing_but_checkpoints(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="force does not replace it"):
+        checkpoint.save_model(tmp_path / "thesis", CONFIG, make_params(CONFIG), origin=ORIGIN, force=True)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_params_that_do_not_fit_their_config_are_not_saved(tmp_path):
+    params = make_params(CONFIG)
+    params["extra"] = jnp.zeros(3)
+    del params["w_u"]
+    with pytest.raises(ValueError, match=r"In the model but not in the checkpoint: w_u; in the checkpoint .*: extra"):
+        checkpoint.save_model(tmp_path / "m", CONFIG, params, origin=ORIGIN)
+    params = make_params(CONFIG)
+    params["layers"]["mlp"]["w_l"] = params["layers"]["mlp"]["w_l"].at[0, 0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"NaN or infinite values: layers\.mlp\.w_l"):
+        checkpoint.save_model(tmp_path / "m", CONFIG, params, origin=ORIGIN)
+    assert not list(tmp_path.iterdir())
+
+
+# What is damaged is refused.
+
+
+def edit_config(folder, **changes):
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | changes))
+
+
+def test_params_that_disagree_with_the_config(copy):
+    config = json.loads((copy / "config.json").read_text())["config"]
+    edit_config(copy, config=config | {"d_hidden": 10})
+    with pytest.raises(ValueError, match=r"layers\.mlp\.w_l \(2, 12, 8\), expected \(2, 10, 8\)"):
+        checkpoint.load_model(copy)
+    edit_config(copy, config=config | {"bias": False})
+    with pytest.raises(ValueError, match=r"not in the model: layers\.mlp\.b_l, layers\.mlp\.b_p, layers\.mlp\.b_r;"):
+        checkpoint.load_model(copy)
+    edit_config(copy, config={key: value for key, value in config.items() if key != "n_ctx"} | {"zeta": 1})
+    with pytest.raises(ValueError, match=r"unknown config keys \['zeta'\] and lacks the keys \['n_ctx'\]"):
+        checkpoint.load_model(copy)
+
+
+def test_formats_of_another_version_or_kind(copy):
+    edit_config(copy, version=2)
+    with pytest.raises(ValueError, match="format version 2, but this bilinear_jax reads versions up to 1: upgrade"):
+        checkpoint.load_model(copy)
+    edit_config(copy, format="bilinear_jax.sae")
+    with pytest.raises(ValueError, match=r"format 'bilinear_jax\.sae', but must have 'bilinear_jax\.transformer'"):
+        checkpoint.load_model(copy)
+
+
+def test_truncated_orbax_files(copy):
+    for path in [path for path in (copy / "params").rglob("*") if path.is_file() and path.stat().st_size]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(ValueError, match=rf"{path.name} should have \d+ bytes.*damaged\. Convert or download it"):
+            checkpoint.load_model(copy)
+        path.write_bytes(whole)
+    assert checkpoint.load_model(copy).config == CONFIG
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks on its way out
+def test_damaged_orbax_files_of_the_right_size(copy):
+    """Of what describes the arrays, and of the numbers themselves, of which a single bit is wrong."""
+    for path in (copy / "params").rglob("*.json"):
+        whole = path.read_bytes()
+        path.write_bytes(bytes(len(whole)))
+        with pytest.raises(ValueError, match=r"params cannot be read.*damaged"):
+            checkpoint.load_model(copy)
+        path.write_bytes(whole)
+    path = copy / "params" / "state" / "layers.mlp.w_l" / "c" / "0" / "0" / "0"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"not the values that were written: [\w.]+\).*damaged"):
+        checkpoint.load_model(copy)
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        ({"text": "TinyStories, 3 stories"}, "TinyStories, 3 stories"),
+        (
+            {"text": {"sources": [{"name": "a.txt", "bytes": 1}], "n_documents": 2, "n_tokens": 30, "field": "text"}},
+            "a.txt: 2 documents, 30 tokens",
+        ),
+        (
+            {"text": {"sources": ["hub/a", {"name": "b"}], "n_documents": 2, "n_tokens": 30}},
+            "hub/a, b: 2 documents, 30 tokens",
+        ),
+        ({"made_by": "a test"}, "not known: its files do not say"),
+        ({}, "not known: its files do not say"),
+    ],
+)
+def test_what_a_model_and_an_sae_were_trained_on(tmp_path, origin, line):
+    checkpoint.save_model(tmp_path / "model", CONFIG, make_params(CONFIG), origin=origin)
+    assert checkpoint.training_of(tmp_path / "model") == line
+    sae = SAE.init(SAEConfig("mlp_in", 0, d_model=8, expansion=2, k=2), jax.random.key(0))
+    checkpoint.save_sae(tmp_path / "model" / "scope" / sae.name, sae, origin=origin)
+    assert checkpoint.training_of(tmp_path / "model", sae.name) == line
+    with pytest.raises(UnknownNameError, match=r"no SAE 1-mlp-in-x2-k2 in .*model: choose one of 0-mlp-in-x2-k2"):
+        checkpoint.training_of(tmp_path / "model", "1-mlp-in-x2-k2")
+
+
+def test_what_published_files_were_trained_on():
+    assert checkpoint.training_of(published.MODEL) == "tinystories"
+    assert checkpoint.training_of(published.SCOPE, "1-mlp-in-x4-k6") == "not known: its files do not say"
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+        checkpoint.training_of("nowhere")
+
+
+def test_params_that_are_not_there(copy):
+    shutil.rmtree(copy / "params")
+    with pytest.raises(FileNotFoundError, match="has no params: the checkpoint is incomplete"):
+        checkpoint.load_model(copy)

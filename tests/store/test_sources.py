@@ -1,0 +1,225 @@
+"""Names, folders, the hub, tokenizers: what is there is found, what is not is said with what there is."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import published
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.store import checkpoint, sources
+from bilinear_jax.store.datasets import load_corpus
+from bilinear_jax.store.tokenizers import load_tokenizer
+
+
+def test_unknown_names_list_what_there_is(tmp_path, monkeypatch):
+    with pytest.raises(
+        UnknownNameError, match=r"no SAE 7-mlp-out-x8-k30 in .*: choose one of 1-mlp-in-x4-k6, 1-mlp-out-x4-k6"
+    ):
+        checkpoint.load_sae(published.SCOPE, layer=7, expansion=8, k=30)
+    with pytest.raises(ValueError, match=r"matches several SAEs in .*: 1-mlp-out-x4-k6, 2-mlp-out-x4-k6"):
+        checkpoint.load_sae(published.SCOPE)
+    with pytest.raises(UnknownNameError, match="no site 'mlp-mid' in what an SAE can read: choose one of"):
+        checkpoint.load_sae(published.SCOPE, site="mlp-mid")
+    with pytest.raises(UnknownNameError, match=r"no SAE 1-mlp-out-x\*-k\* in .*: there are none$"):
+        checkpoint.load_sae(published.MODEL, layer=1)
+    with pytest.raises(FileNotFoundError, match="holds SAEs but no model"):
+        checkpoint.load_model(published.SCOPE)
+    monkeypatch.setattr(sources, "PRETRAINED", tmp_path)
+    shutil.copytree(published.MODEL, tmp_path / "ts-built-in")
+    with pytest.raises(FileNotFoundError, match=r"no folder nano, and no model of that name.*built in: ts-built-in"):
+        checkpoint.load_model("nano")
+    assert checkpoint.load_model("ts-built-in", attn_scale=1.0).config.n_layer == 3
+
+
+def test_without_a_tag_the_untagged_sae_wins(tmp_path):
+    config, weights = published.sae()
+    for tag in ("", "-v0", "-v1"):
+        published.write(tmp_path / f"1-mlp-out-x4-k6{tag}", config | {"tag": tag[1:] or None}, weights)
+    assert checkpoint.load_sae(tmp_path, layer=1).config.tag is None
+    assert checkpoint.load_sae(tmp_path, layer=1, tag="v1").config.tag == "v1"
+    shutil.rmtree(tmp_path / "1-mlp-out-x4-k6")
+    with pytest.raises(ValueError, match="matches several"):
+        checkpoint.load_sae(tmp_path, layer=1)
+
+
+@pytest.mark.parametrize("place", ["model/scope", "model-scope", "model"])
+def test_where_the_saes_of_a_folder_are(tmp_path, place):
+    shutil.copytree(published.MODEL, tmp_path / "model")
+    shutil.copytree(published.SCOPE, tmp_path / place, dirs_exist_ok=True)
+    assert checkpoint.load_sae(tmp_path / "model", layer=2).name == "2-mlp-out-x4-k6"
+    assert checkpoint.load_sae(tmp_path / place, layer=2).name == "2-mlp-out-x4-k6"
+
+
+def test_known_tokenizers_pad_as_published_and_gain_no_token(tmp_path):
+    published.write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[UNK]"}')
+    tokenizer = load_tokenizer(str(tmp_path), "ts-4096")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    other = load_tokenizer(str(tmp_path), "mistral")  # whose tokens this one doesn't have
+    assert (other.bos_token, other.pad_token, len(other)) == (None, "[UNK]", 5)
+
+
+@pytest.mark.parametrize(("name", "mend"), [("tokenizer.json", "name another"), ("tokenizer_config.json", "delete it")])
+def test_a_damaged_tokenizer_is_named(tmp_path, name, mend):
+    published.write_tokenizer(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name} is .*: restore it, or {mend}"):
+        load_tokenizer(str(tmp_path), None)
+
+
+def test_a_model_without_a_tokenizer_says_so_when_it_is_needed():
+    config = TransformerConfig(n_layer=1, n_head=2, d_model=8, d_hidden=8, n_ctx=8, n_vocab=5, tokenizer="mine")
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer 'mine', which is not one of ts-4096, mistral, gpt2: put a tokenizer"
+    ):
+        _ = LanguageModel(published.make_params(config), config).tokenizer
+
+
+def test_corpus_is_read_from_disk(tmp_path):
+    copy = tmp_path
+    with pytest.raises(FileNotFoundError, match=r"has no corpus\.npy: give your own token ids"):
+        load_corpus(copy)
+    tokens = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    np.save(copy / "corpus.npy", tokens)
+    got = load_corpus(copy)
+    assert isinstance(got, np.memmap)
+    assert np.array_equal(got, tokens)
+    np.save(copy / "corpus.npy", tokens.astype(np.int64))
+    with pytest.raises(ValueError, match="must hold uint16"):
+        load_corpus(copy)
+
+
+# The hub, served from this machine.
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The three questions that the hub's client asks: which commit, which files, and a file."""
+
+    repositories: dict[str, Path]
+    requests: list[str]
+
+    def do_GET(self):
+        path = self.path.split("?")[0].strip("/")
+        if path == "stop":
+            self.answer(b"")
+            threading.Thread(target=self.server.server_close).start()
+            self.server.shutdown()
+            return
+        is_api = path.startswith(("api/models/", "api/datasets/"))
+        owner, name, *rest = path.removeprefix("api/models/").removeprefix("api/").removeprefix("datasets/").split("/")
+        root = self.repositories.get(f"{owner}/{name}")
+        if root is None:
+            self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+            return
+        files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+        if is_api and rest[:1] == ["tree"]:
+            listing = [
+                {"type": "file", "path": str(file.relative_to(root)), "size": file.stat().st_size, "oid": "0" * 40}
+                for file in files
+            ]
+            self.answer(json.dumps(listing).encode())
+        elif is_api:
+            names = [{"rfilename": str(file.relative_to(root))} for file in files]
+            answer = {"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "sha": "a" * 40, "siblings": names}
+            self.answer(json.dumps(answer).encode())
+        else:
+            file = root.joinpath(*rest[2:])
+            self.requests.append(f"{self.command} {name}/{'/'.join(rest[2:])}")
+            self.answer(file.read_bytes(), 200, {"ETag": f'"{abs(hash(file))}"', "X-Repo-Commit": "a" * 40})
+
+    do_HEAD = do_GET
+
+    def answer(self, body, status=200, headers=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+CLIENT = """
+import sys, os, urllib.request
+import bilinear_jax as bj
+from bilinear_jax import load
+from bilinear_jax.store import checkpoint
+
+def attempt(function):
+    try:
+        return function()
+    except Exception as error:
+        print(type(error).__name__, error)
+
+print([tuple(name) for name in bj.list_saes("someone/ts-micro")][:2])
+print(load("someone/older").config.n_vocab, bj.load_token_rows("someone/rows-16k", 3).tolist())
+lm = load("someone/ts-micro", attn_scale=0.5)
+print(lm.source, lm.config.n_layer, lm.tokenizer("hello world")["input_ids"])
+print(checkpoint.load_sae("someone/ts-micro", layer=2).name)
+attempt(lambda: load("someone/nothing"))
+attempt(lambda: checkpoint.load_sae("someone/ts-micro", layer=9))
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/stop").read()
+again = load("someone/ts-micro", attn_scale=0.5)
+print("cached", again.config == lm.config, checkpoint.load_sae("someone/ts-micro-scope", layer=2).name)
+attempt(lambda: checkpoint.load_sae("someone/ts-micro", layer=1))
+attempt(lambda: load("someone/else"))
+"""
+
+
+def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    published.write_tokenizer(tokenizer)
+    older = published.write_sharded(tmp_path / "old", published.CONFIG, published.state(published.CONFIG), pickled=True)
+    rows = pyarrow.table({"input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]]})
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    pyarrow.parquet.write_table(rows, tmp_path / "rows" / "data" / "train.parquet")
+    repositories = {
+        "someone/rows-16k": tmp_path / "rows",
+        "someone/older": older,
+        "someone/ts-micro": published.MODEL,
+        "someone/ts-micro-scope": published.SCOPE,
+        "tdooms/ts-tokenizer-4096": tokenizer,
+    }
+    handler = type("Served", (Hub,), {"repositories": repositories, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-W", "error", "-c", CLIENT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    listed, old, *lines = done.stdout.splitlines()
+    assert (listed, old) == ("[(1, 'mlp_in', 4, 6, None), (1, 'mlp_out', 4, 6, None)]", "11 [[1, 2, 3], [5, 6, 7]]")
+    assert lines[:2] == ["someone/ts-micro 3 [1, 3, 4]", "2-mlp-out-x4-k6"]
+    assert lines[2].startswith("FileNotFoundError someone/nothing cannot be downloaded from the hub (http://127.0.0.1")
+    unknown = "UnknownNameError there is no SAE 9-mlp-out-x*-k* in someone/ts-micro: choose one of 1-mlp-in-x4-k6,"
+    assert lines[3].startswith(unknown)
+    assert lines[4] == "cached True 2-mlp-out-x4-k6"
+    assert lines[5].startswith("UnknownNameError") and lines[5].endswith("choose one of 2-mlp-out-x4-k6")
+    assert lines[6].startswith("ConnectionError the hub (http://127.0.0.1")
+    assert "cannot be reached" in lines[6]
+    assert "from the hub's cache: someone/older, someone/ts-micro, someone/ts-micro-scope;" in lines[6]
+    fetched = {request for request in handler.requests if request.startswith("GET")}
+    shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+    assert fetched == {
+        "GET rows-16k/data/train.parquet",
+        *(f"GET older/{name}" for name in ["config.json", *shards]),
+        *("GET ts-micro/config.json", "GET ts-micro/model.safetensors"),
+        *("GET ts-micro-scope/2-mlp-out-x4-k6/config.json", "GET ts-micro-scope/2-mlp-out-x4-k6/model.safetensors"),
+        *("GET ts-tokenizer-4096/tokenizer.json", "GET ts-tokenizer-4096/tokenizer_config.json"),
+    }
