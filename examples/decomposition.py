@@ -3,8 +3,11 @@
 #
 # The language chapter explains one output feature at a time, by eigenvectors of its own. Do features share what they
 # look for? "Bilinear MLPs enable weight-based mechanistic interpretability" ends by asking for decompositions that find
-# out. Here are two, of the tensor of the strongest output features of the small model that ships with the package: the
-# higher-order singular value decomposition (HOSVD), and products of two patterns that all features share (CP).
+# out. This chapter tries two of them on the strongest output features of the small model that ships with the package:
+#
+# - the higher-order singular value decomposition (HOSVD): do the features span fewer directions than there are
+#   features?
+# - the canonical polyadic decomposition (CP): is there a set of products of two patterns that all features share?
 
 # %%
 import argparse
@@ -14,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 import bilinear_jax as bj
-from bilinear_jax.drawing import NEGATIVE, POSITIVE, new_figure
+from bilinear_jax.show.drawing import NEGATIVE, POSITIVE, new_figure
 
+# %% Options of the command line
 parser = argparse.ArgumentParser(description="Structure that output features share.")
 parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figure (default: this one)")
 parser.add_argument("--features", type=int, default=32, help="how many output features (default: 32)")
@@ -26,8 +30,9 @@ options.out.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
 # ## A tensor of some features
-# An output direction for each feature turns the layer into a tensor of these features alone: `down` is multiplied, and
-# nothing else changes. Each feature's interaction matrix is brought to length 1, so that all count alike.
+# With one output direction for each feature, the layer becomes a tensor of these features alone: only `down` changes.
+# Every feature's interaction matrix is scaled to Frobenius norm 1, so that all features count alike. If two features
+# had the same function, the cosine of their matrices would be 1.
 
 # %%
 lm = bj.load("ts-nano")
@@ -41,12 +46,12 @@ cosines = tensor.cosines(each) - each
 print(f"{options.features} features; the cosine of two interaction matrices is {float(abs(cosines).max()):.2f} at most")
 
 # %% [markdown]
-# ## HOSVD: few outputs?
-# Its output directions are mixtures of features, ordered by how much of the tensor lies along each. If every feature
-# had its own function, all would hold the same share.
+# ## HOSVD: do the features span few directions?
+# HOSVD finds directions in the space of the features, ordered by how much of the tensor lies along each. If every
+# feature had a function of its own, unrelated to all others, each direction would hold the same share.
 
 # %%
-singular = bj.decompose.hosvd(tensor).singular_values
+singular = bj.hosvd(tensor).singular_values
 shares = jnp.cumsum(singular**2) / jnp.sum(singular**2)
 for n in (1, options.features // 4, options.features // 2):
     even = n / options.features
@@ -54,9 +59,13 @@ for n in (1, options.features // 4, options.features // 2):
 
 # %% [markdown]
 # ## Eigenvectors of each feature, or components of all
-# k eigenvectors a feature are the best that can be done by patterns of its own. A component of CP has two patterns, and
-# a weight in every feature. What is explained is 1 - |B - C|^2 / |B|^2, and what it costs are numbers that are stored.
-# The control has the same eigenvalues, but the eigenvectors of each feature are turned at random: nothing is shared.
+# There are two ways to approximate the tensor B by some C. One keeps k eigenvectors of each feature: that is the best
+# that patterns of its own can do. The other keeps components of CP. A component has two patterns, and a weight for
+# every feature. Both are compared by the share that they explain, `1 - |B - C|^2 / |B|^2`, at the same cost: how many
+# numbers they store.
+#
+# The control is a tensor with the same eigenvalues, in which the eigenvectors of each feature are rotated at random, so
+# that nothing is shared. What CP explains of the control, it explains without any shared structure.
 
 # %%
 spectrum = bj.spectra.eigh(tensor, each)
@@ -104,7 +113,8 @@ figure.savefig(options.out / "decomposition.png")
 
 # %% [markdown]
 # ## Are components found again?
-# Where a decomposition is unique, another start ends at the same one. `match` pairs the components of two.
+# A component means something only if another start finds it again. `match` pairs the components of two runs; a cosine
+# of 1 says that both found the same one.
 
 # %%
 rank = options.ranks[0]
@@ -114,8 +124,9 @@ print(f"{rank} components from another start: cosines {[round(float(cosine), 2) 
 
 # %% [markdown]
 # ## What the largest components read and write
-# A component is a hidden unit: two patterns, whose likenesses to the input are multiplied, and a weight in every
-# feature. A pattern is named by the input features whose decoder columns are most like it.
+# A component works like a hidden unit: it multiplies the dot products of two patterns with the input, and adds the
+# result to every feature with a weight. Below, a pattern is described by the input features whose decoder columns have
+# the largest |cosine| with it.
 
 # %%
 decoder = tracer.inp.w_dec / jnp.linalg.norm(tracer.inp.w_dec, axis=0, keepdims=True)
@@ -133,3 +144,10 @@ for number in range(min(3, rank)):
     written = jax.lax.top_k(abs(weights), 4)[1].tolist()
     print(f"component {number}: {nearest(parts.left[number])} times {nearest(parts.right[number])}")
     print("   makes " + ", ".join(f"{int(chosen[f])} ({float(weights[f]):+.2f})" for f in written))
+
+# %% [markdown]
+# ## What to keep in mind
+# With the default options, 64 shared components explain more than four eigenvectors of each feature do, at about the
+# same cost, and more than they explain of the control. So these features share some structure. But both leave most of
+# the tensor unexplained, and not every component is found again from another start. `docs/results.md` has the same for
+# more features and more components.

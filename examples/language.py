@@ -1,9 +1,12 @@
 # %% [markdown]
 # # Language modelling
 #
-# How SAE features make SAE features, read from the weights of a bilinear MLP. This is the language chapter of
-# "Bilinear MLPs enable weight-based mechanistic interpretability" on the small model that ships with the package;
-# for the paper's own, load "tdooms/fw-medium" and take layer 7 with expansion 8.
+# A sparse autoencoder (SAE) writes an activation as a sum of a few features out of many. With one SAE on the input of
+# an MLP and another on its output, the question becomes: how do input features make an output feature? If the MLP is
+# bilinear, its weights answer it, and no data are needed.
+#
+# This is the language chapter of "Bilinear MLPs enable weight-based mechanistic interpretability", on the small model
+# that ships with the package. For the paper's own model, load "tdooms/fw-medium" and take layer 7 with expansion 8.
 
 # %%
 import jax
@@ -11,8 +14,8 @@ import jax
 import bilinear_jax as bj
 
 # %% [markdown]
-# ## Setting up
-# The model writes children's stories.
+# ## The model
+# `ts-nano` has four layers and writes children's stories.
 
 # %%
 lm = bj.load("ts-nano")
@@ -27,11 +30,13 @@ show_input = bj.Visualizer(lm, tracer.inp)
 show_output = bj.Visualizer(lm, tracer.out)
 
 # %% [markdown]
-# ## Finding interesting output features
-# Every output feature has an interaction matrix. A matrix with a few large eigenvalues has structure: rank all
-# features by the sum of their two largest |eigenvalues|. (It is a heuristic.) They are found from the weights without
-# building any matrix, each with a bound of its error and the share of the matrix that it explains; `exact=True`
-# decomposes every matrix instead.
+# ## Which output features have structure?
+# Every output feature has an interaction matrix Q: with x the input of the MLP, its pre-activation is `x^T Q x`, up to
+# a constant. A matrix with a few large eigenvalues has structure, so we rank all features by the sum of their two
+# largest |eigenvalues|. (This is a heuristic.)
+#
+# The eigenvalues are found without building any matrix. Each comes with a bound of its error, and with the share of
+# the matrix that it explains. With `exact=True` every matrix is built and decomposed instead.
 
 # %%
 top = tracer.top_eigh(k=2)
@@ -42,19 +47,25 @@ for feature in best.tolist():
     print(f"feature {feature}: {float(scores[feature]):.3f}, at most {error:.0e} off; it explains {share:.1%}")
 
 # %% [markdown]
-# Are any of them related? The cosines between their decoder columns tell.
+# Are any of the ten related? Their decoder columns say it: a cosine near 1 means that two features stand for almost
+# the same thing.
 
 # %%
 cosines = bj.figures.heat_map(tracer.cosines(best), best, title="Cosines of the ten best")
 cosines.savefig("cosines.png")
 
+# %% [markdown]
+# What do the best two fire on? For each: the tokens that it raises and lowers in the model's output, and the places of
+# a text where its activation is largest. The token in brackets is the one at which it fires.
+
 # %%
 show_output(int(best[0]), int(best[1]), k=5)
 
 # %% [markdown]
-# ## Understanding feature interactions
-# In the basis of the input SAE, entry (i, j) says how much input features i and j together make this output feature.
-# Take the 50 largest entries of the whole matrix, and show the smallest sub-matrix that holds them.
+# ## Which input features make it?
+# Write Q in the basis of the input SAE: with D its decoder, entry (i, j) of `D^T Q D` says how much input features i
+# and j together raise the output feature. The matrix is large (here 1,024 by 1,024), so take its 50 largest entries,
+# and show the smallest sub-matrix that holds them.
 
 # %%
 feature = int(best[0])
@@ -64,9 +75,18 @@ interactions = bj.figures.heat_map(matrix, inputs, title=f"What makes output fea
 interactions.savefig("interactions.png")
 
 # %% [markdown]
-# What are the two input features that interact most?
+# Which two input features interact most? They can be the same feature twice: then the output feature grows with the
+# square of that one feature.
 
 # %%
 pair = tracer.top_interactions(n=1, feature=feature)
 row, column = int(pair.i[0]), int(pair.j[0])
+print(f"input features {row} and {column}: {float(pair.value[0]):+.3f}")
 show_input(row, column, k=5)
+
+# %% [markdown]
+# ## What to keep in mind
+# The share that was printed above the figure is small: many small interactions make up the rest of the matrix. And an
+# interaction acts only where both of its features fire. Whether it explains an activation is a question about data.
+# The guide "Explain one activation" splits the activation at one token of your own sentence exactly into such terms,
+# and `docs/results.md` measures how far pairs of features explain the output features of this model.

@@ -1,9 +1,13 @@
 # %% [markdown]
 # # Toy models
 #
-# One bilinear layer learns boolean functions of all pairs of its inputs. What it has learned can be read from its
-# weights by eye, once they are symmetrised. This is the toy chapter of "Bilinear MLPs enable weight-based
-# mechanistic interpretability".
+# A bilinear layer computes `y = w_p ((w_l x) * (w_r x))`. For every output u there is a matrix Q, its interaction
+# matrix, with `y_u = x^T Q x`: entry (i, j) says how much inputs i and j together raise the output. In this chapter a
+# layer learns boolean functions of pairs of its inputs. We know the right Q for each of them, so we can check that the
+# weights say what the layer does.
+#
+# This is the toy chapter of "Bilinear MLPs enable weight-based mechanistic interpretability"
+# ([arXiv 2410.08417](https://arxiv.org/abs/2410.08417)).
 
 # %%
 import argparse
@@ -12,23 +16,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from bilinear_jax.image_figures import interactions_beside
-from bilinear_jax.nn.toy import ToyConfig
-from bilinear_jax.tensor import BilinearTensor
+import bilinear_jax as bj
+from bilinear_jax.images.figures import interactions_beside
 from bilinear_jax.training.toy import ToyRecipe, train_toy
 
+# %% Options of the command line
 parser = argparse.ArgumentParser(description="Toy models of boolean functions, and their interaction matrices.")
 parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figures (default: this one)")
 parser.add_argument("--steps", type=int, default=2000, help="updates in training, a multiple of 100 (default: 2000)")
 options, _ = parser.parse_known_args()
 options.out.mkdir(parents=True, exist_ok=True)
-recipe = ToyRecipe(steps=options.steps)
 
 # %% [markdown]
-# ## Inputs and their pairs
-# Four inputs are 0 or 1. For each of their six pairs there is an output, which should be a function of the two. "and"
-# is x_i x_j; "xor" is x_i + x_j - 2 x_i x_j, and as x is x^2 for 0 and 1, that is a quadratic form as well:
-# 1 on the diagonal at i and j, and -1 off it. A mix has a share of each.
+# ## The task
+# There are four inputs, and each is 0 or 1. There are six pairs of inputs, and an output for each pair. The output
+# should be a boolean function of its pair. These functions are quadratic forms, because `x^2 = x` for 0 and 1:
+#
+#     and   x_i x_j
+#     or    x_i + x_j - x_i x_j
+#     xor   x_i + x_j - 2 x_i x_j
+#
+# So the matrix of "xor" should have 1 on the diagonal at i and j, and -1 at (i, j) and (j, i). The last task is a
+# weighted sum of two functions.
 
 # %%
 tasks = {
@@ -37,41 +46,56 @@ tasks = {
     "xor": (("xor", 1.0),),
     "and + 0.5 xor": (("and", 1.0), ("xor", 0.5)),
 }
+recipe = ToyRecipe(steps=options.steps)
 
 
-def quadratic(config: ToyConfig, symmetric: bool) -> jax.Array:
-    """Train a model, and return the interaction matrices of all its outputs."""
-    params = jax.tree.map(lambda leaf: leaf[0], train_toy(config, recipe))
-    layer = BilinearTensor.from_mlp(*(params.get(name) for name in ("w_l", "w_r", "w_p", "b_l", "b_r", "b_p")))
-    return layer.interaction(jnp.eye(len(config.pairs)), symmetric=symmetric)
+def interaction_matrices(config: bj.ToyConfig) -> jax.Array:
+    """Train a layer, and return the interaction matrices of its outputs, as the weights have them: [pairs, in, in]."""
+    params = jax.tree.map(lambda leaf: leaf[0], train_toy(config, recipe))  # the first, and only, seed
+    layer = bj.BilinearTensor.from_mlp(*(params.get(name) for name in ("w_l", "w_r", "w_p", "b_l", "b_r", "b_p")))
+    return layer.interaction(jnp.eye(len(config.pairs)), symmetric=False)
 
 
 # %% [markdown]
-# ## Raw and symmetrised
-# The weights as they are say little: w_l and w_r may divide an interaction between them as they like. The symmetric
-# part is all that acts on inputs, and in it the function can be read off.
+# ## What the weights say, before and after symmetrising
+# In each figure, the upper row is `w_l^T diag(w_p[u]) w_r`: the product of the weights as they were trained. It is hard
+# to read, because the two sides `w_l` and `w_r` can share an interaction in many ways: only the sum of entries (i, j)
+# and (j, i) acts on the output. The lower row is the symmetric part, which has half of that sum at both places. Now
+# the function can be read off.
 
 # %%
 for name, shares in tasks.items():
-    config = ToyConfig(n_inputs=4, tasks=shares)
-    matrices = quadratic(config, symmetric=False)
-    pairs = [f"{name} of x{i}, x{j}" for i, j in config.pairs]
-    figure = interactions_beside(matrices[:3], pairs[:3], [f"x{i}" for i in range(4)])
+    config = bj.ToyConfig(n_inputs=4, tasks=shares)
+    matrices = interaction_matrices(config)
+    titles = [f"{name} of x{i}, x{j}" for i, j in config.pairs[:3]]
+    figure = interactions_beside(matrices[:3], titles, [f"x{i}" for i in range(4)])
     figure.savefig(options.out / f"toy-{name.replace(' + 0.5 ', '-')}.png")
     first = (matrices[0] + matrices[0].T) / 2
     print(f"{name} of x0 and x1: {first[0, 0]:.2f} x0^2 + {first[1, 1]:.2f} x1^2 + {2 * first[0, 1]:.2f} x0 x1")
 
 # %% [markdown]
 # ## With a bias
-# "nor" is 1 where both are 0: (1 - x_i) (1 - x_j). A layer without a bias gives 0 there. With one, the constant 1 is
-# one more input, the last: its row and column hold the terms of degree 1, halved, and its corner that of degree 0. As
-# x is x^2 for 0 and 1, an input's place on the diagonal and its two in the last row and column are one term: they add
-# up to -1 for the two inputs of an output, and to 0 for the rest.
+# "nor" is 1 where both inputs are 0: `(1 - x_i) (1 - x_j) = 1 - x_i - x_j + x_i x_j`. A layer without a bias gives 0
+# there. With biases, the constant 1 is one more input, the last. Its row and column hold the linear terms, each
+# divided between two entries. Its corner holds the constant.
+#
+# As `x^2 = x`, the diagonal entry of an input and its two entries in the last row and column are the same term, and
+# training may share it out between them in any way. Their sum is -1 for the two inputs of an output, and 0 for the
+# other inputs.
 
 # %%
-config = ToyConfig(n_inputs=4, tasks=(("nor", 1.0),), bias=True)
-matrices = quadratic(config, symmetric=False)
-figure = interactions_beside(
-    matrices[:3], [f"nor of x{i}, x{j}" for i, j in config.pairs[:3]], [*(f"x{i}" for i in range(4)), "1"]
-)
+config = bj.ToyConfig(n_inputs=4, tasks=(("nor", 1.0),), bias=True)
+matrices = interaction_matrices(config)
+titles = [f"nor of x{i}, x{j}" for i, j in config.pairs[:3]]
+figure = interactions_beside(matrices[:3], titles, [*(f"x{i}" for i in range(4)), "1"])
 figure.savefig(options.out / "toy-nor.png")
+first = (matrices[0] + matrices[0].T) / 2
+linear = jnp.diagonal(first)[:4] + 2 * first[4, :4]
+print("linear terms of the first output:", ", ".join(f"{float(term):+.2f} x{i}" for i, term in enumerate(linear)))
+
+# %% [markdown]
+# ## What to remember
+# An interaction matrix is read from the weights, and only its symmetric part says what the layer computes.
+# `BilinearTensor.interaction` symmetrises unless it is told not to, and everything else in this package works on the
+# symmetric part. The next chapter, `images.py`, does the same for a layer with hundreds of inputs, where nobody can
+# read a matrix entry by entry: its eigenvectors take their place.
