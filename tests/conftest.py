@@ -39,6 +39,15 @@ crashes where it gets none."""
 
 TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+"""The tests that ``pytest -m "not slow"`` leaves out; ``slow.py`` says how the list is made."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.split("[")[0].rpartition("/")[2] in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_forgotten():

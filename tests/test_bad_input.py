@@ -1,6 +1,7 @@
 """Mistakes that a user makes with the model that ships: each an error that names the mend, never a wrong number."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 

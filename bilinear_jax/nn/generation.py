@@ -7,7 +7,7 @@ tokens so far, at the positions that it would have without the other rows.
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,6 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bilinear_jax.nn.sites import NO_EDITS, edits_by_layer
 from bilinear_jax.nn.transformer import Edit, Layer, Site, TransformerConfig, apply_edit, embed, run_module, unembed
-
-if TYPE_CHECKING:
-    pass
-
 
 NOT_FINITE = -1  # in place of a token whose logits are not finite
 
@@ -264,10 +260,10 @@ def _checked(config, prompts, lengths, max_length, temperature, top_k, stop_toke
         prompts = prompts[:, : lengths.max()]
     if prompts.shape[1] + max_length > config.n_ctx:
         fit = config.n_ctx - prompts.shape[1]
-        mend = f"at most {fit} new tokens fit" if fit > 0 else f"shorten it to {config.n_ctx - 1} tokens or fewer"
+        fix = f"at most {fit} new tokens fit" if fit > 0 else f"shorten it to {config.n_ctx - 1} tokens or fewer"
         raise ValueError(
             f"a prompt of {prompts.shape[1]} tokens and {max_length} new tokens do not fit the context of "
-            f"{config.n_ctx}: {mend}"
+            f"{config.n_ctx}: {fix}"
         )
     if concrete(prompts) and concrete(lengths):
         prompts = np.asarray(prompts)

@@ -87,8 +87,8 @@ def replace_file(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        mend = "free disk space, or check what is at that path"
-        raise OSError(error.errno, f"could not write {path} ({error.strerror}): {mend}") from error
+        fix = "free disk space, or check what is at that path"
+        raise OSError(error.errno, f"could not write {path} ({error.strerror}): {fix}") from error
 
 
 def finite_or_null(value):

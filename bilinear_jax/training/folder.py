@@ -1,9 +1,9 @@
 """The folder of a run. It belongs to one process at a time and to one config.
 
-config.json     the config that started the run
-metrics.jsonl   one JSON object per line: step, seconds of training so far, metrics
-checkpoints/    see ``checkpoints.py``
-lock            locked while a process trains here; the lock ends with the process, however that ends
+    config.json     the config that started the run
+    metrics.jsonl   one JSON object per line: step, seconds of training so far, metrics
+    checkpoints/    see ``checkpoints.py``
+    lock            locked while a process trains here; the lock ends with the process, however that ends
 """
 
 import contextlib

@@ -1,11 +1,11 @@
 """Train a language model, or SAEs for one, from a recipe and a text, in one folder. This is ``bilinear-jax train``.
 
-OUT/tokenizer.json, tokenizer_config.json
-OUT/tokens, tokens.json       the text, see store.tokens
-OUT/language/, OUT/saes/      the runs: checkpoints, metrics.jsonl
-OUT/model/                    the model, for ``bilinear_jax.load``
-OUT/model/scope/              its SAEs; OUT/scope/ for SAEs of a model elsewhere
-OUT/model.json, saes.json     scores of the saved model or SAEs on the held-out documents
+    OUT/tokenizer.json, tokenizer_config.json
+    OUT/tokens, tokens.json       the text, see store.tokens
+    OUT/language/, OUT/saes/      the runs: checkpoints, metrics.jsonl
+    OUT/model/                    the model, for ``bilinear_jax.load``
+    OUT/model/scope/              its SAEs; OUT/scope/ for SAEs of a model elsewhere
+    OUT/model.json, saes.json     scores of the saved model or SAEs on the held-out documents
 """
 
 import contextlib

@@ -220,7 +220,7 @@ def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):
     (tmp_path / "out-scope" / "precious").write_text("data")
     with pytest.raises(FileExistsError, match="out-scope already exists: name another OUT, or move it away"):
         export(published.MODEL, tmp_path / "out", published.SCOPE, attn_scale=published.SCALE)
-    with pytest.raises(FileNotFoundError, match="holds no SAEs"):
+    with pytest.raises(FileNotFoundError, match="has no SAEs"):
         export(published.MODEL, tmp_path / "new", published.MODEL, attn_scale=published.SCALE)
     monkeypatch.setattr(weights_convert, "write_sae", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"), warnings.catch_warnings():

@@ -49,7 +49,7 @@ def test_files_that_are_no_token_rows(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no Parquet files"):
         bj.load_token_rows(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="or a dataset of the hub"):
+    with pytest.raises(FileNotFoundError, match="or a hub dataset owner"):
         bj.load_token_rows(tmp_path / "nowhere")
     write(tmp_path / "empty" / "a.parquet", pa.array([[1, 2]]))
     write(tmp_path / "empty" / "b.parquet", pa.array([[1, 2, 3]]))

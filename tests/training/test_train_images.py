@@ -116,7 +116,7 @@ def test_what_is_refused():
             ImageRecipe(seed=seed)
     with pytest.raises(ValueError, match="have the same batch_size"):
         train_images(CONFIG, [RECIPE, dataclasses.replace(RECIPE, batch_size=8)], images, labels)
-    with pytest.raises(ValueError, match="at least one recipe"):
+    with pytest.raises(ValueError, match="there are no recipes: give at least one"):
         train_images(CONFIG, [], images, labels)
     with pytest.raises(ValueError, match=r"noise must be a number that is not negative, got -1\.0"):
         ImageRecipe(noise=-1.0)
