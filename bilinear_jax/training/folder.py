@@ -1,5 +1,7 @@
 """The folder of a run. It belongs to one process at a time and to one config.
 
+What is in it:
+
     config.json     the config that started the run
     metrics.jsonl   one JSON object per line: step, seconds of training so far, metrics
     checkpoints/    see ``checkpoints.py``

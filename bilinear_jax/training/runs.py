@@ -1,5 +1,7 @@
 """Train a language model, or SAEs for one, from a recipe and a text, in one folder. This is ``bilinear-jax train``.
 
+What is in the folder OUT:
+
     OUT/tokenizer.json, tokenizer_config.json
     OUT/tokens, tokens.json       the text, see store.tokens
     OUT/language/, OUT/saes/      the runs: checkpoints, metrics.jsonl
