@@ -215,7 +215,8 @@ def test_compute_traces_the_function_once(tracer):
 
 @pytest.mark.parametrize("fn", [jnp.sum, lambda q: (q[:, 0, 0], q[0])])
 def test_compute_wants_one_result_a_matrix(tracer, fn):
-    with pytest.raises(ValueError, match=r"fn returned an array of shape .* for 30 matrices: the first axis must be the batch"):
+    said = r"fn returned an array of shape .* for 30 matrices: the first axis must be the batch"
+    with pytest.raises(ValueError, match=said):
         tracer.compute(fn, batch_size=30)
 
 
