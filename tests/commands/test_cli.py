@@ -109,6 +109,10 @@ class TestCommands:
         assert sum(account["shares"].values()) == pytest.approx(1)
         text = trace.text(found)
         assert f"At position {account['position']}, " in text
+        for activation, says in ((0.0, True), (2.0, False)):
+            rows = [row | {"activation": activation} for row in account["tokens"]]
+            told = trace.text(found | {"account": account | {"tokens": rows}})
+            assert ("does not fire in this text" in told) == says
         assert f"and are {largest.sum() / whole:.1%} of the |terms|" in text
         assert str(found["interactions"][0]["i"]) in found["inputs"]
 
