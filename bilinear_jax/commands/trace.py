@@ -207,8 +207,8 @@ def _account_text(account: dict[str, Any], named) -> list[str]:
     lines = ["", "== At each token: the terms add up to the pre-activation; activation 0: not among the k largest"]
     lines += [common.columns(titles, rows, left=["token"])]
     if not any(row["activation"] for row in account["tokens"]):
-        lines += ["The feature does not fire in this text: no token has it among its k largest. Below is the account of"]
-        lines += ["the token with the largest pre-activation, or of --position."]
+        lines += ["The feature does not fire in this text: no token has it among its k largest. Below is the account"]
+        lines += ["of the token with the largest pre-activation, or of --position."]
     one = account["tokens"][account["position"]]
     lines += ["", f"== At position {one['position']}, {one['token']}: pre-activation {one['preactivation']:.4f}"]
     rows = [[TERMS[name], f"{one['terms'][name]:+.4f}", f"{account['shares'][name]:.1%}"] for name in shown]
