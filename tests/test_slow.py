@@ -1,6 +1,7 @@
 """The list of slow tests names tests that exist: a renamed one would be back in the fast run unnoticed."""
 
 import ast
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -10,6 +11,7 @@ TESTS = Path(__file__).parent
 PACKAGES = [Path(importlib.util.find_spec(name).origin).parent for name in ("bilinear_jax", "weights_convert")]
 
 
+@functools.cache
 def definitions(path: Path) -> set[str]:
     """The names of all functions and classes of a file."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
