@@ -355,3 +355,19 @@ def pair_products(codes: sparse.csc_array, pairs: Int[np.ndarray, "n 2"]) -> spa
 def entries(pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, " n"]:
     """How many entries of D^T Q D each pair stands for: 1 if i = j, else 2."""
     return np.where(pairs[:, 0] == pairs[:, 1], 1, 2)
+
+
+def best_of_rows(rows: Int[np.ndarray, " n"], size: Float[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """The index of the largest value of each row, the largest first. Ties go to the first. ``rows`` ascend.
+
+    Example:
+        >>> best_of_rows(np.array([0, 0, 0, 4, 6]), np.array([1.0, 3.0, 3.0, 2.0, 3.0])).tolist()
+        [1, 4, 3]
+    """
+    if not len(rows):
+        return np.zeros(0, int)
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    largest = np.maximum.reduceat(size, starts)
+    is_largest = np.flatnonzero(size == np.repeat(largest, np.diff(starts, append=len(rows))))
+    first = is_largest[np.searchsorted(is_largest, starts)]
+    return first[np.argsort(-largest, kind="stable")]

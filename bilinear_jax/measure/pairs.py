@@ -6,6 +6,7 @@ much of the pre-activation all of them together explain.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from bilinear_jax.measure.cofiring import (
     CoFiring,
     CoFiringSums,
     Observed,
+    best_of_rows,
     entries,
     largest,
     magnitudes,
@@ -229,17 +231,22 @@ def summary(
 class PairMeasurer:
     """Sums up the pairs of one output feature after another, after all of them were observed together."""
 
-    def __init__(self, seen: Observed):
-        self.seen, self.counted = seen, seen.counted.tocsc()
+    def __init__(self, seen: Observed, seq: int):  # seq: tokens in a row of the dataset
+        self.seen, self.counted, self.seq = seen, seen.counted.tocsc(), seq
         fired, account = CoFiringSums(), AccountSums()
         fired.add(seen)
         account.add(seen)
         self.co, self.totals = fired.finished(), account.finished(fired)
 
-    def measure(self, weights: FeatureWeights, column: int, n: int) -> "MeasuredPairs":
+    def measure(
+        self, weights: FeatureWeights, column: int, firing: Int[np.ndarray, " m"], n: int, places: int
+    ) -> "MeasuredPairs":
         """Sum up the pairs of largest weight, and the n pairs that contribute most on the data.
 
-        ``column`` is the place of the output feature among those observed.
+        Args:
+            column: the place of the output feature among those observed.
+            firing: the tokens at which it fires.
+            places: for each pair, how many tokens to find at which both of its features fire most.
         """
         by_weight = weights.pairs[weights.weights != 0]
         of_pairs = weights.weights_of(np.concatenate([self.co.pairs, by_weight]))
@@ -247,23 +254,32 @@ class PairMeasurer:
         size = magnitudes(self.co, of_pairs)
         best = largest(size, n)
         chosen = ((by_weight, of_largest), (self.co.pairs[best], of_pairs[best]))
-        first, second = (self._summed(*some, column, size.sum()) for some in chosen)
+        first, second = (self._summed(*some, column, size.sum(), firing, places) for some in chosen)
         read = {feature for pair in weights.eigenpairs for feature, _ in pair.reads}
         named = sorted({*read, *(int(feature) for pairs, _ in chosen for feature in pairs.ravel())})
         return MeasuredPairs(first, second, named, weights.between(named))
 
-    def _summed(self, pairs, weights, column: int, whole: float) -> "PairsOnData":
+    def _summed(self, pairs, weights, column: int, whole: float, firing, places: int) -> "PairsOnData":
         products, sums = pair_products(self.counted, pairs), PairSums()
         sums.add(products, self.seen.z[:, column])
         found = summary(pairs, weights, sums, self.totals[column], self.co, whole)
-        return PairsOnData(found, products)
+        fires = np.zeros(len(self.seen.counts))
+        fires[firing] = 1
+        when_firing = entries(pairs) * weights * (products.T @ fires) / max(len(firing), 1)
+        strongest = []
+        for start, stop in itertools.pairwise(products.indptr):
+            tokens = products.indices[start:stop]
+            best = best_of_rows(tokens // self.seq, np.abs(products.data[start:stop]))[:places]
+            strongest.append(tokens[best].copy())  # a view would keep all tokens in memory
+        return PairsOnData(found, when_firing, strongest)
 
 
 class PairsOnData(NamedTuple):
-    """The summary of some pairs of one output feature, and their products at every token."""
+    """What some pairs of one output feature do on the data."""
 
     summary: PairSummary
-    products: sparse.csc_array  # [tokens, n]: c_i c_j
+    when_firing: Float[np.ndarray, " n"]  # mean contribution over the tokens at which the output feature fires
+    strongest: list[Int[np.ndarray, " places"]]  # for each pair, the tokens of the largest |c_i c_j|, one a row
 
 
 class MeasuredPairs(NamedTuple):

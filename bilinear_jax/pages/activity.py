@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from bilinear_jax.explain.logits import LogitEffects
+from bilinear_jax.measure.cofiring import best_of_rows
 from bilinear_jax.pages.facts import Activity, Context, ContextGroup, Histogram, TokenEffect
 from bilinear_jax.pages.options import PageOptions
 from bilinear_jax.show.text import pieces, shown_around, token_label
@@ -150,22 +151,6 @@ def _activity(
         raised=raised,
         lowered=lowered,
     )
-
-
-def best_of_rows(rows: Int[np.ndarray, " n"], size: Float[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """The index of the largest value of each row, the largest first. Ties go to the first. ``rows`` ascend.
-
-    Example:
-        >>> best_of_rows(np.array([0, 0, 0, 4, 6]), np.array([1.0, 3.0, 3.0, 2.0, 3.0])).tolist()
-        [1, 4, 3]
-    """
-    if not len(rows):
-        return np.zeros(0, int)
-    starts = np.flatnonzero(np.diff(rows, prepend=-1))
-    largest = np.maximum.reduceat(size, starts)
-    is_largest = np.flatnonzero(size == np.repeat(largest, np.diff(starts, append=len(rows))))
-    first = is_largest[np.searchsorted(is_largest, starts)]
-    return first[np.argsort(-largest, kind="stable")]
 
 
 def _histogram(values: Float[np.ndarray, " n"], bins: int) -> Histogram:

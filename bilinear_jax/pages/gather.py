@@ -75,9 +75,12 @@ def gather(
     request = {"eigenpairs": options.eigenpairs, "reads": options.reads, "pairs": options.pairs}
     asked = feature_weights(tracer, features, **request)
     seen = observe_all(tracer, chosen, features, options.batch_size)
-    measurer, weights, measured = PairMeasurer(seen), {}, {}
+    outputs = Codes(seen.outputs, seen.counts)
+    measurer, weights, measured = PairMeasurer(seen, chosen.shape[1]), {}, {}
     for column, one in enumerate(asked):
-        measured[one.feature] = measurer.measure(one, column, options.pairs)
+        measured[one.feature] = measurer.measure(
+            one, column, outputs.of(one.feature).places, options.pairs, options.pair_contexts
+        )
         weights[one.feature] = {name: getattr(one, name) for name in OF_WEIGHTS}  # its matrix is large
     n_inputs = tracer.inp.config.n_features
     named = sorted({one for some in measured.values() for one in some.named if one < n_inputs})
@@ -86,12 +89,12 @@ def gather(
 
     # The facts of the pages.
     texts = Texts(lm.tokenizer, chosen, rows, seen.counts)
-    inputs, outputs = Codes(_raw(seen, n_inputs), seen.counts), Codes(seen.outputs, seen.counts)
+    inputs = Codes(_raw(seen, n_inputs), seen.counts)
     found, feeds = [], {one: [] for one in named}
     acts = activities(tracer.out.name, features, outputs, texts, options, of_outputs)
     for feature in features:
         projected = weights[feature].pop("projected")
-        why = lay_out(measured[feature], projected, outputs.of(feature).places, inputs, texts, options)
+        why = lay_out(measured[feature], projected, bool(len(outputs.of(feature).places)), inputs, texts, options)
         lists = {"by_weight": why.by_weight, "by_data": why.by_data, "heat_map": why.heat_map}
         found.append(OutputFeature(activity=acts[feature], **weights[feature], **lists))
         for one, (other, weight) in why.feeds.items():
