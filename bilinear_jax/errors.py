@@ -28,3 +28,7 @@ class UnknownNameError(LookupError):
         choice = f"choose one of {self.known}" if self.known else "there are none"
         where = f" in {of}" if of else ""
         super().__init__(f"there is no {kind} {given}{where}: {choice}{f'. {fix}' if fix else ''}")
+
+    def __reduce__(self):
+        # The default calls __init__ with the message alone, which fails when the error comes from another process.
+        return type(self).__new__, (type(self), *self.args), self.__dict__

@@ -24,6 +24,11 @@ _loss = jax.jit(sites_module.loss, static_argnums=0, static_argnames="compute_dt
 _capture = jax.jit(sites_module.capture, static_argnums=(0, 3), static_argnames="compute_dtype")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _random_params(config: TransformerConfig, key: Key[Array, ""]) -> PyTree:
+    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 class Batch(NamedTuple):
     """Some rows of a token dataset, as ``LanguageModel.batches`` gives them. All batches of a pass have one shape."""
 
@@ -80,8 +85,7 @@ class LanguageModel:
             >>> LanguageModel.init(config, jax.random.key(0)).logits(jnp.zeros((1, 6), int)).shape
             (1, 6, 10)
         """
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return LanguageModel(jax.jit(Transformer(config).init)(key, tokens)["params"], config)
+        return LanguageModel(_random_params(config, key), config)
 
     @property
     def tokenizer(self):
@@ -307,8 +311,7 @@ class LanguageModel:
             >>> print(bj.load("ts-nano").summary().splitlines()[0])
             ts-nano: 4 bilinear layers, 6,291,456 parameters
         """
-        from bilinear_jax.store.checkpoint import training_of
-        from bilinear_jax.store.sources import sae_names
+        from bilinear_jax.store.checkpoint import training_of, trainings_of_saes
 
         config = self.config
         kind = "bilinear" if config.bilinear and config.gate is None else config.gate or "plain"
@@ -323,10 +326,10 @@ class LanguageModel:
             return "\n".join(lines)
         lines.append(f"trained on: {training_of(self.source)}")
         try:
-            names = sae_names(self.source)
+            saes = trainings_of_saes(self.source)
         except (ConnectionError, FileNotFoundError):
-            names = []
-        lines += [f"SAE {name}, trained on: {training_of(self.source, name)}" for name in names]
+            saes = {}
+        lines += [f"SAE {name}, trained on: {training}" for name, training in saes.items()]
         return "\n".join(lines)
 
     def __getattr__(self, name: str):

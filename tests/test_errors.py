@@ -1,5 +1,7 @@
 """The error for a name that does not exist: what it says, and what a program can read from it."""
 
+import pickle
+
 import jax
 import pytest
 
@@ -28,6 +30,14 @@ def test_what_it_says(kind, given, known, options, message, listed):
     error = UnknownNameError(kind, given, known, **options)
     assert str(error) == message
     assert (error.kind, error.given, error.known) == (kind, given, listed)
+
+
+def test_it_survives_pickle():
+    """As it must to come out of another process."""
+    error = UnknownNameError("feature", 9, range(8), of="SAE a", fix="Look")
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is UnknownNameError and str(found) == str(error)
+    assert (found.kind, found.given, found.known) == ("feature", 9, "0 ... 7")
 
 
 def test_it_is_a_lookup_error_and_not_a_value_error():

@@ -49,10 +49,9 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig
-        >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+        >>> from bilinear_jax.nn.transformer import TransformerConfig
         >>> config = TransformerConfig(n_layer=1, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
-        >>> params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 6), int))["params"]
-        >>> lm = LanguageModel(params, config)
+        >>> lm = LanguageModel.init(config, jax.random.key(0))
         >>> sae = SAE.init(SAEConfig("mlp_out", 0, d_model=8, expansion=4, k=2), jax.random.key(1))
         >>> effects = logit_effects(lm, sae, 3, k=2)
         >>> bool(effects.raised_by[0] > effects.lowered_by[0]), effects.lowered.shape

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain.tracer import Tracer
 
 
@@ -31,8 +30,7 @@ def select_features(wanted: str, tracer: Tracer) -> list[int]:
     if named is None:
         return list(range(number))
     if isinstance(named, list):
-        if (high := max(some[-1] for some in named)) >= number:
-            raise UnknownNameError("feature", high, range(number), of=f"SAE {tracer.out.name}")
+        tracer.out.check_feature(max(some[-1] for some in named))
         return [feature for some in named for feature in some]
     if named > number:
         raise ValueError(
@@ -78,10 +76,8 @@ def checked_features(features: Sequence[int], tracer: Tracer) -> list[int]:
     """
     if not features:
         raise ValueError("name at least one output feature, such as [3, 17]")
-    number, seen = tracer.n_features, set()
-    for feature in features:
-        if not 0 <= feature < number:
-            raise UnknownNameError("feature", feature, range(number), of=f"SAE {tracer.out.name}")
+    seen = set()
+    for feature in map(tracer.out.check_feature, features):
         if feature in seen:
             raise ValueError(f"output feature {feature} is named twice: name each once")
         seen.add(feature)

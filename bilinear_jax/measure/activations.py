@@ -75,10 +75,10 @@ def top_activations(
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig
-        >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+        >>> from bilinear_jax.nn.transformer import TransformerConfig
         >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
         >>> tokens = jnp.arange(30).reshape(5, 6) % 10
-        >>> lm = LanguageModel(jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"], config)
+        >>> lm = LanguageModel.init(config, jax.random.key(0))
         >>> sae = SAE.init(SAEConfig("mlp_in", 1, d_model=8, expansion=4, k=2), jax.random.key(1))
         >>> top = top_activations(lm, sae, tokens, k=3)["1-mlp-in-x4-k2"]
         >>> top.values.shape, bool((top.positions != 0).all())

@@ -106,10 +106,10 @@ def low_rank_correlation(
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig
-        >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+        >>> from bilinear_jax.nn.transformer import TransformerConfig
         >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
         >>> tokens = jax.random.randint(jax.random.key(2), (40, 6), 0, 10)
-        >>> lm = LanguageModel(jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"], config)
+        >>> lm = LanguageModel.init(config, jax.random.key(0))
         >>> configs = [SAEConfig(site, 1, d_model=8, expansion=4, k=4) for site in ("mlp_in", "mlp_out")]
         >>> tracer = Tracer(lm, 1, *(SAE.init(config, jax.random.key(1)) for config in configs))
         >>> found = low_rank_correlation(tracer, tokens, ks=(1, 8))

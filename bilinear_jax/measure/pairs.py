@@ -257,7 +257,7 @@ class PairMeasurer:
         first, second = (self._summed(*some, column, size.sum(), firing, places) for some in chosen)
         read = {feature for pair in weights.eigenpairs for feature, _ in pair.reads}
         named = sorted({*read, *(int(feature) for pairs, _ in chosen for feature in pairs.ravel())})
-        return MeasuredPairs(first, second, named, weights.between(named))
+        return MeasuredPairs(first, second, named, weights.between(named), weights.projected)
 
     def _summed(self, pairs, weights, column: int, whole: float, firing, places: int) -> "PairsOnData":
         products, sums = pair_products(self.counted, pairs), PairSums()
@@ -265,7 +265,7 @@ class PairMeasurer:
         found = summary(pairs, weights, sums, self.totals[column], self.co, whole)
         fires = np.zeros(len(self.seen.counts))
         fires[firing] = 1
-        when_firing = entries(pairs) * weights * (products.T @ fires) / max(len(firing), 1)
+        when_firing = entries(pairs) * weights * (products.T @ fires) / len(firing) if len(firing) else None
         strongest = []
         for start, stop in itertools.pairwise(products.indptr):
             tokens = products.indices[start:stop]
@@ -278,7 +278,7 @@ class PairsOnData(NamedTuple):
     """What some pairs of one output feature do on the data."""
 
     summary: PairSummary
-    when_firing: Float[np.ndarray, " n"]  # mean contribution over the tokens at which the output feature fires
+    when_firing: Float[np.ndarray, " n"] | None  # mean contribution where the output feature fires; None if nowhere
     strongest: list[Int[np.ndarray, " places"]]  # for each pair, the tokens of the largest |c_i c_j|, one a row
 
 
@@ -289,6 +289,7 @@ class MeasuredPairs(NamedTuple):
     by_data: PairsOnData
     named: list[int]  # the input features of both, and those that the eigenvectors read, ascending
     between: Float[np.ndarray, "m m"]  # D^T Q D between these input features
+    projected: float  # |D^T Q D|^2, of all input features
 
 
 def check_request(pairs: Mapping[int, Any]) -> None:

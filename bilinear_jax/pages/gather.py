@@ -17,7 +17,7 @@ from bilinear_jax.pages.options import PageOptions
 from bilinear_jax.pages.pairs import lay_out
 from bilinear_jax.pages.provenance import provenance
 
-OF_WEIGHTS = ("norm", "effective_rank", "eigenpairs", "explained", "projected")
+OF_WEIGHTS = ("norm", "effective_rank", "eigenpairs", "explained")
 """The fields of ``FeatureWeights`` that are kept."""
 
 
@@ -93,8 +93,7 @@ def gather(
     found, feeds = [], {one: [] for one in named}
     acts = activities(tracer.out.name, features, outputs, texts, options, of_outputs)
     for feature in features:
-        projected = weights[feature].pop("projected")
-        why = lay_out(measured[feature], projected, bool(len(outputs.of(feature).places)), inputs, texts, options)
+        why = lay_out(measured[feature], inputs, texts, options)
         lists = {"by_weight": why.by_weight, "by_data": why.by_data, "heat_map": why.heat_map}
         found.append(OutputFeature(activity=acts[feature], **weights[feature], **lists))
         for one, (other, weight) in why.feeds.items():

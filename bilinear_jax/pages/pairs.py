@@ -26,26 +26,24 @@ class Why:
 
 def lay_out(
     measured: MeasuredPairs,
-    projected: float,  # |D^T Q D|^2
-    fires: bool,  # whether the output feature fires at all
     codes: Codes,  # of the input SAE, to show
     texts: Texts,
     options: PageOptions,
 ) -> Why:
     """The part of a page that says why an output feature fires."""
     both = (measured.by_weight, measured.by_data)
-    lists = [_listed(some, fires, codes, texts, options) for some in both]
+    lists = [_listed(some, codes, texts, options) for some in both]
     # The first pair by weight, the first by data, the second by weight, ...
     mixed = itertools.chain(*itertools.zip_longest(*(found.pairs for found in lists)))
     inputs = list(dict.fromkeys(one for pair in mixed if pair is not None for one in (pair.i, pair.j)))
     named, matrix = measured.named, measured.between
     partner = np.argmax(np.abs(matrix), axis=1)
     feeds = {one: (named[partner[k]], float(matrix[k, partner[k]])) for k, one in enumerate(named)}
-    heat_map = _heat_map(inputs[: options.heat_map], named, matrix, projected)
+    heat_map = _heat_map(inputs[: options.heat_map], named, matrix, measured.projected)
     return Why(lists[0], lists[1], heat_map, feeds)
 
 
-def _listed(some: PairsOnData, fires: bool, codes: Codes, texts: Texts, options: PageOptions) -> PairList:
+def _listed(some: PairsOnData, codes: Codes, texts: Texts, options: PageOptions) -> PairList:
     found = some.summary
     listed = [
         Pair(
@@ -53,7 +51,7 @@ def _listed(some: PairsOnData, fires: bool, codes: Codes, texts: Texts, options:
             j=int(j),
             weight=float(found.weight[m]),
             mean=float(found.mean[m]),
-            mean_when_firing=float(some.when_firing[m]) if fires else None,
+            mean_when_firing=None if some.when_firing is None else float(some.when_firing[m]),
             joint=float(found.joint[m]),
             chance=float(found.chance[m]),
             interference=bool(found.interference[m]),

@@ -28,10 +28,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 import weights_convert
+from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.store.files import atomic_folder, read_json
-from bilinear_jax.store.sources import find_sae, folder_of, sae_folder
+from bilinear_jax.store.sources import find_sae, folder_of, sae_configs, sae_folder
 from bilinear_jax.store.tokenizers import copy_tokenizer
 
 MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
@@ -176,8 +177,21 @@ def training_of(source: str | Path, sae: str | None = None) -> str:
         >>> training_of("ts-nano")
         'TinyStories, 12955 stories, 2669724 tokens'
     """
-    folder = folder_of(source) if sae is None else sae_folder(source, sae)
-    config = read_json(folder / "config.json") or {}
+    if sae is None:
+        return _training(folder_of(source) / "config.json")
+    known = trainings_of_saes(source)
+    if sae not in known:
+        raise UnknownNameError("SAE", sae, known, of=str(source))
+    return known[sae]
+
+
+def trainings_of_saes(source: str | Path) -> dict[str, str]:
+    """``training_of`` of every SAE of a source, by name."""
+    return {name: _training(path) for name, path in sae_configs(source).items()}
+
+
+def _training(path: Path) -> str:
+    config = read_json(path) or {}
     text = config.get("origin", {}).get("text")
     if isinstance(text, Mapping):
         names = [one["name"] if isinstance(one, Mapping) else str(one) for one in text.get("sources", [])]

@@ -98,6 +98,14 @@ def sae_folder(source: str | Path, name: str) -> Path:
     return (scope if isinstance(scope, Path) else _fetch(scope, [f"{name}/*"])) / name
 
 
+def sae_configs(source: str | Path) -> dict[str, Path]:
+    """The config.json of every SAE of a source, by name. From the hub, only these files are downloaded, together."""
+    scope, names = _scope(source)
+    if names and not isinstance(scope, Path):
+        scope = _fetch(scope, ["*/config.json"])
+    return {name: Path(scope) / name / "config.json" for name in names}
+
+
 def find_sae(
     source: str | Path, site: str, layer: int | None, expansion: int | None, k: int | None, tag: str | None
 ) -> str:

@@ -57,13 +57,13 @@ class Harvest:
         StopIteration: from ``next``, when ``rows`` ends. The tokens of an incomplete chunk are not served.
 
     Example:
-        >>> from bilinear_jax.nn.transformer import Transformer, TransformerConfig
+        >>> from bilinear_jax.nn.transformer import TransformerConfig
         >>> from bilinear_jax.training.batches import batches
         >>> config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
-        >>> params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
+        >>> lm = LanguageModel.init(config, jax.random.key(0))
         >>> rows = batches(np.arange(600) % 10, n_ctx=6, batch_size=4)
         >>> sites = [("mlp_in", 0), ("mlp_out", 1)]
-        >>> harvest = Harvest(LanguageModel(params, config), sites, rows, batch_size=16, buffer_tokens=50)
+        >>> harvest = Harvest(lm, sites, rows, batch_size=16, buffer_tokens=50)
         >>> batch = next(harvest)
         >>> batch["mlp_out", 1].shape, harvest.size, harvest.nbytes
         ((16, 8), 48, 3072)

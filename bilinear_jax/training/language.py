@@ -10,7 +10,6 @@ accumulation.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -19,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import loss as summed_loss
-from bilinear_jax.nn.transformer import REMAT, Transformer, TransformerConfig
+from bilinear_jax.nn.transformer import REMAT, TransformerConfig
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
 from bilinear_jax.store.tokenizers import load_tokenizer
 from bilinear_jax.training import folder
@@ -174,15 +173,10 @@ def language_update(
 def initial_state(config: TransformerConfig, recipe: LanguageRecipe, params: PyTree | None = None) -> TrainState:
     """The state at step 0: new parameters drawn from ``recipe.seed``, or a copy of ``params``."""
     if params is None:
-        start = _fresh_params(config, jax.random.key(recipe.seed))
+        start = LanguageModel.init(config, jax.random.key(recipe.seed)).params
     else:
         start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), start, language_optimizer(recipe).init(start))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _fresh_params(config: TransformerConfig, key: Key[Array, ""]) -> PyTree:
-    return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 class Trained(NamedTuple):

@@ -180,6 +180,20 @@ attempt(lambda: load("someone/else"))
 """
 
 
+def ask_hub(tmp_path: Path, repositories: dict[str, Path], client: str) -> tuple[list[str], set[str]]:
+    """Run a program that asks the hub, served here: the lines that it prints, and the files that it downloads."""
+    handler = type("Served", (Hub,), {"repositories": repositories, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-W", "error", "-c", client]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), {request for request in handler.requests if request.startswith("GET")}
+
+
 def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     published.write_tokenizer(tokenizer)
@@ -194,16 +208,8 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
         "someone/ts-micro-scope": published.SCOPE,
         "tdooms/ts-tokenizer-4096": tokenizer,
     }
-    handler = type("Served", (Hub,), {"repositories": repositories, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-W", "error", "-c", CLIENT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    listed, old, *lines = done.stdout.splitlines()
+    printed, fetched = ask_hub(tmp_path, repositories, CLIENT)
+    listed, old, *lines = printed
     assert (listed, old) == ("[(1, 'mlp_in', 4, 6, None), (1, 'mlp_out', 4, 6, None)]", "11 [[1, 2, 3], [5, 6, 7]]")
     assert lines[:2] == ["someone/ts-micro 3 [1, 3, 4]", "2-mlp-out-x4-k6"]
     assert lines[2].startswith("FileNotFoundError someone/nothing cannot be downloaded from the hub (http://127.0.0.1")
@@ -214,7 +220,6 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     assert lines[6].startswith("ConnectionError the hub (http://127.0.0.1")
     assert "cannot be reached" in lines[6]
     assert "from the hub's cache: someone/older, someone/ts-micro, someone/ts-micro-scope;" in lines[6]
-    fetched = {request for request in handler.requests if request.startswith("GET")}
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
     assert fetched == {
         "GET rows-16k/data/train.parquet",
@@ -223,3 +228,18 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
         *("GET ts-micro-scope/2-mlp-out-x4-k6/config.json", "GET ts-micro-scope/2-mlp-out-x4-k6/model.safetensors"),
         *("GET ts-tokenizer-4096/tokenizer.json", "GET ts-tokenizer-4096/tokenizer_config.json"),
     }
+
+
+def test_what_saes_on_the_hub_were_trained_on_takes_none_of_their_weights(tmp_path):
+    client = """
+import os, urllib.request
+from bilinear_jax.store.checkpoint import training_of, trainings_of_saes
+print(sorted(trainings_of_saes("someone/ts-micro")), training_of("someone/ts-micro", "2-mlp-out-x4-k6"))
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/stop").read()
+"""
+    names = sources.list_saes(published.SCOPE)
+    folders = sorted(path.name for path in published.SCOPE.iterdir() if path.is_dir())
+    printed, fetched = ask_hub(tmp_path, {"someone/ts-micro-scope": published.SCOPE}, client)
+    assert len(folders) == len(names) > 1
+    assert printed == [f"{folders} not known: its files do not say"]
+    assert fetched == {f"GET ts-micro-scope/{name}/config.json" for name in folders}
