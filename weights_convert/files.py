@@ -29,19 +29,39 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ``ValueError`` for anything else, or for more than ``LARGEST_JSON`` bytes."""
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
+FIX = "correct it, or download it again"
+
+
+def read_text(path: Path, *, limit: int = LARGEST_JSON, fix: str = FIX) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. ``fix`` is what an error tells the user to do.
+
+    Raises ``ValueError`` if it is not UTF-8, has more than ``limit`` bytes, or is not a file (but a device, or a pipe).
+    """
+    path.stat()  # FileNotFoundError, or that it may not be read
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: put the file itself there")
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
         raise ValueError(
-            f"{path} has {size} bytes, but at most {LARGEST_JSON} are read: it is not a config or index file"
+            f"{path} has {path.stat().st_size} bytes, but at most {limit} are read: it is not the file that belongs "
+            f"here, {fix}"
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): {fix}") from error
+
+
+def read_json(path: Path, *, limit: int = LARGEST_JSON, fix: str = FIX) -> dict[str, Any]:
+    """The JSON object in a file. Raises ``ValueError`` for anything else, and as ``read_text``."""
+    text = read_text(path, limit=limit, fix=fix)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+        raise ValueError(f"{path} is not JSON ({error}): {fix}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: download it again")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: {fix}")
     return value
 
 

@@ -1,7 +1,6 @@
 """Files and folders that appear only when they are complete, and JSON."""
 
 import contextlib
-import json
 import math
 import os
 import secrets
@@ -10,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from weights_convert import files
 
 
 def check_place(path: str | Path, *, force: bool = False, record: str = "config.json") -> Path:
@@ -68,15 +69,12 @@ def atomic_folder(path: str | Path, *, force: bool = False, record: str = "confi
         raise
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file. None if the file does not exist."""
+def read_json(path: Path, *, fix: str = files.FIX) -> dict[str, Any] | None:
+    """The JSON object in a file. None if the file does not exist. Otherwise as ``weights_convert.files.read_json``."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json(path, fix=fix)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): convert or download it again") from error
-    return value if isinstance(value, dict) else None
 
 
 def replace_file(path: Path, text: str) -> None:

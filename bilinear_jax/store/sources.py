@@ -9,13 +9,13 @@ A source is one of
 
 import contextlib
 import functools
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.store.files import read_json
 from weights_convert.names import SAEName, sae_folders, sae_names_among
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -263,7 +263,9 @@ def _cached() -> dict[str, list[Path]]:
 def _is_ours(snapshot: Path) -> bool:
     """Whether a cached repository holds a model of this architecture, or SAEs."""
     try:
-        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+        config = read_json(snapshot / "config.json")
     except (OSError, ValueError):
+        config = None
+    if config is None:
         return bool(sae_folders(snapshot))
-    return isinstance(config, dict) and ({"d_hidden", "n_ctx"} <= config.keys() or "format" in config)
+    return bool({"d_hidden", "n_ctx"} <= config.keys() or "format" in config)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bilinear_jax.store.documents import END_OF_TEXT
-from bilinear_jax.store.files import replace_file
+from bilinear_jax.store.files import read_json, replace_file
 from bilinear_jax.store.sources import folder_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -115,10 +115,7 @@ def _special_tokens(path: Path) -> dict[str, str]:
     config_path = path.with_name("tokenizer_config.json")
     if not config_path.is_file():
         return {}
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_path} is not JSON ({error}): restore it, or delete it") from error
+    config = read_json(config_path, fix="restore it, or delete it") or {}
     tokens = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)

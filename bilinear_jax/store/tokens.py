@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bilinear_jax.store.documents import as_sources, is_hub, read_documents, too_few_documents
+from bilinear_jax.store.files import read_json
 from bilinear_jax.store.tokenizers import plain_tokenizer, tokenizer_hash, vocabulary_size
 
 FORMAT, VERSION = "bilinear_jax.tokens", 1
@@ -151,11 +152,8 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
             f"a token file needs both {path} and {sidecar.name} beside it; found: {there}. Tokenise the text again, to "
             "a new name, or delete this file first if it holds tokens"
         )
-    try:
-        record = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{sidecar} is not JSON ({error}): delete {path} and tokenise the text again") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = read_json(sidecar, fix=f"delete {path} and tokenise the text again") or {}
+    if record.get("format") != FORMAT:
         raise ValueError(f"{sidecar} does not describe a token file of this library: name another file")
     missing = [name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)]
     if missing:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from bilinear_jax.store.files import finite_or_null, replace_file
+from bilinear_jax.store.files import finite_or_null, read_json, replace_file
 
 
 @contextlib.contextmanager
@@ -71,16 +71,7 @@ def claim(directory: Path, config: dict) -> None:
 
 def read_config(directory: Path) -> dict | None:
     """The config that ``claim`` wrote. None if there is none. Raises ``ValueError`` if the file is damaged."""
-    path = directory / "config.json"
-    if not path.exists():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: restore it, or name another folder")
-    return config
+    return read_json(directory / "config.json", fix="restore it, or name another folder")
 
 
 def _flat(value, name: str = "") -> dict:

@@ -26,6 +26,7 @@ from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store.fields import COUNT, Rule, check_fields, field_comments
 from bilinear_jax.training.language import LanguageRecipe
 from bilinear_jax.training.sae import SAERecipe
+from weights_convert.files import read_text
 
 RECIPES = Path(__file__).parent
 """The folder of the recipes that ship with the package: ``lm/*.toml`` and ``sae/*.toml``."""
@@ -147,8 +148,8 @@ def read_recipe(kind: str, source: str | Path, overrides: Mapping[str, Any] | No
         names = ", ".join(recipe_names(kind))
         raise FileNotFoundError(f"there is no recipe {source}: name one of {names}, or a file that ends in .toml")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML ({error}): fix that place") from error
     for name, value in (overrides or {}).items():
         table, _, field = name.partition(".")
