@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     mask: Bool[Array, "batch seq"]  # the tokens that count; none in a row that fills up
 
     def not_finite(self) -> ValueError:
-        """The error for a model that gives NaN or infinite values in these rows."""
+        """The error for a model or an SAE that gives NaN or infinite values in these rows."""
         return not_finite(f"in rows {self.first} ... {self.first + self.rows - 1}")
 
 
@@ -50,10 +50,10 @@ class MeanLoss(NamedTuple):
 
 
 def not_finite(where: str) -> ValueError:
-    """The error for a model that gives NaN or infinite values. ``where`` says in what."""
+    """The error for a model or an SAE that gives NaN or infinite values. ``where`` says in what."""
     return ValueError(
-        f"the model gives values that are not finite {where}: check its parameters, its attn_scale and its "
-        "compute_dtype"
+        f"the model or an SAE gives values that are not finite {where}: check their parameters, and the model's "
+        "attn_scale and compute_dtype"
     )
 
 

@@ -118,7 +118,7 @@ def test_a_dataset_of_which_nothing_counts(lm):
 
 def test_what_is_not_finite_is_told_by_the_rows_of_its_batch(lm):
     *_, last = lm.batches(ROWS, batch_size=5)
-    assert str(last.not_finite()).startswith("the model gives values that are not finite in rows 5 ... 6: check its")
+    assert str(last.not_finite()).startswith("the model or an SAE gives values that are not finite in rows 5 ... 6:")
 
 
 @pytest.mark.parametrize("description", ["loss", None])
@@ -177,7 +177,7 @@ def test_a_loss_that_is_none(lm):
     with pytest.raises(ValueError, match="no token counts"):
         lm.mean_loss(ROWS, ~np.ones(ROWS.shape, bool))
     broken = dataclasses.replace(lm, params=lm.params | {"w_u": lm.params["w_u"].at[:, 0].set(jnp.inf)})
-    with pytest.raises(ValueError, match=r"not finite in rows 0 \.\.\. 2: check its parameters"):
+    with pytest.raises(ValueError, match=r"not finite in rows 0 \.\.\. 2: check their parameters"):
         broken.mean_loss(ROWS, batch_size=3)
 
 

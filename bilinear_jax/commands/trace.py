@@ -92,7 +92,7 @@ def at_tokens(tracer, tokens, feature: int, n: int, position: int | None) -> dic
     site = "mlp_out", tracer.layer
     codes = tracer.out.encode(lm.capture(tokens, [site])[site], sparse=True)
     active = np.where(np.asarray(codes.indices) == feature, codes.values, 0).sum(axis=-1)[0]
-    if not np.isfinite(np.asarray(found.preactivation)).all():
+    if not np.isfinite(np.asarray(codes.values)).all():
         raise not_finite("at the tokens of the text")
     preactivation, counts = np.asarray(found.preactivation)[0], np.asarray(lm.token_mask(tokens))[0]
     if position is None:

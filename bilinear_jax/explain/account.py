@@ -30,10 +30,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer as JaxTracer
 from jaxtyping import Array, Float, Int
 
 from bilinear_jax.explain.tracer import Tracer
-from bilinear_jax.language import LanguageModel
+from bilinear_jax.language import LanguageModel, not_finite
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.nn.transformer import RMS_EPSILON
@@ -260,7 +261,7 @@ def account(tracer: Tracer, tokens, feature) -> Account:
 
     Raises:
         ValueError: if the tracer has decoder columns as its directions, feature names more than one, or the model
-            cannot read the tokens.
+            cannot read the tokens; or, outside ``jit``, if a value is not finite.
         UnknownNameError: if the feature does not exist.
 
     Memory: one batch of the model and of the input SAE's pre-activations, ``batch seq (features + k^2)``, and
@@ -276,4 +277,8 @@ def account(tracer: Tracer, tokens, feature) -> Account:
         >>> bool(jnp.allclose(found.total, found.preactivation, atol=1e-4))
         True
     """
-    return _account(tracer.lm, output_feature(tracer, feature), tracer.lm.check_tokens(tokens))
+    found = _account(tracer.lm, output_feature(tracer, feature), tracer.lm.check_tokens(tokens))
+    sound = jnp.isfinite(found.total + found.preactivation).all()
+    if not isinstance(sound, JaxTracer) and not sound:
+        raise not_finite("at these tokens")
+    return found

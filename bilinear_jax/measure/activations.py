@@ -71,7 +71,7 @@ def top_activations(
 
     Raises:
         ValueError: if there is no SAE, two have the same name, or one does not fit the model; if the tokens do not fit
-            the model, or the mask leaves no token; if the model gives values that are not finite; or if k is below 1.
+            the model, or the mask leaves no token; if a value is not finite; or if k is below 1.
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig
@@ -105,16 +105,16 @@ def site_values(lm: LanguageModel, saes: Iterable[SAE], tokens: Int[Array, "batc
 
 @functools.partial(jax.jit, static_argnames="one_per_row")
 def _merge_batch(lm, saes, best, tokens, token_mask, first_row, *, one_per_row: bool):
-    merged, read = [], site_values(lm, saes, tokens)
+    merged, finite, read = [], jnp.array(True), site_values(lm, saes, tokens)
     for sae, top, x in zip(saes, best, read, strict=True):
         codes = sae.encode(x, sparse=True)
+        finite &= jnp.isfinite(codes.values).all(axis=-1, where=token_mask[..., None]).all()
         new = _candidates(codes, token_mask, top.values.shape[1], one_per_row)
         new = dataclasses.replace(new, rows=new.rows + first_row)
         both = jax.tree.map(lambda old, found: jnp.concatenate([old, found], axis=1), top, new)
         _, order = jax.lax.top_k(both.values, top.values.shape[1])
         merged.append(jax.tree.map(lambda part, order=order: jnp.take_along_axis(part, order, axis=1), both))
-    finite = [jnp.isfinite(x).all(axis=-1, where=token_mask[..., None]).all() for x in read]
-    return tuple(merged), functools.reduce(jnp.logical_and, finite)
+    return tuple(merged), finite
 
 
 def _candidates(codes: SparseCodes, token_mask: Bool[Array, "batch seq"], k: int, one_per_row: bool) -> TopActivations:
@@ -166,9 +166,9 @@ def check_names(saes: tuple[SAE, ...]) -> None:
 
 @jax.jit
 def _sparse_codes(lm: LanguageModel, sae: SAE, tokens: Int[Array, "batch seq"]):
-    """The codes, and whether the activations that they are computed from are finite."""
-    x = site_values(lm, [sae], tokens)[0]
-    return sae.encode(x, sparse=True), jnp.isfinite(x).all()
+    """The codes, and whether they are finite."""
+    codes = sae.encode(site_values(lm, [sae], tokens)[0], sparse=True)
+    return codes, jnp.isfinite(codes.values).all()
 
 
 def row_codes(lm: LanguageModel, sae: SAE, tokens, rows, batch_size: int = 8) -> SparseCodes:
@@ -178,7 +178,7 @@ def row_codes(lm: LanguageModel, sae: SAE, tokens, rows, batch_size: int = 8) ->
         ``SparseCodes`` ``[len(rows), seq, k]``.
 
     Raises:
-        ValueError: for a row that the dataset does not have, or a model that gives values that are not finite.
+        ValueError: for a row that the dataset does not have, or if a value is not finite.
     """
     rows = np.asarray(rows)
     outside = rows[(rows < 0) | (rows >= len(tokens))]

@@ -37,7 +37,7 @@ from bilinear_jax.measure.cofiring import entries
 from bilinear_jax.measure.pairs import check_request, checked_pairs
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE, SparseCodes, TopKSAE
-from bilinear_jax.nn.sparse import largest
+from bilinear_jax.nn.sparse import damage, largest
 from bilinear_jax.nn.transformer import Edit, Site, run_module
 from bilinear_jax.tensor import BilinearTensor
 
@@ -154,7 +154,7 @@ def code_alone(
     """A feature's code if its own pre-activation falls by ``change``, and no other changes.
 
         z       = pre-activations of y, with z_feature - change in place of z_feature
-        code    = z_feature if it is among the k largest of z, else 0
+        code    = z_feature if it is among the k largest of z, else 0; NaN if any z is not finite
 
     In the run ``alone`` the MLP's output is ``y + d_out (code - clean code)``. It shows what the change of this feature
     does downstream while everything else that the MLP writes stays.
@@ -162,7 +162,7 @@ def code_alone(
     z = run_module(TopKSAE(out.config), out.params, y, method="preactivations")
     z = z.at[..., feature].add(-change)
     selected = (largest(z, out.config.k) == feature).any(axis=-1)
-    return jnp.where(selected, z[..., feature], 0)
+    return jnp.where(selected, z[..., feature], 0) + damage(z)[..., 0]
 
 
 def ablate_pairs(

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.errors import UnknownNameError
-from bilinear_jax.nn.sparse import decode_at, largest, linear_at
+from bilinear_jax.nn.sparse import damage, decode_at, largest, linear_at
 from bilinear_jax.nn.transformer import SITES, linear, run_module
 
 SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
@@ -141,12 +141,14 @@ class TopKSAE(nn.Module):
     ) -> SparseCodes:
         """The ``k`` largest pre-activations of each token. The default k is that of the config.
 
-        With ``among``, only those features can be chosen. If they are fewer than ``k``, the rest are codes of 0.
+        With ``among``, only those features can be chosen. If they are fewer than ``k``, the rest are codes of 0. If any
+        pre-activation of a token is not finite, also one that was not chosen, all codes of this token are NaN.
         """
         c = self.config
         x = self._centred(x)
         y = jax.lax.stop_gradient(self._linear(x))
         z = self._product(y)
+        unsound = damage(z)
         if among is not None:
             z = jnp.where(jnp.broadcast_to(among, z.shape), z, -jnp.inf)
         indices = largest(z, k or c.k)
@@ -155,6 +157,7 @@ class TopKSAE(nn.Module):
         values = self._product(values)
         if among is not None:
             values = jnp.where(among[indices], values, jnp.zeros_like(values))
+        values = values + jnp.broadcast_to(unsound, values.shape)
         return SparseCodes(values, indices, c.n_features)
 
     def _centred(self, x):

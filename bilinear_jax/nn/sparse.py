@@ -119,6 +119,8 @@ def scatter_outer(
 def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:
     """The indices of the k largest entries. They are the same as those of ``jax.lax.top_k``, also for ties.
 
+    NaN counts as ``-inf``, whatever its sign bit, so it never takes the place of another entry.
+
     If there are many features, only those in the k runs of 32 with the largest maxima are ranked. No other can be among
     the k largest. At 8192 features and k 30 this takes 0.77 of the time of ``top_k`` on a CPU.
 
@@ -126,14 +128,38 @@ def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:
         >>> largest(jnp.array([[1.0, 5.0, 3.0, 5.0]]), 3).tolist()
         [[1, 3, 2]]
     """
+    y, lowest = jax.lax.stop_gradient(y), jnp.array(-jnp.inf, y.dtype)
+
+    def top(entries):
+        return jax.lax.top_k(jnp.where(jnp.isnan(entries), lowest, entries), k)[1]
+
     runs = y.shape[-1] // _RUN
     if y.shape[-1] % _RUN or runs < 4 * k:
-        return jax.lax.top_k(y, k)[1]
+        return top(y)
     cut = y.reshape(*y.shape[:-1], runs, _RUN)
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(cut, axis=-1), k)[1], axis=-1)  # sorted, so that ties keep their order
+    maxima = jax.lax.reduce(cut, lowest, _larger, (cut.ndim - 1,))
+    chosen = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=-1)  # sorted, so that ties keep their order
     entries = jnp.take_along_axis(cut, chosen[..., None], axis=-2).reshape(*y.shape[:-1], k * _RUN)
-    places = jax.lax.top_k(entries, k)[1]
+    places = top(entries)
     return jnp.take_along_axis(chosen, places // _RUN, axis=-1) * _RUN + places % _RUN
+
+
+def _larger(a, b):
+    """The larger of two entries, as ``top_k`` ranks them: 0 above -0. No comparison with NaN is true, so b is not NaN.
+
+    In XLA, ``jnp.max`` of ``jnp.where(jnp.isnan(...))`` takes 15 times as long.
+    """
+    return jnp.where((b > a) | ((b == a) & ~jnp.signbit(b)), b, a)
+
+
+def damage(z: Float[Array, "... features"]) -> Float[Array, "... 1"]:
+    """0 where all entries are finite, else NaN. Added to what is chosen from z, it shows also what was not chosen.
+
+    Example:
+        >>> damage(jnp.array([[1.0, 2.0], [-jnp.inf, 2.0]])).tolist()
+        [[0.0], [nan]]
+    """
+    return jnp.sum(0 * jax.lax.stop_gradient(z), axis=-1, keepdims=True)  # several times as fast as isfinite
 
 
 def decode_at(

@@ -109,7 +109,7 @@ def test_wrong_use(words, message, capsys):
         ),
         (
             ["generate", "--prompt", "a cat", "--attn-scale", 1e38],
-            "the model gives values that are not finite as logits",
+            "the model or an SAE gives values that are not finite as logits",
         ),
         (["eval", "--saes", "none", "--attn-scale", 1e38], "not finite in rows 0 ... 15"),
         (["eval", "--saes", "2-mlp-in-x4-k20", "--attn-scale", 1e38], "not finite in rows 0 ... 15"),

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bilinear_jax.nn import sparse
 from bilinear_jax.nn.sparse import FORMS, combine, decode_at, dots, fastest_form, largest, linear_at, scatter_outer
@@ -61,6 +63,23 @@ def test_the_largest_are_those_of_top_k_ties_and_all(kind):
     for k in (1, 5, 8):
         np.testing.assert_array_equal(largest(y, k), jax.lax.top_k(y, k)[1])
     np.testing.assert_array_equal(largest(y[..., :100], 3), jax.lax.top_k(y[..., :100], 3)[1])
+
+
+ODD = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, 3e38, -3e38, 1e-30]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1024, 1000, 64]), st.sampled_from([1, 3, 8]), st.floats(0, 1))
+def test_the_largest_are_those_of_a_sort_and_nan_is_the_smallest(seed, features, k, share):
+    """A NaN never takes the place of another entry, whatever its sign bit. Without NaN they are those of top_k."""
+    rng = np.random.default_rng(seed)
+    y = rng.normal(size=(4, features)).astype(np.float32).round(1)
+    y = np.where(rng.random(y.shape) < share**4, rng.choice(np.array(ODD, np.float32), y.shape), y)
+    lowest = np.where(np.isnan(y), -np.inf, y)
+    order = np.lexsort((np.broadcast_to(np.arange(features), y.shape), np.signbit(lowest), -lowest), axis=-1)
+    np.testing.assert_array_equal(largest(jnp.asarray(y), k), order[:, :k])
+    if not np.isnan(y).any():
+        np.testing.assert_array_equal(order[:, :k], jax.lax.top_k(jnp.asarray(y), k)[1])
 
 
 def dense_decode(values, indices, rows):
