@@ -23,11 +23,11 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -35,8 +35,10 @@ from jaxtyping import Array, Float
 class BilinearTensor:
     """The three factors of a bilinear layer; a pytree, so it can be an argument of ``jit``, ``vmap`` and ``grad``.
 
+    Factors of float32 or float64 are kept as they are. Integers, booleans and half floats become float32.
+
     Raises:
-        ValueError: if the shapes of the factors do not fit each other.
+        ValueError: if the shapes of the factors do not fit each other, or a factor does not hold real numbers.
 
     Example:
         The layer y = x_0 x_1, and its interaction matrix:
@@ -54,7 +56,7 @@ class BilinearTensor:
 
     def __post_init__(self):
         for name in ("left", "right", "down"):
-            object.__setattr__(self, name, jnp.asarray(getattr(self, name)))
+            object.__setattr__(self, name, as_floats(name, getattr(self, name)))
         left, right, down = self.left.shape, self.right.shape, self.down.shape
         if len(left) != 2 or left != right:
             raise ValueError(
@@ -223,9 +225,11 @@ class BilinearTensor:
             >>> tensor.gram().tolist()  # of [[0, 1/2], [1/2, 0]]
             [[0.5]]
         """
+        (left, at_left), (right, at_right) = unit_scale(self.left), unit_scale(self.right)
         with jax.default_matmul_precision("highest"):
-            cross = self.left @ self.right.T
-            return ((self.left @ self.left.T) * (self.right @ self.right.T) + cross * cross.T) / 2
+            cross = left @ right.T
+            gram = ((left @ left.T) * (right @ right.T) + cross * cross.T) / 2
+        return jnp.ldexp(gram, 2 * (at_left + at_right))
 
     def traces(self, directions: Float[Array, "U out"]) -> Float[Array, " U"]:
         """``trace Q_u = sum_m g[m] (left_m . right_m)``: the mean of u . y over inputs of unit covariance.
@@ -237,6 +241,21 @@ class BilinearTensor:
         """
         with jax.default_matmul_precision("highest"):
             return self._gates(directions) @ jnp.sum(self.left * self.right, axis=-1)
+
+    def unit(self) -> tuple["BilinearTensor", Int[Array, ""], Int[Array, ""]]:
+        """The tensor with its factors divided by powers of two, and the exponents: of ``left right``, and of ``down``.
+
+        The largest |entry| of each factor is between 1/2 and 1, so that squares and products stay in the range of
+        floats. ``interaction`` of the result is that of this tensor divided by ``2^(inputs + outputs)``, exactly.
+
+        Example:
+            >>> tensor = BilinearTensor(jnp.array([[6.0, 0.0]]), jnp.array([[0.0, 8.0]]), jnp.array([[3.0]]))
+            >>> unit, inputs, outputs = tensor.unit()
+            >>> unit.left.tolist(), unit.down.tolist(), int(inputs), int(outputs)  # 6 = 0.75 * 2^3, 8 = 0.5 * 2^4
+            ([[0.75, 0.0]], [[0.75]], 7, 2)
+        """
+        (left, at_left), (right, at_right), (down, at_down) = map(unit_scale, (self.left, self.right, self.down))
+        return BilinearTensor(left, right, down), at_left + at_right, at_down
 
     def norms(
         self, directions: Float[Array, "U out"], gram: Float[Array, "hidden hidden"] | None = None
@@ -260,25 +279,32 @@ class BilinearTensor:
             >>> tensor.norms(jnp.array([[-2.0], [0.0]])).tolist()
             [2.0, 0.0]
         """
+        self._check_directions(directions)
         (hidden, inputs), number = self.left.shape, len(directions)
+        unit, at_inputs, at_down = self.unit()
 
         def square_of_built(gates):
-            return jnp.sum(_quadratic_forms(gates[None], self.left, self.right, symmetric=True) ** 2)
+            return jnp.sum(_quadratic_forms(gates[None], unit.left, unit.right, symmetric=True) ** 2)
 
         with jax.default_matmul_precision("highest"):
-            gates = self._gates(directions)
-            if gram is None and number * inputs**2 <= 3 * hidden * inputs + number * hidden:
+            rows, at_rows = unit_scale(directions, axis=1)
+            exponents = at_rows + at_inputs + at_down
+            few = gram is None and number * inputs**2 <= 3 * hidden * inputs + number * hidden
+            if few or number <= self.n_out:
+                rows, at_rows = unit_scale(unit._gates(rows), axis=1)
+                exponents = exponents + at_rows
+            if few:
                 batch = min(max(number, 1), max(2**24 // (inputs * max(hidden, inputs)), 1))
-                squares = jax.lax.map(square_of_built, gates, batch_size=batch)
+                squares = jax.lax.map(square_of_built, rows, batch_size=batch)
             else:
-                rows, form = gates, self._checked(gram)
+                form = self._unit_gram(unit, at_inputs, gram)
                 if number > self.n_out:  # then forms of the directions themselves are cheaper
-                    rows, form = directions, self.down @ form @ self.down.T
+                    form = unit.down @ form @ unit.down.T
                 # In batches, because one product of 4096 x 4096 matrices took XLA 20 times as long on a CPU.
                 batch = min(max(number, 1), 1024)
                 squares = jax.lax.map(lambda row: jnp.sum((row @ form) * row), rows, batch_size=batch)
         zero = squares <= 0
-        return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+        return jnp.ldexp(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), exponents[:, 0])
 
     def cosines(
         self, directions: Float[Array, "U out"], gram: Float[Array, "hidden hidden"] | None = None
@@ -296,8 +322,11 @@ class BilinearTensor:
             >>> tensor.cosines(jnp.array([[2.0], [4.0], [0.0]])).tolist()
             [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
         """
+        self._check_directions(directions)
+        unit, at_inputs, _ = self.unit()
         with jax.default_matmul_precision("highest"):
-            gates, gram = self._gates(directions), self._checked(gram)
+            gates = unit_scale(unit._gates(unit_scale(directions, axis=1)[0]), axis=1)[0]
+            gram = self._unit_gram(unit, at_inputs, gram)
             inner = gates @ gram @ gates.T
             noise = 16 * jnp.finfo(inner.dtype).eps * (gates**2 @ jnp.diagonal(gram))
         inner = (inner + inner.T) / 2
@@ -307,19 +336,22 @@ class BilinearTensor:
 
     def _gates(self, directions: Float[Array, "U out"]) -> Float[Array, "U hidden"]:
         """``g = directions down``: how much of each hidden unit every direction reads."""
+        self._check_directions(directions)
+        return directions @ self.down
+
+    def _check_directions(self, directions: Array) -> None:
         if directions.ndim != 2:
             raise ValueError(
                 f"directions have shape {directions.shape}, but they must be rows [U, out]: write u[None] for one"
             )
         _check_width("directions", directions, "out", self.n_out)
-        return directions @ self.down
 
-    def _checked(self, gram: Array | None) -> Float[Array, "hidden hidden"]:
-        """``gram`` if it is given and fits, else ``gram()``."""
+    def _unit_gram(self, unit: "BilinearTensor", at_inputs, gram: Array | None) -> Float[Array, "hidden hidden"]:
+        """``unit.gram()``; from the ``gram()`` of this tensor if it is given and fits."""
         hidden = self.left.shape[0]
         if gram is not None and gram.shape != (hidden, hidden):
             raise ValueError(f"gram has shape {gram.shape}, but it must be gram() of this tensor, {(hidden, hidden)}")
-        return self.gram() if gram is None else gram
+        return unit.gram() if gram is None else jnp.ldexp(gram, -2 * at_inputs)
 
 
 def with_constant(x: Float[Array, "*batch in"]) -> Float[Array, "*batch extended"]:
@@ -327,41 +359,53 @@ def with_constant(x: Float[Array, "*batch in"]) -> Float[Array, "*batch extended
     return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
 
 
-class BasisFactors(NamedTuple):
-    """``basis = root @ isometry.T``, with ``rank = min(in, new)``."""
+def as_floats(name: str, x: Any) -> Float[Array, "..."]:
+    """``x`` as float32, or as float64 if it is that; integers would wrap around, and half floats overflow early.
 
-    root: Float[Array, "in rank"]  # the basis in orthonormal coordinates: root root^T = basis basis^T
-    isometry: Float[Array, "new rank"]  # orthonormal columns; isometry @ z are the new coordinates of z
-
-
-def factor_basis(basis: Float[Array, "in new"]) -> BasisFactors:
-    """Reduces a basis of more vectors than inputs, such as an SAE's decoder, to a square one.
-
-        basis^T Q basis = isometry (root^T Q root) isometry^T
-
-    So the interaction matrix of ``in_basis(root)`` holds all that there is to know of the ``[new, new]`` matrix. Both
-    have the same trace, the same norm and, apart from zeros, the same eigenvalues. If z is an eigenvector of the small
-    matrix, ``isometry @ z`` is one of the large matrix, and unit and orthogonal vectors stay so.
-
-    This is a QR decomposition of ``basis^T``. (A decomposition of ``basis basis^T`` would square the condition number.)
-    The isometry is orthonormal to rounding for every basis, also for one of lower rank.
-
-    Memory: three times that of the basis. Cost: 1024 inputs and 8192 features take half a second on two cores. If the
-    cores have other work, LAPACK's threads wait for each other. ``threadpoolctl.threadpool_limits(1, "blas")`` around
-    the call then made it ten times faster.
+    Raises:
+        ValueError: if x does not hold real numbers.
 
     Example:
-        >>> import jax
-        >>> tensor = BilinearTensor(*jax.random.normal(jax.random.key(0), (2, 5, 3)), jnp.ones((2, 5)))
-        >>> u, basis = jnp.array([[1.0, -2.0]]), jax.random.normal(jax.random.key(1), (3, 9))
-        >>> root, isometry = factor_basis(basis)
-        >>> small, large = tensor.in_basis(root).interaction(u)[0], tensor.in_basis(basis).interaction(u)[0]
-        >>> bool(jnp.allclose(isometry @ small @ isometry.T, large, atol=1e-4))
+        >>> as_floats("left", jnp.array([100], jnp.int8))
+        Array([100.], dtype=float32)
+    """
+    x = jnp.asarray(x)
+    if x.dtype in (jnp.float32, jnp.float64):
+        return x
+    if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
+        raise ValueError(f"{name} has the dtype {x.dtype}, but must hold real numbers: give it as float32")
+    return x.astype(jnp.float32)
+
+
+def unit_scale(
+    x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None
+) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+    """``(x / 2^e, e)``, with the largest ``|x / 2^e|`` along the axis, or of all, between 1/2 and 1.
+
+    The quotient has the digits of x. Its squares stay in the range of floats, which end at 1e-38 and 3e38 in float32.
+    In derivatives, e is constant. It is 0 if all x are 0, or one is not finite.
+
+    Example:
+        >>> scaled, exponent = unit_scale(jnp.array([6.0, -12.0]))  # 12 = 0.75 * 2^4
+        >>> scaled.tolist(), int(exponent)
+        ([0.375, -0.75], 4)
+    """
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axis, keepdims=axis is not None, initial=0)
+    exponents = jnp.frexp(largest)[1]
+    return jnp.ldexp(x, jnp.broadcast_to(-exponents, x.shape)), exponents
+
+
+def lengths(x: Float[Array, "..."], axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
+    """``sqrt(sum x^2)`` along the axes, also where the squares would leave the range of floats.
+
+    Example:
+        >>> lengths(jnp.array([3.0, 4.0]) * 2.0**-120).item() == 5 * 2.0**-120
         True
     """
-    with jax.default_matmul_precision("highest"):
-        isometry, upper = jnp.linalg.qr(basis.T)
-    return BasisFactors(upper.T, isometry)
+    scaled, exponents = unit_scale(x, axis)
+    squares = jnp.sum(scaled**2, axis=axis)
+    zero = squares <= 0
+    return jnp.ldexp(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), exponents.reshape(squares.shape))
 
 
 def _quadratic_forms(gates, left, right, symmetric: bool) -> Float[Array, "U in in"]:

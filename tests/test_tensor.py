@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bilinear_jax.tensor import BilinearTensor, factor_basis, with_constant
+from bilinear_jax.linalg.basis import factor_basis
+from bilinear_jax.tensor import BilinearTensor, with_constant
 
 
 def random_tensor(hidden=7, inputs=5, outputs=4, seed=0) -> BilinearTensor:
@@ -184,6 +185,60 @@ def test_norms_and_cosines_do_not_depend_on_coordinates(seed, scale):
         np.testing.assert_allclose(other.cosines(u), tensor.cosines(u), atol=1e-3)
         close(other.traces(u), factor * tensor.traces(u))
     close(tensor.out_basis(u).norms(jnp.eye(6), tensor.gram()), tensor.norms(u))
+
+
+powers = st.integers(-30, 30)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(powers, powers, powers, powers), st.sampled_from([2, 60]), st.booleans())
+def test_scales_whose_squares_leave_float32(exponents, number, by_gram):
+    """Against NumPy in float64, of factors and directions times powers of ten; 60 directions go by the Gram."""
+    tensor, u = random_tensor(), random(number, 4)
+    scales = [10.0**e for e in exponents]
+    factors = [
+        np.asarray(a, np.float64) * s for a, s in zip((tensor.left, tensor.right, tensor.down, u), scales, strict=True)
+    ]
+    exact = forms(BilinearTensor(tensor.left, tensor.right, tensor.down), u)
+    norms = np.sqrt((exact**2).sum(axis=(1, 2)))
+    size = np.prod(scales)
+    largest, smallest = 1e37, 1e-36  # what float32 can hold, the Gram matrix and the gates included
+    gates = abs(scales[2] * scales[3])
+    assume(smallest < size * norms.min() / 100 and size * norms.max() < largest / 100 and smallest < gates < largest)
+    scaled = BilinearTensor(*(jnp.asarray(a, jnp.float32) for a in factors[:3]))
+    given_gram = by_gram and smallest < (scales[0] * scales[1]) ** 2 / 1e3 < largest / 1e6
+    options = {"gram": scaled.gram()} if given_gram else {}
+    directions = jnp.asarray(factors[3], jnp.float32)
+    np.testing.assert_allclose(np.asarray(scaled.norms(directions, **options), float) / size, norms, rtol=1e-4)
+    cosines = np.einsum("uij,vij->uv", exact, exact) / np.outer(norms, norms)
+    np.testing.assert_allclose(scaled.cosines(directions, **options), cosines, atol=1e-4)
+    if given_gram:
+        np.testing.assert_allclose(
+            np.asarray(options["gram"]) / (scales[0] * scales[1]) ** 2, tensor.gram(), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32, bool, jnp.float16, jnp.bfloat16])
+def test_factors_that_are_not_float32_count_as_their_numbers(dtype):
+    """int8 wrapped around: 100 * 100 is 16. By hand: 10^4 x_0^2 + 10^4 x_0 x_1, with the norm sqrt(1.5) 10^4."""
+    one = 1 if dtype is bool else 100
+    left, right = np.array([[one, 0]]).astype(dtype), np.array([[one, one]]).astype(dtype)
+    tensor = BilinearTensor(jnp.asarray(left), jnp.asarray(right), jnp.asarray(np.array([[1]]).astype(dtype)))
+    u, square = jnp.ones((1, 1)), float(one) ** 2
+    assert {leaf.dtype for leaf in jax.tree.leaves(tensor)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(tensor.interaction(u)[0], [[square, square / 2], [square / 2, 0]])
+    np.testing.assert_allclose(tensor.norms(u), [1.5**0.5 * square], rtol=1e-6)
+    np.testing.assert_allclose(tensor.cosines(jnp.array([[1.0], [-2.0]])), [[1, -1], [-1, 1]], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_float64_factors_stay_and_complex_ones_are_refused():
+    with jax.enable_x64(True):
+        tensor = BilinearTensor(*(jnp.ones((2, 2), jnp.float64) for _ in range(3)))
+        assert tensor.left.dtype == jnp.float64 and tensor.norms(jnp.ones((1, 2), jnp.float64)).dtype == jnp.float64
+    with pytest.raises(ValueError, match="down has the dtype complex64, but must hold real numbers"):
+        BilinearTensor(jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones((2, 2), jnp.complex64))
 
 
 def test_norms_in_another_basis():

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bilinear_jax.explain.similarity import cosine_similarity, cross_gram, inner_product
-from bilinear_jax.tensor import BilinearTensor
+from bilinear_jax.explain.similarity import cosine_similarity, plain_gram, plain_product
+from bilinear_jax.tensor import BilinearTensor, lengths
 
 PENALTIES = (None, "l1", "hoyer")
 
@@ -90,13 +90,13 @@ def cp_gradient(
     _check(rank, steps)
     if penalty not in PENALTIES:
         raise ValueError(f"penalty is {penalty!r}, but it must be one of {', '.join(map(repr, PENALTIES))}")
-    square = inner_product(tensor, tensor)
+    unit, *_ = tensor.unit()  # the factors that are sought have about this scale
+    square = plain_product(unit, unit)
 
     def loss(factors):
         one = _tensor(factors)
         with jax.default_matmul_precision("highest"):
-            gram = jnp.sum((one.down.T @ one.down) * cross_gram(one, one))
-            cosine = inner_product(tensor, one) / jnp.sqrt(square * gram)
+            cosine = plain_product(unit, one) / jnp.sqrt(square * plain_product(one, one))
         patterns = jnp.concatenate([one.left, one.right])
         flatness = jnp.abs(patterns).sum(axis=1) / (jnp.linalg.norm(patterns, axis=1) * tensor.n_in**0.5)
         sparsity = {None: 0.0, "l1": flatness.mean(), "hoyer": (flatness**2).mean()}[penalty]
@@ -139,16 +139,17 @@ def cp_als(tensor: BilinearTensor, rank: int, key: Key[Array, ""], *, steps: int
         True
     """
     _check(rank, min(steps, solver_steps))
+    unit, *_ = tensor.unit()
 
     def solve(factors, name):
         def with_one(value):
             return _tensor(factors | {name: value})
 
         def towards(value):
-            return inner_product(tensor, with_one(value))
+            return plain_product(unit, with_one(value))
 
         def within(value):
-            return inner_product(with_one(value), with_one(value)) / 2
+            return plain_product(with_one(value), with_one(value)) / 2
 
         value = factors[name]
         wanted = jax.grad(towards)(value)
@@ -158,9 +159,9 @@ def cp_als(tensor: BilinearTensor, rank: int, key: Key[Array, ""], *, steps: int
     def directions(factors):
         one = _tensor(factors)
         with jax.default_matmul_precision("highest"):
-            gram = cross_gram(one, one)
+            gram = plain_gram(one, one)
             ridge = jnp.finfo(gram.dtype).eps * rank * jnp.trace(gram) * jnp.eye(rank, dtype=gram.dtype)
-            wanted = tensor.down @ cross_gram(tensor, one)
+            wanted = unit.down @ plain_gram(unit, one)
             down = jnp.linalg.solve(gram + ridge, wanted.T).T
         return factors | {"down": down}
 
@@ -168,9 +169,9 @@ def cp_als(tensor: BilinearTensor, rank: int, key: Key[Array, ""], *, steps: int
         factors = directions(factors)
         for name in ("left", "right"):
             factors = solve(factors, name)
-        lengths = {name: jnp.linalg.norm(factors[name], axis=1, keepdims=True) for name in ("left", "right")}
-        unit = {name: factors[name] / jnp.where(length > 0, length, 1) for name, length in lengths.items()}
-        return unit | {"down": factors["down"] * lengths["left"].T * lengths["right"].T}, None
+        sizes = {name: lengths(factors[name])[:, None] for name in ("left", "right")}
+        rows = {name: factors[name] / jnp.where(size > 0, size, 1) for name, size in sizes.items()}
+        return rows | {"down": factors["down"] * sizes["left"].T * sizes["right"].T}, None
 
     factors, _ = jax.lax.scan(sweep, _start(tensor, rank, key), length=steps)
     return normalised(tensor, _tensor(directions(factors)))
@@ -178,13 +179,14 @@ def cp_als(tensor: BilinearTensor, rank: int, key: Key[Array, ""], *, steps: int
 
 def normalised(tensor: BilinearTensor, found: BilinearTensor) -> CP:
     """The components with unit patterns, sorted, and scaled as a whole to be nearest to ``tensor``."""
-    with jax.default_matmul_precision("highest"):
-        square = inner_product(found, found)
-        scale = jnp.where(square > 0, inner_product(tensor, found) / jnp.where(square > 0, square, 1), 0)
+    found, (tensor, *exponents) = found.unit()[0], tensor.unit()
+    square = plain_product(found, found)
+    scale = jnp.where(square > 0, plain_product(tensor, found) / jnp.where(square > 0, square, 1), 0)
     left, left_length = _unit_rows(found.left)
     right, right_length = _unit_rows(found.right)
     down = found.down * (scale * left_length * right_length)[None, :]
-    weights = jnp.linalg.norm(down, axis=0)
+    down = jnp.ldexp(down, sum(exponents))
+    weights = lengths(down, axis=0)
     order = jnp.argsort(-weights)
     ordered = BilinearTensor(left[order], right[order], down[:, order])
     return CP(weights[order], ordered, cosine_similarity(tensor, ordered))
@@ -208,10 +210,11 @@ def match(first: CP, second: CP) -> Matching:
             f"cannot match {len(a.left)} components of {a.n_in} inputs and {a.n_out} outputs with {len(b.left)} of "
             f"{b.n_in} inputs and {b.n_out} outputs: the numbers must be equal"
         )
+    a, b = a.unit()[0], b.unit()[0]
     with jax.default_matmul_precision("highest"):
-        inner = (a.down.T @ b.down) * cross_gram(a, b)
-        lengths = [jnp.sqrt(jnp.sum(one.down**2, 0) * jnp.diagonal(cross_gram(one, one))) for one in (a, b)]
-    cosines = np.asarray(inner) / np.maximum(np.outer(*map(np.asarray, lengths)), np.finfo(np.float32).tiny)
+        inner = (a.down.T @ b.down) * plain_gram(a, b)
+        sizes = [jnp.sqrt(jnp.sum(one.down**2, 0) * jnp.diagonal(plain_gram(one, one))) for one in (a, b)]
+    cosines = np.asarray(inner) / np.maximum(np.outer(*map(np.asarray, sizes)), np.finfo(np.float32).tiny)
     rows, columns = linear_sum_assignment(cosines, maximize=True)
     return Matching(jnp.asarray(columns), jnp.asarray(cosines[rows, columns]))
 
@@ -238,5 +241,5 @@ def _tensor(factors: dict[str, Array]) -> BilinearTensor:
 def _unit_rows(rows: Float[Array, "rank in"]) -> tuple[Float[Array, "rank in"], Float[Array, " rank"]]:
     """Rows of unit length whose entry of largest |value| is positive, and the factors they were divided by."""
     leading = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), axis=1, keepdims=True), axis=1)[:, 0]
-    length = jnp.where(leading < 0, -1, 1) * jnp.linalg.norm(rows, axis=1)
+    length = jnp.where(leading < 0, -1, 1) * lengths(rows)
     return rows / jnp.where(length == 0, 1, length)[:, None], length

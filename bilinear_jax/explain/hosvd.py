@@ -68,14 +68,16 @@ def hosvd(tensor: BilinearTensor, n: int | None = None) -> HOSVD:
     n = tensor.n_out if n is None else n
     if not 1 <= n <= tensor.n_out:
         raise ValueError(f"n is {n}, but it must be between 1 and {tensor.n_out} (the outputs of the tensor)")
-    gram = tensor.gram()
+    unit, at_inputs, at_down = tensor.unit()
+    gram = unit.gram()
     with jax.default_matmul_precision("highest"):
-        squared = tensor.down @ gram @ tensor.down.T
+        squared = unit.down @ gram @ unit.down.T
         directions = jnp.linalg.eigh((squared + squared.T) / 2)[1].T
         # The root of an eigenvalue has an error of eps s_1^2 / s_k; the norm along the same direction does not.
-        singular_values = tensor.norms(jax.lax.stop_gradient(directions), gram)
+        singular_values = unit.norms(jax.lax.stop_gradient(directions), gram)
         largest = jax.lax.top_k(singular_values, n)[1]
         singular_values, directions = singular_values[largest], directions[largest]
         leading = jnp.take_along_axis(directions, jnp.argmax(jnp.abs(directions), axis=1, keepdims=True), axis=1)
         directions = jnp.where(leading < 0, -directions, directions)
+        singular_values = jnp.ldexp(singular_values, at_inputs + at_down)
         return HOSVD(singular_values, directions, tensor.out_basis(directions))

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from bilinear_jax.explain.spectra import top_eigh
-from bilinear_jax.tensor import BilinearTensor
+from bilinear_jax.tensor import BilinearTensor, lengths
 
 
 @functools.partial(
@@ -170,7 +170,7 @@ def _spectral_bounds(tensor: BilinearTensor, directions, basis, mesh: Mesh | Non
     """``|Q_u|_2 max_i |d_i|^2`` of each direction: at least every |entry| of its ``D^T Q_u D``."""
     spectrum = top_eigh(tensor, directions, k=1, mesh=mesh)
     norms = jnp.where(spectrum.converged, jnp.abs(spectrum.values[:, 0]) + spectrum.residuals[:, 0], jnp.inf)
-    return np.asarray(norms * jnp.max(jnp.sum(basis**2, axis=0)) * _slack(len(basis), basis.dtype))
+    return np.asarray(norms * jnp.max(lengths(basis, axis=0)) ** 2 * _slack(len(basis), basis.dtype))
 
 
 def _slack(width: int, dtype) -> float:
@@ -221,10 +221,8 @@ def _search_one(q: Float[Array, "in in"], columns: Float[Array, "features in"], 
     n, (features, width) = len(top.out), columns.shape
     slack = _slack(width, columns.dtype)
     projected = columns @ q  # row i is Q d_i
-    scale = jnp.max(jnp.abs(projected))  # squares of small numbers would underflow
-    norms = scale * jnp.linalg.norm(projected / jnp.where(scale > 0, scale, 1), axis=1)
-    lengths = jnp.linalg.norm(columns, axis=1)
-    bounds = slack * jnp.minimum(norms * jnp.max(lengths), lengths * jnp.max(norms))
+    norms, sizes = lengths(projected), lengths(columns)
+    bounds = slack * jnp.minimum(norms * jnp.max(sizes), sizes * jnp.max(norms))
     # At least n entries, on this direction's diagonal or found before, are as large as ``reached``.
     diagonal = jnp.abs(jnp.sum(projected * columns, axis=1))
     reached = jnp.maximum(threshold, jax.lax.top_k(jnp.concatenate([top.magnitude, diagonal]), n)[0][-1])

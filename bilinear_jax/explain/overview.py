@@ -1,6 +1,7 @@
 """What can be read from the weights about output features, one at a time: their eigenpairs and strongest pairs."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from bilinear_jax.explain.spectra import effective_rank, top_eigh
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.nn.sae import unit_columns
-from bilinear_jax.tensor import BilinearTensor
+from bilinear_jax.tensor import BilinearTensor, lengths, unit_scale
 
 FEATURES_AT_ONCE = 32  # output features whose matrices are held at once; does not change the result
 TILE = 1024  # rows of D^T Q D that are held at once; does not change the result
@@ -118,7 +119,7 @@ def _feature_weights(
                         for value, bound, row in listed
                     ],
                     explained=float(explained[place]),
-                    projected=float(known.projected[place]),
+                    projected=math.ldexp(float(known.projected[place]), int(known.scale[place])),
                     pairs=np.stack([found.i, found.j], axis=-1).astype(np.int32),
                     weights=np.asarray(found.value, np.float64),
                     q=q[place],
@@ -146,7 +147,8 @@ class _Known(NamedTuple):
     q: Float[Array, "U in in"] | None
     ranks: Float[Array, " U"]  # effective rank of each matrix
     norms: Float[Array, " U"]  # |Q|
-    projected: Float[Array, " U"]  # |D^T Q D|_F^2 = tr(Q M Q M), with M = D D^T
+    projected: Float[Array, " U"]  # |D^T Q D|_F^2 / 2^scale = tr(Q M Q M) / 2^scale, with M = D D^T
+    scale: Int[Array, " U"]
     cosines: Float[Array, "U k features"]  # of each eigenvector with each decoder column
 
 
@@ -154,11 +156,12 @@ class _Known(NamedTuple):
 def _known(tensor: BilinearTensor, directions, basis, vectors) -> _Known:
     with jax.default_matmul_precision("highest"):
         q = tensor.interaction(directions)
-        product = q @ jnp.broadcast_to(basis @ basis.T, q.shape)
+        unit, at_basis = unit_scale(basis)
+        product, at = unit_scale(q @ jnp.broadcast_to(unit @ unit.T, q.shape), axis=(1, 2))
         cosines = vectors @ unit_columns(basis)
     squares = jnp.sum(product * product.swapaxes(1, 2), axis=(1, 2))
-    norms = jnp.sqrt(jnp.sum(q**2, axis=(1, 2)))
-    return _Known(q, effective_rank(q), norms, jnp.maximum(squares, 0), cosines)
+    scale = 2 * at[:, 0, 0] + 4 * at_basis
+    return _Known(q, effective_rank(q), lengths(q, axis=(1, 2)), jnp.maximum(squares, 0), scale, cosines)
 
 
 def _reads(cosines: Float[np.ndarray, " features"], n: int) -> list[tuple[int, float]]:

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from bilinear_jax.linalg.basis import factor_basis
 from bilinear_jax.linalg.devices import spread
 from bilinear_jax.linalg.eigenpairs import top_eigenpairs
 from bilinear_jax.linalg.eigenvalues import eigvalsh
-from bilinear_jax.tensor import BilinearTensor, factor_basis
+from bilinear_jax.tensor import BilinearTensor, as_floats, unit_scale
 
 ENDS = ("magnitude", "positive", "negative")
 
@@ -51,7 +52,7 @@ def eigh(
     Args:
         directions: the output directions, one a row, for example the encoder rows of an SAE.
         basis: if given, the eigenpairs are those of ``basis^T Q_u basis``. There are ``rank = min(in, new)`` of them;
-            all other eigenvalues are 0. No ``[new, new]`` matrix is formed (``tensor.factor_basis``). Vectors are
+            all other eigenvalues are 0. No ``[new, new]`` matrix is formed (``linalg.basis.factor_basis``). Vectors are
             ``[U, new, rank]``.
         batch_size: matrices that are built and decomposed together. It does not change the result.
         mesh: the directions are sharded over its devices, for example ``jax.make_mesh((8,), ("features",))``.
@@ -183,22 +184,29 @@ def top_eigh(
 @functools.partial(jax.jit, static_argnames=("k", "which", "rtol", "max_steps", "block_size", "exact", "mesh"))
 def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_size, exact, mesh) -> TopSpectrum:
     with jax.default_matmul_precision("highest"):
-        isometry = None
+        tensor, at_inputs, at_outputs = tensor.unit()
+        isometry, exponents = None, at_inputs + at_outputs
         if basis is not None:
             root, isometry = factor_basis(basis)
-            tensor = tensor.in_basis(root)
-        norms = tensor.norms(directions)
+            root, at_root = unit_scale(root)
+            tensor, at_inputs, _ = tensor.in_basis(root).unit()
+            exponents = exponents + 2 * at_root + at_inputs
+        directions, at_directions = unit_scale(directions, axis=1)
+        gates, at_gates = unit_scale(tensor.out_basis(directions).down, axis=1)
+        norms = jnp.ldexp(tensor.norms(directions), -at_gates[:, 0])
+        exponents = exponents + at_directions + at_gates
 
         def solve(shared, rows):
             return top_eigenpairs(
                 *shared, *rows, k=k, which=which, rtol=rtol, max_steps=max_steps, block=block_size, exact=exact
             )
 
-        gates = tensor.out_basis(directions).down
         top = spread(solve, mesh, (tensor.left, tensor.right, key), (gates,))
         vectors = top.vectors if isometry is None else jnp.einsum("ni,uki->ukn", isometry, top.vectors)
         explained = _ratio(jnp.sum(top.values**2, axis=-1), norms**2)
-    return TopSpectrum(top.values, vectors, top.residuals, top.bounds, top.converged, top.steps, explained)
+    exponents = jnp.broadcast_to(exponents, top.values.shape)
+    values, residuals, bounds = (jnp.ldexp(part, exponents) for part in (top.values, top.residuals, top.bounds))
+    return TopSpectrum(values, vectors, residuals, bounds, top.converged, top.steps, explained)
 
 
 def _check_request(tensor: BilinearTensor, directions, basis, k, which, rtol, max_steps, block_size) -> None:
@@ -234,7 +242,7 @@ def _check_request(tensor: BilinearTensor, directions, basis, k, which, rtol, ma
             raise ValueError(f"{name} holds values that are not finite")
 
 
-def truncated_eigenvalues(q: Float[Array, "*batch in in"], k: int = 2) -> Float[Array, "*batch"]:
+def truncated_eigenvalues(q: Shaped[Array, "*batch in in"], k: int = 2) -> Float[Array, "*batch"]:
     """The sum of the k largest ``|l_i|`` over the eigenvalues l of q: how strong its strongest patterns are.
 
     Raises:
@@ -246,21 +254,21 @@ def truncated_eigenvalues(q: Float[Array, "*batch in in"], k: int = 2) -> Float[
     """
     if not 1 <= k <= q.shape[-1]:
         raise ValueError(f"k is {k}, but it must be between 1 and {q.shape[-1]} (the number of eigenvalues)")
-    return jnp.sum(jax.lax.top_k(jnp.abs(eigvalsh(q)), k)[0], axis=-1)
+    return jnp.sum(jax.lax.top_k(jnp.abs(eigvalsh(as_floats("q", q))), k)[0], axis=-1)
 
 
-def effective_rank(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch"]:
+def effective_rank(q: Shaped[Array, "*batch in in"]) -> Float[Array, "*batch"]:
     """``(sum |l_i|)^2 / sum l_i^2`` over the eigenvalues l of q: r if q has r equal |l_i|; 0 for the zero matrix.
 
     Example:
         >>> round(float(effective_rank(jnp.diag(jnp.array([2.0, -2.0, 0.0])))), 4)
         2.0
     """
-    magnitudes = jnp.abs(eigvalsh(q))
+    magnitudes, _ = unit_scale(jnp.abs(eigvalsh(as_floats("q", q))), axis=-1)
     return _ratio(jnp.sum(magnitudes, axis=-1) ** 2, jnp.sum(magnitudes**2, axis=-1))
 
 
-def kurtosis(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch"]:
+def kurtosis(q: Shaped[Array, "*batch in in"]) -> Float[Array, "*batch"]:
     """Excess kurtosis of the entries of a matrix: ``mean((q - m)^4) / mean((q - m)^2)^2 - 3`` with m their mean.
 
     It is 0 for Gaussian entries and large if a few entries stand out. For a constant matrix it is defined as 0. The
@@ -271,14 +279,14 @@ def kurtosis(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch"]:
         >>> round(float(kurtosis(jnp.array([[0.0, 0.0], [0.0, 4.0]]))), 3)  # deviations -1 -1 -1 3: 21 / 3^2 - 3
         -0.667
     """
-    entries = q.reshape(*q.shape[:-2], -1)
-    deviations = entries - jnp.mean(entries, axis=-1, keepdims=True)
+    entries, _ = unit_scale(as_floats("q", q).reshape(*q.shape[:-2], -1), axis=-1)
+    deviations, _ = unit_scale(entries - jnp.mean(entries, axis=-1, keepdims=True), axis=-1)
     variance = jnp.mean(deviations**2, axis=-1)
     return jnp.where(variance > 0, _ratio(jnp.mean(deviations**4, axis=-1), variance**2) - 3, 0)
 
 
 def outliers(
-    q: Float[Array, "*batch in in"], cross_factor: float = 6.0, self_factor: float = 3.0
+    q: Shaped[Array, "*batch in in"], cross_factor: float = 6.0, self_factor: float = 3.0
 ) -> Float[Array, "*batch in in"]:
     """The outlying entries of a matrix, as a lower-triangular matrix o. All others are 0.
 
@@ -297,6 +305,7 @@ def outliers(
         >>> [outliers(q).shape, float(outliers(q)[2, 1]), float(jnp.abs(outliers(q)).sum())]
         [(4, 4), 10.0, 10.0]
     """
+    q = as_floats("q", q)
     rows, columns = np.tril_indices(q.shape[-1], -1)
     diagonal = np.arange(q.shape[-1])
     result = jnp.zeros_like(q).at[..., diagonal, diagonal].set(_outlying(q[..., diagonal, diagonal], self_factor))

@@ -28,7 +28,7 @@ from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread, spread
 from bilinear_jax.nn.sae import SAE, site_name, unit_columns
-from bilinear_jax.tensor import BilinearTensor
+from bilinear_jax.tensor import BilinearTensor, unit_scale
 
 INPUT_SITES = ("mlp_in", "resid_mid")
 OUTPUT_SITES = ("mlp_out",)
@@ -335,13 +335,15 @@ def _interaction(tensor: BilinearTensor, directions, basis) -> Float[Array, "U i
 def _submatrix(tensor: BilinearTensor, direction, basis, features: np.ndarray) -> Submatrix:
     """The part of ``D^T Q D`` between some columns; |D^T Q D|_F^2 = tr(Q M Q M) with M = D D^T."""
     with jax.default_matmul_precision("highest"):
-        q, columns = _interaction(tensor, direction, None)[0], basis[:, features]
+        q, at_q = unit_scale(_interaction(tensor, direction, None)[0])
+        basis, at_basis = unit_scale(basis)
+        columns = basis[:, features]
         matrix = columns.T @ q @ columns
         product = q @ (basis @ basis.T)
         whole = jnp.sum(product * product.T)
     matrix = (matrix + matrix.T) / 2
     explained = jnp.where(whole > 0, jnp.sum(matrix**2) / jnp.where(whole > 0, whole, 1), 0)
-    return Submatrix(matrix, features, explained)
+    return Submatrix(jnp.ldexp(matrix, at_q + 2 * at_basis), features, explained)
 
 
 def _resolve_sae(argument: str, given, sites: tuple[str, ...], lm: LanguageModel, layer: int, source) -> SAE:

@@ -34,11 +34,12 @@ class Pairs(NamedTuple):
 def top_eigenpairs(
     left, right, key, gates, *, k: int, which: str, rtol: float, max_steps: int, block: int, exact: bool
 ) -> Pairs:
-    """The result of ``spectra.top_eigh``, for directions given by their gates ``[U, hidden]``."""
-    # Q is linear in the gates. They are scaled so that no square overflows or underflows.
-    unit = jnp.max(jnp.abs(gates), axis=-1) * jnp.max(jnp.abs(left)) * jnp.max(jnp.abs(right))
-    unit = jax.lax.stop_gradient(jnp.where(unit > 0, unit, 1) * (-1 if which == "negative" else 1))
-    gates, signed = gates / unit[:, None], which != "magnitude"
+    """The result of ``spectra.top_eigh``, for directions given by their gates ``[U, hidden]``.
+
+    The factors and each row of the gates have their largest entry near 1, so that no square overflows or underflows.
+    """
+    sign, signed = -1 if which == "negative" else 1, which != "magnitude"
+    gates = sign * gates  # then the largest are searched for
     fixed = jax.lax.stop_gradient((left, right, gates))
 
     def decompose(gates):
@@ -52,8 +53,7 @@ def top_eigenpairs(
         pairs = _assess(*fixed, found, signed, rtol)
         pairs = _replace(pairs, ~pairs.converged, decompose, fixed[2])
     values = _rayleigh_quotients(left, right, gates, pairs.vectors, pairs.values)
-    scale = jnp.abs(unit)[:, None]
-    return pairs._replace(values=values * unit[:, None], residuals=pairs.residuals * scale, bounds=pairs.bounds * scale)
+    return pairs._replace(values=sign * values)
 
 
 def dense_is_faster(inputs: int, k: int) -> bool:

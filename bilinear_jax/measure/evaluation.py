@@ -20,6 +20,7 @@ from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.nn.transformer import Edit, Site
 from bilinear_jax.store.files import finite_or_null
+from bilinear_jax.tensor import unit_scale
 
 CLEAN, PATCHED, ZEROED = 0, 1, 2
 """What ``edited_loss`` does with a site: leave it, replace it by the SAE's reconstruction, or replace it by 0."""
@@ -45,11 +46,15 @@ class SAEMetrics:
 
 
 class SAESums(NamedTuple):
-    """The sums from which the metrics of one SAE are computed. ``merge`` adds those of two batches."""
+    """The sums from which the metrics of one SAE are computed. ``merge`` adds those of two batches.
 
-    squared_error: Float[Array | np.ndarray, ""]  # sum |x - x_hat|^2
-    squared_norm: Float[Array | np.ndarray, ""]  # sum |x|^2
-    spread: Float[Array | np.ndarray, ""]  # sum |x - mean|^2, with the mean of these tokens
+    Squares are divided by ``4^exponent``, so that they stay in the range of float32; after ``merge``, exponent is 0.
+    """
+
+    squared_error: Float[Array | np.ndarray, ""]  # sum |x - x_hat|^2 / 4^exponent
+    squared_norm: Float[Array | np.ndarray, ""]  # sum |x|^2 / 4^exponent
+    spread: Float[Array | np.ndarray, ""]  # sum |x - mean|^2 / 4^exponent, with the mean of these tokens
+    exponent: Int[Array | np.ndarray, ""] | Float[np.ndarray, ""]  # the largest |x| is about 2^exponent
     mean: Float[Array | np.ndarray, " d_model"]  # of x; 0 if there are no tokens
     active: Float[Array | np.ndarray, ""]  # number of codes other than 0
     absolute: Float[Array | np.ndarray, ""]  # sum of |codes|
@@ -65,20 +70,26 @@ def sae_sums(
     A pure function, for your own ``jit`` and loop. Arguments as in ``evaluate_saes``.
     """
     saes = tuple(saes)
-    counted = token_mask[..., None].astype(jnp.float32)
-    number = jnp.sum(counted)
+    counted = token_mask[..., None]
+    number = jnp.sum(counted, dtype=jnp.float32)
 
     def sums(sae: SAE, x: Float[Array, "batch seq d_model"]) -> SAESums:
         codes = sae.encode(x, sparse=True)
-        nonzero = ((codes.values != 0) & token_mask[..., None]).astype(jnp.float32)
-        mean = jnp.sum(x * counted, axis=(0, 1)) / jnp.maximum(number, 1)
+        nonzero = ((codes.values != 0) & counted).astype(jnp.float32)
+        mean = jnp.sum(x, axis=(0, 1), where=counted) / jnp.maximum(number, 1)
+        exponent = unit_scale(jnp.where(counted, x, 0))[1]
+
+        def squares(part: Float[Array, "batch seq d_model"]) -> Float[Array, ""]:
+            return jnp.sum(jnp.ldexp(part, -exponent) ** 2, where=counted)
+
         return SAESums(
-            squared_error=jnp.sum(((x - sae.decode(codes, x)) * counted) ** 2),
-            squared_norm=jnp.sum((x * counted) ** 2),
-            spread=jnp.sum(((x - mean[None, None]) * counted) ** 2),
+            squared_error=squares(x - sae.decode(codes, x)),
+            squared_norm=squares(x),
+            spread=squares(x - mean[None, None]),
+            exponent=exponent,
             mean=mean,
             active=jnp.sum(nonzero),
-            absolute=jnp.sum(jnp.abs(codes.values) * counted),
+            absolute=jnp.sum(jnp.abs(codes.values), where=counted),
             fired=jnp.zeros(sae.config.n_features).at[codes.indices].add(nonzero),
             tokens=number,
         )
@@ -94,11 +105,18 @@ def merge(a: SAESums, b: SAESums) -> SAESums:
 
     Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """
-    a, b = (jax.tree.map(functools.partial(np.asarray, dtype=np.float64), sums) for sums in (a, b))
+    a, b = map(_unscaled, (a, b))
     total = jax.tree.map(np.add, a, b)
     share = b.tokens / max(total.tokens, 1)
     shift = b.mean - a.mean
     return total._replace(mean=a.mean + share * shift, spread=a.spread + b.spread + a.tokens * share * np.sum(shift**2))
+
+
+def _unscaled(sums: SAESums) -> SAESums:
+    """The same sums in float64, with the exponent 0."""
+    sums = jax.tree.map(functools.partial(np.asarray, dtype=np.float64), sums)
+    squares = {name: getattr(sums, name) * 4.0**sums.exponent for name in ("squared_error", "squared_norm", "spread")}
+    return sums._replace(**squares, exponent=np.zeros_like(sums.exponent))
 
 
 def edited_loss(
@@ -196,7 +214,7 @@ def evaluate_saes(
         totals = [merge(*pair) for pair in zip(totals or map(_nothing, sums), sums, strict=True)]
         summed = {_key(sae, how): _edited_loss(lm, sae, how, batch.tokens, batch.mask) for sae, how in runs}
         losses = {key: losses.get(key, 0.0) + float(one.total) for key, one in summed.items()}
-        if not all(map(math.isfinite, losses.values())):
+        if not all(map(math.isfinite, [*losses.values(), *(total.squared_error for total in totals)])):
             raise batch.not_finite()
         predicted += float(summed[_key(saes[0], CLEAN)].tokens)
     means = {key: _ratio(loss, predicted) for key, loss in losses.items()}

@@ -40,8 +40,12 @@ def site_name(name: str) -> str:
 
 def unit_columns(columns: Float[Array, "d_model features"]) -> Float[Array, "d_model features"]:
     """Every column scaled to unit length. A zero column stays zero."""
-    norms = jnp.maximum(jnp.linalg.norm(columns, axis=0, keepdims=True), jnp.finfo(columns.dtype).tiny)
-    return columns / jnp.broadcast_to(norms, columns.shape)
+
+    def divided(columns, sizes):
+        return columns / jnp.broadcast_to(jnp.where(sizes > 0, sizes, 1), columns.shape)
+
+    columns = divided(columns, jnp.max(jnp.abs(columns), axis=0))  # so that no square underflows
+    return divided(columns, jnp.linalg.norm(columns, axis=0))
 
 
 @dataclasses.dataclass(frozen=True)

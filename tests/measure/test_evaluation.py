@@ -130,9 +130,21 @@ def test_golden_sums_of_every_site(golden, scope):
     assert len(saes) == 6
     for sae, sums in zip(saes, jax.jit(sae_sums)(golden.lm, saes, tokens, mask), strict=True):
         expected = {key: golden.expected[f"sae.{sae.name}.{key}"] for key in ("mse", "nmse", "l1")}
-        golden.close([sums.squared_error / (sums.tokens * 32)], expected["mse"])
+        golden.close([np.ldexp(sums.squared_error, 2 * sums.exponent) / (sums.tokens * 32)], expected["mse"])
         golden.close([sums.squared_error / sums.squared_norm], expected["nmse"])
         golden.close([sums.absolute / sums.tokens], expected["l1"])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15])
+def test_squares_that_float32_cannot_hold(by_hand, scale):
+    """By hand: x is (0, s) and (0, 4 s), its reconstruction half of it, mean (0, 2.5 s)."""
+    lm, sae = by_hand
+    mlp = lm.params["layers"]["mlp"]
+    layers = lm.params["layers"] | {"mlp": mlp | {"w_p": mlp["w_p"] * scale}}
+    lm = dataclasses.replace(lm, params=lm.params | {"layers": layers})
+    found = evaluate_sae(lm, sae, TOKENS, BOTH)
+    np.testing.assert_allclose([found.nmse, found.explained_variance], [0.25, 1 - 4.25 / 4.5], rtol=1e-5)
+    np.testing.assert_allclose(found.mse, 4.25 / 4 * scale**2, rtol=1e-5)
 
 
 def numbers(metrics) -> dict:
@@ -245,7 +257,7 @@ def test_the_sums_work_inside_jit_vmap_and_grad(by_hand):
     expected = [math.log(1 + math.exp(2)), math.log(2), math.log(1 + math.exp(-2))]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     (sums,) = jax.jit(jax.vmap(lambda row: sae_sums(lm, [sae], row[None], mask)))(rows)
-    np.testing.assert_allclose(sums.squared_error, [0.25 + 4] * 2)
+    np.testing.assert_allclose(np.ldexp(sums.squared_error, 2 * sums.exponent), [0.25 + 4] * 2)
 
     def patched(w_dec):
         changed = dataclasses.replace(sae, params=sae.params | {"w_dec": w_dec})
