@@ -15,7 +15,7 @@ Each has three forms, which differ only in rounding, time and memory:
 
 Measured on a 2-core CPU at 4096 tokens, d_model 1024, 8192 features, k 30, in milliseconds (combine, dots, scatter):
 scan 10, 22, 36; gather 93, 109, 112; dense 239, 220, 249. Nothing has been measured on a GPU or TPU. There,
-``fastest_form`` measures it; ``training.sae.fit_saes`` calls it when a run begins.
+``fastest_form`` measures it; a recipe with ``form = "fastest"`` asks for that.
 """
 
 import time

@@ -280,7 +280,7 @@ class Stopped(Exception):
 def test_a_run_that_goes_on_has_the_same_form_and_the_same_bits(tmp_path, monkeypatch):
     """The second half would be measured to be fastest in another form."""
     configs = configs_of()
-    recipe = SAERecipe(steps=12, batch_size=BATCH, dead_after=3 * BATCH, k_aux=2)
+    recipe = SAERecipe(steps=12, batch_size=BATCH, dead_after=3 * BATCH, k_aux=2, form="fastest")
     measured = iter(["gather", "gather", "dense"])
     monkeypatch.setattr("bilinear_jax.training.sae.fastest_form", lambda *shape: next(measured))
 
@@ -301,6 +301,21 @@ def test_a_run_that_goes_on_has_the_same_form_and_the_same_bits(tmp_path, monkey
             np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)
     assert json.loads((tmp_path / "halved" / "config.json").read_text())["form"] == "gather"
     assert next(measured) == "dense"  # nothing was measured a third time
+
+
+def test_two_runs_of_one_recipe_have_the_same_bits(tmp_path, monkeypatch):
+    """Nothing is timed unless it is asked for: timing could choose another form, and so other bits, the second time."""
+    measured = iter(["gather", "dense"])
+    monkeypatch.setattr("bilinear_jax.training.sae.fastest_form", lambda *shape: next(measured))
+    recipe = SAERecipe(steps=4, batch_size=BATCH)
+    one, other = (
+        train_on_activations(ByStep(planted), configs_of(), recipe, tmp_path / name, MEANS, save_every=4)
+        for name in "ab"
+    )
+    for mine, its in zip(one, other, strict=True):
+        for name, leaf in its.params.items():
+            np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["form"] == "scan"
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +420,7 @@ def test_the_optimisers_state_has_one_count_and_two_moments():
         (dict(seed=2**32), "seed must lie in 0 ... 2.32 - 1"),
         (dict(final_lr=1.0), r"final_lr must lie in 0 ... lr \(0.0001\), got 1.0"),
         (dict(dead_after=2**31), "dead_after must be below"),
-        (dict(form="fast"), "unknown form 'fast'"),
+        (dict(form="fast"), "form is 'fast', but it must be one of scan, gather, dense, fastest"),
     ],
 )
 def test_bad_recipes_are_named(change, message):
