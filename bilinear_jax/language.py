@@ -49,6 +49,29 @@ class MeanLoss(NamedTuple):
     tokens: int  # how many tokens were predicted
 
 
+def token_array(tokens: Any) -> Any:
+    """The tokens as an array: arrays, also memory-mapped ones, as they are, and rows of integers in lists as NumPy's.
+
+    Raises:
+        ValueError: if they are neither, or the rows are of unequal length.
+    """
+    if hasattr(tokens, "ndim"):
+        return tokens
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        lengths = sorted({len(row) for row in tokens})
+        raise ValueError(
+            f"rows of {', '.join(map(str, lengths[:5]))} tokens are no array [rows, seq]: fill them up to one length, "
+            "and give a token_mask that is False there"
+        ) from None
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"tokens are {tokens!r:.60}, but they must be integers [rows, seq]: for a text, use lm.encode(text)"
+        )
+    return array
+
+
 def not_finite(where: str) -> ValueError:
     """The error for a model or an SAE that gives NaN or infinite values. ``where`` says in what."""
     return ValueError(
@@ -249,9 +272,11 @@ class LanguageModel:
             >>> [(one.first, one.rows, int(one.mask.sum())) for one in lm.batches(np.ones((5, 6), int), batch_size=4)]
             [(0, 4, 20), (4, 1, 5)]
         """
+        tokens = token_array(tokens)
         if tokens.ndim != 2 or not min(tokens.shape):
             raise ValueError(f"tokens of shape {tokens.shape} are not [rows, seq] with at least one of each")
         if token_mask is not None:
+            token_mask = token_mask if hasattr(token_mask, "ndim") else np.asarray(token_mask)
             check_token_mask(tokens, token_mask)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -345,7 +370,7 @@ class LanguageModel:
                 are traced, if a token lies outside the vocabulary.
         """
         traced = isinstance(tokens, Tracer)
-        tokens = tokens if traced else np.asarray(tokens)  # JAX would first cut them to 32 bits
+        tokens = tokens if traced else np.asarray(token_array(tokens))  # JAX would first cut them to 32 bits
         if tokens.ndim == 1:
             raise ValueError(f"tokens of shape {tokens.shape} are not [batch, seq]: for one row, write tokens[None]")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

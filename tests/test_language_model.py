@@ -167,6 +167,21 @@ def test_the_mean_loss_is_that_of_the_rows_one_by_one(lm, batch_size, masked):
         assert found.loss == pytest.approx(float(lm.loss(ROWS)), rel=1e-5)
 
 
+def test_lists_of_tokens_are_as_good_as_arrays(lm):
+    assert lm.mean_loss(ROWS.tolist(), (ROWS > 0).tolist()) == lm.mean_loss(ROWS, ROWS > 0)
+    np.testing.assert_array_equal(lm.logits(ROWS.tolist()), lm.logits(ROWS))
+    for given, words in [
+        ([[1, 2], [3]], r"rows of 1, 2 tokens are no array \[rows, seq\]: fill them up to one length"),
+        ("Once upon", r"tokens are 'Once upon', but they must be integers .*: for a text, use lm.encode"),
+        (["Once", "upon"], "for a text, use lm.encode"),
+        (None, "tokens are None, but they must be integers"),
+        ([[1.5, 2.0]], r"tokens are \[\[1.5, 2.0\]\], but they must be integers"),
+    ]:
+        for read in (lm.mean_loss, lm.logits):
+            with pytest.raises(ValueError, match=words):
+                read(given)
+
+
 def test_a_loss_that_is_none(lm):
     first = np.zeros(ROWS.shape, bool)
     first[:, 0] = True

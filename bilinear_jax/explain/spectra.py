@@ -2,13 +2,15 @@
 
 The summaries take symmetric matrices ``q [..., in, in]`` and return a number (or a matrix) for each. The result for a
 matrix depends on that matrix alone, so any split into batches gives the same result. They work inside ``jit``, ``vmap``
-and ``grad``, and are functions for ``Tracer.compute``.
+and ``grad``, and are functions for ``Tracer.compute``. They compute in float32 or float64, whatever numbers they are
+given, and raise ``ValueError`` unless q holds square matrices.
 
 Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", sections 3.3, 5.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -252,9 +254,10 @@ def truncated_eigenvalues(q: Shaped[Array, "*batch in in"], k: int = 2) -> Float
         >>> float(truncated_eigenvalues(jnp.diag(jnp.array([1.0, -5.0, 3.0])), k=2))
         8.0
     """
+    q = _matrices(q)
     if not 1 <= k <= q.shape[-1]:
         raise ValueError(f"k is {k}, but it must be between 1 and {q.shape[-1]} (the number of eigenvalues)")
-    return jnp.sum(jax.lax.top_k(jnp.abs(eigvalsh(as_floats("q", q))), k)[0], axis=-1)
+    return jnp.sum(jax.lax.top_k(jnp.abs(eigvalsh(q)), k)[0], axis=-1)
 
 
 def effective_rank(q: Shaped[Array, "*batch in in"]) -> Float[Array, "*batch"]:
@@ -264,7 +267,7 @@ def effective_rank(q: Shaped[Array, "*batch in in"]) -> Float[Array, "*batch"]:
         >>> round(float(effective_rank(jnp.diag(jnp.array([2.0, -2.0, 0.0])))), 4)
         2.0
     """
-    magnitudes, _ = unit_scale(jnp.abs(eigvalsh(as_floats("q", q))), axis=-1)
+    magnitudes, _ = unit_scale(jnp.abs(eigvalsh(_matrices(q))), axis=-1)
     return _ratio(jnp.sum(magnitudes, axis=-1) ** 2, jnp.sum(magnitudes**2, axis=-1))
 
 
@@ -279,7 +282,8 @@ def kurtosis(q: Shaped[Array, "*batch in in"]) -> Float[Array, "*batch"]:
         >>> round(float(kurtosis(jnp.array([[0.0, 0.0], [0.0, 4.0]]))), 3)  # deviations -1 -1 -1 3: 21 / 3^2 - 3
         -0.667
     """
-    entries, _ = unit_scale(as_floats("q", q).reshape(*q.shape[:-2], -1), axis=-1)
+    q = _matrices(q)
+    entries, _ = unit_scale(q.reshape(*q.shape[:-2], q.shape[-1] ** 2), axis=-1)
     deviations, _ = unit_scale(entries - jnp.mean(entries, axis=-1, keepdims=True), axis=-1)
     variance = jnp.mean(deviations**2, axis=-1)
     return jnp.where(variance > 0, _ratio(jnp.mean(deviations**4, axis=-1), variance**2) - 3, 0)
@@ -305,13 +309,21 @@ def outliers(
         >>> [outliers(q).shape, float(outliers(q)[2, 1]), float(jnp.abs(outliers(q)).sum())]
         [(4, 4), 10.0, 10.0]
     """
-    q = as_floats("q", q)
+    q = _matrices(q)
     rows, columns = np.tril_indices(q.shape[-1], -1)
     diagonal = np.arange(q.shape[-1])
     result = jnp.zeros_like(q).at[..., diagonal, diagonal].set(_outlying(q[..., diagonal, diagonal], self_factor))
     if not rows.size:
         return result
     return result.at[..., rows, columns].set(2 * _outlying(q[..., rows, columns], cross_factor))
+
+
+def _matrices(q: Any) -> Float[Array, "*batch in in"]:
+    """q as floats. Raises ``ValueError`` unless it holds square matrices of real numbers."""
+    q = as_floats("q", q)
+    if q.ndim < 2 or q.shape[-1] != q.shape[-2] or not q.shape[-1]:
+        raise ValueError(f"q has shape {q.shape}, but it must be square matrices [..., in, in]")
+    return q
 
 
 def _outlying(x: Float[Array, "*batch n"], factor: float) -> Float[Array, "*batch n"]:

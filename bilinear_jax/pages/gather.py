@@ -9,6 +9,7 @@ from scipy import sparse
 from bilinear_jax.explain.logits import logit_effects_of
 from bilinear_jax.explain.overview import feature_weights
 from bilinear_jax.explain.tracer import Tracer
+from bilinear_jax.language import token_array
 from bilinear_jax.measure.cofiring import Observed, observe_all
 from bilinear_jax.measure.pairs import PairMeasurer
 from bilinear_jax.pages.activity import Codes, Texts, activities, significant
@@ -65,7 +66,7 @@ def gather(
         >>> {site.outputs[0].by_weight.pairs[0].i} <= {page.activity.feature for page in site.inputs}
         True
     """
-    options, lm = options or PageOptions(), tracer.lm
+    options, lm, tokens = options or PageOptions(), tracer.lm, token_array(tokens)
     tracer.require_encoder()
     number = min(options.rows, len(tokens))
     rows = np.arange(number) * len(tokens) // max(number, 1)

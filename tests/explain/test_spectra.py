@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,6 +85,17 @@ def test_summaries_of_zero_of_one_entry_and_of_nan():
     assert spectra.effective_rank(zero) == 0 and spectra.kurtosis(zero) == 0 and not spectra.outliers(zero).any()
     assert spectra.effective_rank(one) == 1 and spectra.kurtosis(one) == 0 and not spectra.outliers(one).any()
     assert not jax.grad(lambda q: spectra.effective_rank(q)[0])(zero).any()
+
+
+@pytest.mark.parametrize(
+    "summary", [spectra.effective_rank, spectra.kurtosis, spectra.truncated_eigenvalues, spectra.outliers]
+)
+def test_summaries_of_no_matrices_and_of_what_is_not_a_matrix(summary, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users call it without type checks
+    assert len(summary(jnp.zeros((0, 3, 3)))) == 0
+    for shape in [(2, 3), (2, 0, 0)]:
+        with pytest.raises(ValueError, match=r"q has shape \(2, .*\), but it must be square matrices"):
+            summary(jnp.zeros(shape))
 
 
 def test_kurtosis_is_that_of_each_matrix_by_itself():
