@@ -76,8 +76,11 @@ class SAEConfig:
         outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
         if outside:
             raise ValueError(f"passthrough coordinates {outside} lie outside 0 ... {self.d_model - 1}")
-        if self.tag is not None and (not self.tag or "/" in self.tag):
-            raise ValueError(f"tag is {self.tag!r}, but it must be None or a part of a folder's name, without '/'")
+        if self.tag is not None and (not self.tag or "/" in self.tag or not self.tag.isprintable()):
+            raise ValueError(
+                f"tag is {self.tag!r}, but it must be None or a part of a folder's name, without '/' and characters "
+                "that cannot be printed"
+            )
         if self.apply_normalize and not self.normalize:
             raise ValueError(
                 f"normalize is {self.normalize}, but apply_normalize needs a number other than 0: give normalize"

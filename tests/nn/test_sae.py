@@ -116,6 +116,10 @@ def test_names_are_the_published_ones():
         (dict(passthrough=(4,)), r"passthrough coordinates \[4\] lie outside 0 ... 3"),
         (dict(tag=""), "tag is '', but it must be None or a part of a folder's name, without '/'"),
         (dict(tag="../v1"), r"tag is '\.\./v1'"),
+        (dict(tag="a\nb"), r"tag is 'a\\nb', but .* characters that cannot be printed"),
+        (dict(tag="\x1b[2J"), r"tag is '\\x1b\[2J'"),
+        (dict(tag="\u202ev"), r"tag is '\\u202ev'"),
+        (dict(tag="v\ud800"), r"tag is 'v\\ud800'"),
         (dict(apply_normalize=True), "normalize is None, but apply_normalize needs a number other than 0"),
     ],
 )

@@ -5,17 +5,20 @@ import json
 import shutil
 import time
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
+from hypothesis import strategies as st
 from published import ORIGIN, make_params, same, snapshot
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store import checkpoint
+from weights_convert.names import parse_sae_name
 
 CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11, bias=True, gate="silu")
 
@@ -66,6 +69,18 @@ def test_a_saved_sae_comes_back_bit_for_bit(tmp_path, options):
     assert same(again.params, sae.params)
     with pytest.raises(ValueError, match=f"must have its name.*{sae.name}"):
         checkpoint.save_sae(tmp_path / "scope" / "another", sae, origin=ORIGIN)
+
+
+@hypothesis.given(st.text(min_size=1, max_size=20))
+def test_a_tag_that_a_config_takes_can_be_found(tag):
+    """Its folder's name, read again, has it."""
+    try:
+        config = SAEConfig("mlp_out", 1, d_model=8, expansion=4, k=3, tag=tag)
+    except ValueError:
+        assert "/" in tag or not tag.isprintable()
+    else:
+        parts = parse_sae_name(config.name)
+        assert parts == (1, "mlp_out", 4, 3, tag)
 
 
 def test_a_model_of_six_million_parameters_loads_fast(tmp_path):
