@@ -18,6 +18,7 @@ from bilinear_jax.nn import sites as sites_module
 from bilinear_jax.nn.sites import NO_EDITS, Captured, check_token_mask, default_token_mask
 from bilinear_jax.nn.transformer import SITES, Edit, Site, Transformer, TransformerConfig
 from bilinear_jax.store.fields import SEED
+from bilinear_jax.store.terminal import visible_lines
 
 _forward = jax.jit(sites_module.forward, static_argnums=0, static_argnames="compute_dtype")
 _loss = jax.jit(sites_module.loss, static_argnums=0, static_argnames="compute_dtype")
@@ -162,9 +163,15 @@ class LanguageModel:
         """The mask of the tokens that count by default (see ``batches``)."""
         return default_token_mask(jnp.asarray(tokens, jnp.int32), self.config.pad_id)
 
-    def encode(self, text: str):
-        """The token ids of a text, ``[1, seq]``, exactly as the tokenizer gives them."""
-        return jnp.asarray([self.tokenizer(text)["input_ids"]], jnp.int32)
+    def encode(self, text: str, *, keep_end: bool | None = None) -> Int[Array, "1 seq"]:
+        """The token ids of a text, exactly as the tokenizer gives them.
+
+        ``keep_end``: whether to keep a token that the tokenizer itself puts after every text, such as its end-of-text
+        token. None: keep it, with a warning.
+        """
+        from bilinear_jax.store.tokenizers import prompt_ids
+
+        return jnp.asarray(prompt_ids(self.tokenizer, [text], keep_end), jnp.int32)
 
     def generate(
         self,
@@ -175,6 +182,7 @@ class LanguageModel:
         seed: int = 0,
         *,
         stop: bool = False,
+        keep_end: bool | None = None,
         edits: Mapping[Site, Edit] = NO_EDITS,
     ) -> str | list[str]:
         """Continues a text, or each text of a list, by at most ``max_length`` sampled tokens.
@@ -189,6 +197,7 @@ class LanguageModel:
             top_k: sample among the ``top_k`` most likely tokens; None: among all.
             seed: of the random numbers. The same seed gives the same text.
             stop: end a text where the model draws the tokenizer's end-of-text token.
+            keep_end: as for ``encode``. A model goes on after an end-of-text token as if a new text began.
             edits: replace the values of sites, as in ``nn.sites.forward``; ``steer`` makes such edits.
 
         Raises:
@@ -202,13 +211,15 @@ class LanguageModel:
             >>> text.lower().startswith("once upon a time")
             True
         """
+        from bilinear_jax.store.tokenizers import clear_errors, prompt_ids
+
         if not SEED.fits(seed):
             raise ValueError(f"seed {SEED.says}, got {seed}")
         tokenizer = self.tokenizer
         end: Any = tokenizer.eos_token_id if stop else None
         if stop and end is None:
             raise ValueError("this tokenizer has no end-of-text token to stop at: set stop=False")
-        rows = [tokenizer(text)["input_ids"] for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        rows = prompt_ids(tokenizer, [prompt] if isinstance(prompt, str) else prompt, keep_end)
         if not rows:
             raise ValueError("the list of prompts is empty: give at least one prompt")
         if not all(rows):
@@ -237,7 +248,8 @@ class LanguageModel:
         texts = []
         for row, continuation in zip(rows, np.asarray(new).tolist(), strict=True):
             kept = continuation[: continuation.index(end)] if end in continuation else continuation
-            texts.append(tokenizer.decode(row + kept, skip_special_tokens=True))
+            with clear_errors("the tokenizer cannot decode its own tokens", "restore tokenizer.json"):
+                texts.append(tokenizer.decode(row + kept, skip_special_tokens=True))
         return texts[0] if isinstance(prompt, str) else texts
 
     def batches(
@@ -348,14 +360,14 @@ class LanguageModel:
             f"sites at layers 0 ... {config.n_layer - 1}: {', '.join(SITES)}",
         ]
         if self.source is None:
-            return "\n".join(lines)
+            return visible_lines("\n".join(lines))
         lines.append(f"trained on: {training_of(self.source)}")
         try:
             saes = trainings_of_saes(self.source)
         except (ConnectionError, FileNotFoundError):
             saes = {}
         lines += [f"SAE {name}, trained on: {training}" for name, training in saes.items()]
-        return "\n".join(lines)
+        return visible_lines("\n".join(lines))
 
     def __getattr__(self, name: str):
         if name in _VIEWS:

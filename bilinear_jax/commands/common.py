@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.fields import SEED
+from bilinear_jax.store.terminal import say
 
 SENTENCE = "Once upon a time, there was a cat."
 
@@ -25,7 +26,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bilinear-jax: error: {message} (see {self.prog} --help)\n")
+        say(f"bilinear-jax: error: {message} (see {self.prog} --help)", sys.stderr)
+        self.exit(2)
 
 
 # Options
@@ -67,6 +69,15 @@ def add_tracer(parser: argparse.ArgumentParser, *, use_encoder: bool = True) -> 
             default=True,
             help="explain what makes a feature fire (its encoder row), or what it represents (its decoder column)",
         )
+
+
+def add_keep_end(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep-end",
+        action=argparse.BooleanOptionalAction,
+        help="keep, or leave out, the end-of-text token that some tokenizers put after every text (default: keep it, "
+        "with a warning)",
+    )
 
 
 def add_features(parser: argparse.ArgumentParser, default: str) -> None:
@@ -198,7 +209,7 @@ def load_model(options: argparse.Namespace):
 def say_loaded(options: argparse.Namespace, lm) -> None:
     """Print what ``--verbose`` asks for."""
     if options.verbose:
-        print(described(lm), file=sys.stderr)
+        say(described(lm), sys.stderr)
 
 
 def described(lm) -> str:

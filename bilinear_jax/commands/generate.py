@@ -13,6 +13,9 @@ EXAMPLES = """examples:
       a published model; the same seed gives the same text
   bilinear-jax generate --prompt "Tom said" --prompt "Lily said" --max-length 20 --temperature 0 --stop --json
       two prompts at once, the most likely token each time, up to the end of the text, as JSON
+
+A terminal shows control characters of the text as symbols, such as ␛ for escape. If the output is not a terminal, but a
+file or a pipe, the text is printed exactly.
 """
 
 
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=common.positive, metavar="N", help="sample among the N most likely tokens")
     parser.add_argument("--seed", type=common.seed, default=0, metavar="N", help="seed of the sampling (default: 0)")
     parser.add_argument("--stop", action="store_true", help="stop when the model ends the text")
+    common.add_keep_end(parser)
     common.add_json(parser)
 
 
@@ -43,7 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise common.WrongUse(f"--temperature must be at least 0, got {options.temperature}")
     names = ("max_length", "temperature", "top_k", "seed", "stop")
     sampling = {name: getattr(options, name) for name in names}
-    texts = common.load_model(options).generate(options.prompt, **sampling)
+    texts = common.load_model(options).generate(options.prompt, keep_end=options.keep_end, **sampling)
     found = [{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)]
     return {"model": options.model, **sampling, "texts": found}
 

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--position", type=common.natural, help="position of the token to explain, from 0 (default: the strongest)"
     )
+    common.add_keep_end(parser)
     common.add_json(parser)
 
 
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--k is {options.k}, but each feature has {tracer.tensor.n_in} eigenvalues: ask for fewer")
     result |= from_weights(tracer, options.feature, options.k, options.n)
     if options.text is not None:
-        tokens = lm.encode(options.text)
+        tokens = lm.encode(options.text, keep_end=options.keep_end)
         result["account"] = at_tokens(tracer, tokens, options.feature, options.n, options.position)
     return result | _fires_on(options, tracer, result)
 

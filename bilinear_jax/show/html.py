@@ -1,7 +1,7 @@
 """HTML that pages and notebooks share: tokens shaded by their activations, numbers, style sheets and templates.
 
 The same input gives the same bytes. Everything that comes from a model, a tokenizer or a user is escaped. Invisible
-characters (control characters, those that change the direction of text) become symbols: see ``text.visible``.
+characters (control characters, those that change the direction of text) become symbols: see ``store.terminal``.
 """
 
 import dataclasses

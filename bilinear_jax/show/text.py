@@ -1,34 +1,41 @@
 """Tokens as readable text, and text in which every token is shaded by its activation.
 
-``pieces`` turns token ids into text, one piece per token. It supports three families of tokenizers: byte-level BPE
-(GPT-2), WordPiece, and sentencepiece with byte pieces (Llama). ``Context`` is one activation with the tokens around
-it; ``context_text`` writes it as text. Nothing here runs a model.
+``pieces`` cuts a tokenizer's own decoding of a row into one text for each token, so it needs to know nothing of how
+tokenizers work. ``Context`` is one activation with the tokens around it; ``context_text`` writes it as text. Nothing
+here runs a model.
 """
 
-import codecs
 import dataclasses
 import functools
-import json
-import re
-import unicodedata
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from bilinear_jax.store.terminal import visible
+from bilinear_jax.store.tokenizers import clear_errors, missing_decoder
+
 RGB = tuple[int, int, int]
+
+Decode = Callable[[list[int]], str]
 
 
 # Tokens as text
 
 
 def pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """The text of each token. All texts together read like the tokenizer's own decoding of ``ids``.
+    """The text of each token. All texts together are ``tokenizer.decode(ids, skip_special_tokens=False)``.
 
-    If a character is split over several tokens, the last of them has its text, and the others are ``""``. Bytes that
-    are not a character become U+FFFD. Special tokens have their name as text. The text is raw: pass it through
+    The texts of the first n tokens together are the decoding of these n tokens, as far as later tokens leave it as it
+    is. If a character is split over several tokens, the last of them has its text, and the others are ``""``. Bytes
+    that are not a character become U+FFFD. Special tokens have their name as text. The text is raw: pass it through
     ``visible`` before you print it.
+
+    A token id that the tokenizer does not know is ``<token 9999>``; the tokenizer itself leaves it out. If
+    the tokenizer has no decoder but its tokens show which one they need, they are read with it: see
+    ``store.tokenizers.missing_decoder``.
 
     Args:
         tokenizer: a ``transformers.PreTrainedTokenizerFast``, or a ``tokenizers.Tokenizer``.
@@ -41,20 +48,80 @@ def pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
         >>> pieces(tokenizer, [0, 1, 2, 3])
         ['once', ' up', 'on', '.']
     """
-    reader = _Reader.of(tokenizer)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts: list[str] = []
-    for place, token in enumerate(int(i) for i in ids):
-        content = reader.content(token, first=place == 0)
-        if isinstance(content, str):  # whole characters, so an unfinished character before them stays unfinished
-            unfinished = decoder.decode(b"", final=True)
-            decoder.reset()
-            if unfinished:
-                texts[-1] += unfinished
-        texts.append(content if isinstance(content, str) else decoder.decode(content))
-    if texts:
-        texts[-1] += decoder.decode(b"", final=True)
-    return texts
+    backend, row = _backend(tokenizer), [int(token) for token in ids]
+    unknown = {token for token in set(row) if token < 0 or backend.id_to_token(token) is None}
+    with clear_errors("the tokenizer cannot decode its own tokens", "restore tokenizer.json"):
+        texts = iter(_cut(_decoding(tokenizer), [token for token in row if token not in unknown]))
+    return [_unknown(token) if token in unknown else next(texts) for token in row]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The ``tokenizers.Tokenizer`` in a tokenizer."""
+    return getattr(tokenizer, "backend_tokenizer", tokenizer)
+
+
+def _unknown(token: int) -> str:
+    return f"<token {token}>"
+
+
+def _decoding(tokenizer: Any) -> Decode:
+    """What turns token ids into text, special tokens included."""
+    backend = _backend(tokenizer)
+    decoder = missing_decoder(backend)
+    if decoder is not None:
+        return lambda ids: decoder.decode([backend.id_to_token(token) for token in ids])
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
+    return functools.partial((tokenizer if cleans else backend).decode, skip_special_tokens=False)
+
+
+_BLOCK = 4
+"""How many tokens are cut with one window. Larger: longer windows; smaller: more of them."""
+
+
+def _cut(decode: Decode, ids: list[int]) -> list[str]:
+    """``decode(ids)``, cut behind each token: where the decoding of the tokens up to it ends.
+
+    Decoding every prefix would take time quadratic in the row. So what follows a block of tokens is read from a window
+    that begins with that block. If the text in the window does not go on as the whole does, the window is the row.
+    """
+    whole, ends, first = decode(ids), [0], 0
+    while len(ends) <= len(ids):
+        start = len(ends) - 1
+        found = _ends(decode, ids, first, start, whole, ends[-1]) if first else None
+        ends += found or _ends(decode, ids, 0, start, whole, ends[-1]) or []
+        first = start
+    for place in range(1, len(ids)):  # an unfinished character belongs to the last token that has a part of it
+        if ends[place] == ends[place + 1] and whole[ends[place - 1] : ends[place]].endswith("\ufffd"):
+            ends[place] -= 1
+    return [whole[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _ends(decode: Decode, ids: list[int], first: int, start: int, whole: str, at: int) -> list[int] | None:
+    """Where in ``whole`` the texts of the tokens from ``start`` on end. ``at``: where the tokens before them end.
+
+    It stops at the first token after a block with which the decoding goes on as the whole does. None if there is none,
+    which cannot be if ``first``, where the window begins, is 0.
+    """
+    before, offset = (decode(ids[first:start]), at) if first else ("", 0)
+    found = []
+    for stop in range(start + 1, len(ids) + 1):
+        text = decode(ids[first:stop])
+        text = text[len(before) :] if text.startswith(before) else ""
+        agrees = whole.startswith(text, offset)
+        length = len(text) if agrees else _alike(text, whole[offset : offset + len(text)])
+        at = max(at, offset + length)
+        found.append(at)
+        if agrees and len(found) >= _BLOCK and stop < len(ids):
+            return found
+        if first and len(found) > 16 * _BLOCK:
+            return None
+    return found if at == len(whole) else None
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def shown_around(texts: Sequence[str], position: int, window: int, last: int) -> tuple[int, int]:
@@ -81,40 +148,33 @@ def shown_around(texts: Sequence[str], position: int, window: int, last: int) ->
 def token_label(tokenizer: Any, token: int) -> str:
     """One token as a label for lists. A space is ``␣``; bytes that are not a whole character are ``<0xE2>``.
 
-    A WordPiece token that continues a word keeps its ``##``.
+    Where the decoder sets the spaces, and not the tokens, the label is the token's name in the vocabulary: a WordPiece
+    token that continues a word keeps its ``##``, and one that ends a word its ``</w>``.
     """
-    reader = _Reader.of(tokenizer)
-    content = reader.content(int(token), first=False)
-    if isinstance(content, str) and reader.family == "wordpiece":
-        return visible(reader.backend.id_to_token(int(token)) or content)
-    if isinstance(content, bytes):
-        try:
-            content = content.decode()
-        except UnicodeDecodeError:
-            return "".join(f"<0x{byte:02X}>" for byte in content)
-    return visible(content).replace(" ", "␣")
+    backend, token = _backend(tokenizer), int(token)
+    name = backend.id_to_token(token) if token >= 0 else None
+    if name is None:
+        return _unknown(token)
+    model = backend.model
+    named = backend.decoder is None and missing_decoder(backend) is None
+    if not (named or type(model).__name__ == "WordPiece" or getattr(model, "end_of_word_suffix", None)):
+        name = _alone(tokenizer, token, name)
+    return visible(name).replace(" ", "␣")
 
 
-_SYMBOLS = {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
-
-
-def visible(text: str) -> str:
-    """The text with visible symbols in place of characters that control a terminal or cannot be seen.
-
-    A newline is ``↵``, a tab is ``⇥``, another control character is its picture (escape is ``␛``). Format characters
-    (such as those that change the direction of text), line separators, surrogates and private characters are written
-    as ``<U+202E>``.
-    """
-    return "".join(character if character.isprintable() else _symbol(character) for character in text)
-
-
-def _symbol(character: str) -> str:
-    code = ord(character)
-    if code < 0x20 or code == 0x7F:
-        return _SYMBOLS.get(character, chr(0x2400 + code))
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
-        return f"<U+{code:04X}>"
-    return character  # a space other than U+0020, or a character newer than this Python
+def _alone(tokenizer: Any, token: int, name: str) -> str:
+    """What a token adds to a text that it does not begin."""
+    text = pieces(tokenizer, [token, token])[1] or name
+    if "\ufffd" not in text:
+        return text
+    try:
+        content = bytes(_byte_of()[character] for character in name)
+    except KeyError:
+        return name
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in content)
 
 
 @functools.cache
@@ -123,70 +183,6 @@ def _byte_of() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-class _Reader(NamedTuple):
-    """How one tokenizer writes text in its tokens."""
-
-    backend: Any  # tokenizers.Tokenizer
-    family: str  # "bytes", "wordpiece", "sentencepiece" or "plain"
-    added: dict[int, str]  # added tokens, such as special ones, which are written as they are
-    prefix: str  # WordPiece: the start of a token that continues a word
-    cleanup: bool  # WordPiece: no space before . , ! ?
-    strip: bool  # sentencepiece: the first space of the text is dropped
-
-    @staticmethod
-    def of(tokenizer: Any) -> "_Reader":
-        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        parts = _parts(backend.decoder) or _parts(backend.pre_tokenizer)
-        kinds = {part["type"]: part for part in parts}
-        added = {token: entry.content for token, entry in backend.get_added_tokens_decoder().items()}
-        model = type(backend.model).__name__
-        if "ByteLevel" in kinds:
-            family = "bytes"
-        elif model == "WordPiece":
-            family = "wordpiece"
-        elif kinds.keys() & {"Metaspace", "ByteFallback"}:
-            family = "sentencepiece"
-        else:
-            family = "plain"
-        wordpiece = kinds.get("WordPiece", {"prefix": "##", "cleanup": True})
-        strip = "Metaspace" in kinds or "Strip" in kinds
-        return _Reader(backend, family, added, wordpiece["prefix"], wordpiece["cleanup"], strip)
-
-    def content(self, token: int, *, first: bool) -> str | bytes:
-        """What a token adds to the text; ``str`` if it cannot be a part of a character."""
-        text = self.backend.id_to_token(token)
-        if text is None:
-            return f"<token {token}>"
-        if token in self.added:
-            text = self.added[token]
-            return f" {text}" if self.family == "wordpiece" and not first else text
-        match self.family:
-            case "bytes" if all(character in _byte_of() for character in text):
-                return bytes(_byte_of()[character] for character in text)
-            case "wordpiece":
-                if not first and text.startswith(self.prefix):
-                    return text.removeprefix(self.prefix)
-                joined = first or (self.cleanup and text in (".", ",", "!", "?"))
-                return text if joined else f" {text}"
-            case "sentencepiece":
-                if piece := _BYTE_PIECE.fullmatch(text):
-                    return bytes.fromhex(piece[1])
-                text = text.replace("▁", " ")
-                return text.removeprefix(" ") if first and self.strip else text
-        return text
-
-
-def _parts(component: Any) -> list[dict]:
-    """The steps of a tokenizer's decoder or pre-tokenizer, as the tokenizers library describes them."""
-    if component is None:
-        return []
-    state = json.loads(component.__getstate__())
-    return state.get("decoders") or state.get("pretokenizers") or [state]
 
 
 # Text with shades

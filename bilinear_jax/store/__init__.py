@@ -6,6 +6,7 @@
     tokens        text as one file of token ids       datasets    rows of token ids
     files         folders that appear when complete; JSON
     fields        the fields of configs as options    version     of the library
+    terminal      what is printed, made safe
 
 This package may import ``nn`` and ``weights_convert``. Nothing here runs a model.
 """

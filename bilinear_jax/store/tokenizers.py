@@ -1,20 +1,25 @@
 """Find, load, train, save and hash tokenizers."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bilinear_jax.store.documents import END_OF_TEXT
 from bilinear_jax.store.files import read_json, replace_file
 from bilinear_jax.store.sources import folder_of
+from weights_convert.files import read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+LARGEST_TOKENIZER = 256 * 2**20
+"""Most bytes of a ``tokenizer.json``. Those of the largest published vocabularies have a tenth of this."""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -54,9 +59,12 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
             two put their bos_token at the start of every text, as in the training of the published models. A file that
             does not do this (for instance one made from a sentencepiece file) is corrected, with a warning.
 
+    A file without a decoder gets the one that its tokens show that they need: see ``missing_decoder``. A special token
+    that ``tokenizer_config.json`` names and ``tokenizer.json`` does not have is left out, with a warning.
+
     Raises:
         FileNotFoundError, ConnectionError: if the tokenizer cannot be found. The message says what would help.
-        ValueError: if a file cannot be read.
+        ValueError: if a file cannot be read, or the tokenizers library fails on what it holds.
     """
     known = _TOKENIZERS.get(name or "")
     if tokenizer_source is None:
@@ -77,21 +85,87 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
     if not path.is_file():
         made = ", made from its tokenizer.model by transformers," if (path.parent / "tokenizer.model").is_file() else ""
         raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put one there{made} or use token ids")
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises a plain Exception
-        raise ValueError(
-            f"{path} is not a tokenizer that can be read ({error}): restore it, or name another"
-        ) from error
+    tokenizer = _read(path)
     if known and known.begins:
         _begin_with(tokenizer, known.bos_token, name)
+    if added := _added_decoder(tokenizer):
+        tokenizer.decoder = added
     usual = {key: getattr(known, key) for key in ("bos_token", "eos_token", "pad_token")} if known else {}
     usual = {key: token for key, token in usual.items() if tokenizer.token_to_id(token) is not None}
     padding = {key: token for key, token in usual.items() if key == "pad_token"}  # it takes precedence over the files
-    special = usual | _special_tokens(path) | padding
+    special = usual | _special_tokens(path, tokenizer) | padding
     return _tokenizer_class()(tokenizer_object=tokenizer, **special)
+
+
+def _read(path: Path):
+    """The ``tokenizers.Tokenizer`` in a file. It is tried on a short text, since damage may show only then."""
+    from tokenizers import Tokenizer
+
+    text = read_text(path, limit=LARGEST_TOKENIZER, fix="restore it, or name another")
+    with clear_errors(f"{path} is not a tokenizer that can be read", "restore it, or name another"):
+        tokenizer = Tokenizer.from_str(text)
+    with contextlib.suppress(_Plain), clear_errors(f"{path} is damaged", "restore it, or name another"):
+        tokenizer.decode(tokenizer.encode("Once upon a time: 12 naïve cafés 🙂").ids)
+    return tokenizer
+
+
+class _Plain(ValueError):
+    """An error that the tokenizers library raises on purpose: it may concern this text only."""
+
+
+@contextlib.contextmanager
+def clear_errors(what: str, fix: str) -> Iterator[None]:
+    """Raise ``ValueError`` for what the tokenizers library raises: a plain ``Exception``, or a panic of its Rust code.
+
+    A panic is a ``BaseException`` and not an ``Exception``. No caller would expect it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        plain, panic = type(error) is Exception, type(error).__name__ == "PanicException"
+        if not (plain or panic):
+            raise
+        raise (_Plain if plain else ValueError)(f"{what} ({error}): {fix}") from error
+
+
+def missing_decoder(tokenizer) -> Any:
+    """The decoder that a ``tokenizers.Tokenizer`` lacks: the one that joins its tokens to text as they were split.
+
+    Without a decoder, the library puts a space between all tokens. That is right for tokens that are whole words. It is
+    wrong if tokens that continue a word have a prefix (``##``), if those that end a word have a suffix (``</w>``), or
+    if the pre-tokenizer writes spaces into the tokens (``ByteLevel``, ``Metaspace``). The published ts-4096 is a
+    WordPiece without a decoder. None: the tokenizer has a decoder, or needs none.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> tokenizer = Tokenizer(models.WordPiece({"up": 0, "##on": 1}, unk_token="up"))
+        >>> tokenizer.decode([0, 1]), missing_decoder(tokenizer).decode(["up", "##on"])
+        ('up ##on', 'upon')
+    """
+    from tokenizers import decoders
+
+    if tokenizer.decoder is not None:
+        return None
+    model, before = tokenizer.model, tokenizer.pre_tokenizer
+    state = {} if before is None else json.loads(before.__getstate__())
+    steps = {step["type"]: step for step in state.get("pretokenizers", [state]) if step}
+    if "ByteLevel" in steps:
+        return decoders.ByteLevel()
+    if step := steps.get("Metaspace"):
+        return decoders.Metaspace(step["replacement"], step["prepend_scheme"])
+    if prefix := getattr(model, "continuing_subword_prefix", None):
+        return decoders.WordPiece(prefix)
+    if suffix := getattr(model, "end_of_word_suffix", None):
+        return decoders.BPEDecoder(suffix)
+    return None
+
+
+def _added_decoder(tokenizer) -> Any:
+    """The missing decoder as ``load_tokenizer`` adds it: a sequence of one, which tells it from a file's own."""
+    from tokenizers import decoders
+
+    missing = missing_decoder(tokenizer)
+    return None if missing is None else decoders.Sequence([missing])
 
 
 def _begin_with(tokenizer, bos_token: str, name: str | None) -> None:
@@ -110,8 +184,11 @@ def _begin_with(tokenizer, bos_token: str, name: str | None) -> None:
     )
 
 
-def _special_tokens(path: Path) -> dict[str, str]:
-    """The special tokens in the ``tokenizer_config.json`` beside a tokenizer."""
+def _special_tokens(path: Path, tokenizer) -> dict[str, str]:
+    """The special tokens in the ``tokenizer_config.json`` beside a tokenizer, but for those that it does not have.
+
+    transformers would add them to the vocabulary, with ids that the model does not have.
+    """
     config_path = path.with_name("tokenizer_config.json")
     if not config_path.is_file():
         return {}
@@ -120,9 +197,52 @@ def _special_tokens(path: Path) -> dict[str, str]:
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)
         value = value.get("content") if isinstance(value, dict) else value
-        if value is not None:
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ValueError(f"{config_path}: {key} is {value!r:.100}, but must be a token: correct it")
+        if tokenizer.token_to_id(value) is not None:
             tokens[key] = value
+            continue
+        warnings.warn(
+            f"{config_path} names {value!r} as its {key}, but {path.name} has no such token: it is left out. Remove it "
+            f"from {config_path.name}, or correct its name",
+            stacklevel=4,
+        )
     return tokens
+
+
+def prompt_ids(tokenizer, texts: Sequence[str], keep_end: bool | None = None) -> list[list[int]]:
+    """The token ids of texts that a model is to read or to continue.
+
+    Many tokenizers put a token after every text, as training wants it: the end of the text. A model continues after it
+    as if a new text began.
+
+    Args:
+        tokenizer: a ``transformers`` tokenizer.
+        keep_end: keep these tokens (True), or leave them out (False). None: keep them, with a warning.
+
+    Raises:
+        ValueError: if the tokenizers library fails on a text.
+    """
+    end = end_tokens(tokenizer)
+    if end and keep_end is None:
+        names = " ".join(map(repr, tokenizer.convert_ids_to_tokens(end)))
+        warnings.warn(
+            f"the tokenizer puts {names} after every text, so a prompt ends there, and the model goes on with another "
+            "text: leave it out with keep_end=False (--no-keep-end), or keep it with keep_end=True (--keep-end)",
+            stacklevel=3,
+        )
+    with clear_errors("the tokenizer fails on this text", "give another text, or restore tokenizer.json"):
+        rows = [list(tokenizer(text)["input_ids"]) for text in texts]
+    return [row[: len(row) - len(end)] for row in rows] if keep_end is False else rows
+
+
+def end_tokens(tokenizer) -> list[int]:
+    """The token ids that a ``transformers`` tokenizer itself puts after every text; [] for most."""
+    found = tokenizer("a", return_special_tokens_mask=True)
+    ids, added = found["input_ids"], found["special_tokens_mask"]
+    return ids[len(ids) - added[::-1].index(0) :] if 0 in added else []
 
 
 def _tokenizer_class():
@@ -194,12 +314,17 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
 
 
 def plain_tokenizer(tokenizer):
-    """A copy as a ``tokenizers.Tokenizer``, with padding and truncation switched off."""
+    """A copy as a ``tokenizers.Tokenizer``, with padding and truncation switched off, and without an added decoder."""
     from tokenizers import Tokenizer
 
     copy = Tokenizer.from_str(getattr(tokenizer, "backend_tokenizer", tokenizer).to_str())
     copy.no_padding()
     copy.no_truncation()
+    decoder = copy.decoder
+    copy.decoder = None
+    added = _added_decoder(copy)
+    if decoder is not None and (added is None or added.__getstate__() != decoder.__getstate__()):
+        copy.decoder = decoder
     return copy
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from bilinear_jax.store.documents import as_sources, is_hub, read_documents, too_few_documents
 from bilinear_jax.store.files import read_json
-from bilinear_jax.store.tokenizers import plain_tokenizer, tokenizer_hash, vocabulary_size
+from bilinear_jax.store.tokenizers import clear_errors, plain_tokenizer, tokenizer_hash, vocabulary_size
 
 FORMAT, VERSION = "bilinear_jax.tokens", 1
 
@@ -203,7 +203,8 @@ def _encode_into(
     last: deque[int] = deque(maxlen=held_out)  # lengths of the last documents so far: at the end, those held out
     with tqdm(desc="tokenise", disable=None, unit="token", unit_scale=True) as bar:
         for chunk in _chunks(documents):
-            encoded = [np.asarray(document.ids, dtype) for document in encoder.encode_batch_fast(chunk)]
+            with clear_errors("the tokenizer fails on this text", "leave it out, or restore tokenizer.json"):
+                encoded = [np.asarray(document.ids, dtype) for document in encoder.encode_batch_fast(chunk)]
             if max_tokens is not None:
                 ends = n_tokens + np.cumsum([len(document) for document in encoded])
                 encoded = encoded[: int(np.searchsorted(ends, max_tokens)) + 1]

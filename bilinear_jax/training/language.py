@@ -10,6 +10,7 @@ accumulation.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -24,7 +25,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import loss as summed_loss
 from bilinear_jax.nn.transformer import REMAT, TransformerConfig
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
-from bilinear_jax.store.tokenizers import load_tokenizer
+from bilinear_jax.store.tokenizers import end_tokens, load_tokenizer, prompt_ids
 from bilinear_jax.training import folder
 from bilinear_jax.training.batches import batches
 from bilinear_jax.training.fit import (
@@ -244,7 +245,8 @@ def fit_language(
         tokenizer: a folder, a ``tokenizer.json`` or a hub name. With it, every ``evaluate_every`` steps each of the
             ``prompts`` is continued by up to 60 tokens, and the text is added to ``samples.jsonl``. This does not
             happen while a gate is being annealed.
-        prompts: the texts to continue.
+        prompts: the texts to continue. An end-of-text token that the tokenizer puts after every text is left out, with
+            a warning.
         mesh: from ``training.mesh.make_mesh``. Rows of the batch and weights are sharded over its devices.
         evaluate_every: steps between evaluations. There is also one at the end.
         options: ``save_every``, ``keep``, ``keep_every``, ``log_every`` and ``log``, as for ``fit``.
@@ -321,9 +323,13 @@ def _check_rows(config: TransformerConfig, rows: np.ndarray) -> None:
         )
 
 
-def _check_prompts(config: TransformerConfig, tokenizer: str | Path, prompts: Sequence[str]) -> None:
-    for prompt in prompts:
-        length = len(load_tokenizer(str(tokenizer), config.tokenizer)(prompt)["input_ids"])
+def _check_prompts(config: TransformerConfig, source: str | Path, prompts: Sequence[str]) -> None:
+    tokenizer = load_tokenizer(str(source), config.tokenizer)
+    if prompts and (end := end_tokens(tokenizer)):
+        names = " ".join(map(repr, tokenizer.convert_ids_to_tokens(end)))
+        warnings.warn(f"the tokenizer puts {names} after every text: the samples go on without it", stacklevel=3)
+    for prompt, ids in zip(prompts, prompt_ids(tokenizer, prompts, keep_end=False), strict=True):
+        length = len(ids)
         if not 1 <= length < config.n_ctx:
             raise ValueError(
                 f"the prompt {prompt!r} has {length} tokens, but must have 1 ... {config.n_ctx - 1} to be continued in "
@@ -335,6 +341,6 @@ def _add_samples(path: Path, step: int, lm: LanguageModel, prompts: Sequence[str
     """Add the prompts' continuations to a JSON-lines file. Older lines from this step on are dropped."""
     folder.forget_after(path, step - 1)
     for prompt in prompts:
-        room = lm.config.n_ctx - lm.encode(prompt).shape[1]
-        text = lm.generate(prompt, max_length=min(60, room), seed=step)
+        room = lm.config.n_ctx - lm.encode(prompt, keep_end=False).shape[1]
+        text = lm.generate(prompt, max_length=min(60, room), seed=step, keep_end=False)
         folder.append(path, {"step": step, "text": text})

@@ -1,10 +1,10 @@
-"""Tokens as text in the three families of tokenizers, what a terminal must not obey, and readable shades."""
+"""Tokens as text in the three large families of tokenizers, and readable shades."""
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from bilinear_jax.show.text import DARK, LIGHT, Context, context_text, pieces, token_label, visible
+from bilinear_jax.show.text import DARK, LIGHT, Context, context_text, pieces, token_label
 
 TEXT = "Once upon a time, no naïve café → 日本 🙂!\n\nThe end."
 
@@ -102,23 +102,6 @@ def test_labels_of_single_tokens():
     assert token_label(llama, llama.token_to_id("▁a")) == "␣a"
     assert token_label(llama, llama.token_to_id("<0x0A>")) == "↵"
     assert token_label(llama, llama.token_to_id("<0xE2>")) == "<0xE2>"
-
-
-@pytest.mark.parametrize(
-    ("raw", "shown"),
-    [
-        ("\n\n", "↵↵"),
-        ("\t", "⇥"),
-        ("\x1b[2J", "␛[2J"),
-        ("\x9b2J", "<U+009B>2J"),
-        ("\r\x07\x00\x7f", "␍␇␀␡"),
-        ("\u202eabc\u2066", "<U+202E>abc<U+2066>"),
-        ("\u2028\ud800\ue000", "<U+2028><U+D800><U+E000>"),
-        ("naïve café 日本 🙂 �", "naïve café 日本 🙂 �"),
-    ],
-)
-def test_nothing_that_a_terminal_obeys_is_left(raw, shown):
-    assert visible(raw) == shown
 
 
 def luminance(color) -> float:

@@ -14,6 +14,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import forward
 from bilinear_jax.nn.transformer import MLP, TransformerConfig
 from bilinear_jax.store.tokenizers import save_tokenizer, train_tokenizer
+from bilinear_jax.training import language
 from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.language import (
     LanguageRecipe,
@@ -179,6 +180,21 @@ def test_a_run_on_a_mesh_is_the_run_of_one_device(two_runs):
     for entry, other in zip(one, mesh, strict=True):
         for key in ("loss", "gradient_norm", "held_out_loss"):
             assert entry[key] == pytest.approx(other[key], rel=1e-5)
+
+
+def test_samples_go_on_without_the_end_that_the_tokenizer_puts_after_texts(tmp_path):
+    tokenizer = train_tokenizer(["once upon a time"] * 3, n_vocab=257)
+    end = "<|endoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 0)])
+    save_tokenizer(tokenizer, tmp_path)
+    config = dataclasses.replace(CONFIG, n_vocab=257)
+    with pytest.warns(UserWarning, match=r"puts '<\|endoftext\|>' after every text: the samples go on") as told:
+        language._check_prompts(config, tmp_path, ["once", "a"])
+        lm = dataclasses.replace(LanguageModel.init(config, jax.random.key(0)), tokenizer_source=str(tmp_path))
+        language._add_samples(tmp_path / "samples.jsonl", 1, lm, ["once"])
+    assert len(told) == 1
+    expected = lm.generate("once", max_length=CONFIG.n_ctx - 4, seed=1, keep_end=False)
+    assert lines(tmp_path / "samples.jsonl") == [{"step": 1, "text": expected}]
 
 
 def test_samples_are_written_once_each_whatever_was_there(two_runs):
