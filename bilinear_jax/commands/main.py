@@ -17,8 +17,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from bilinear_jax.commands import common, train
+from bilinear_jax.commands import common, generate, train
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.store.terminal import say
 from bilinear_jax.store.version import library_version
 
 INTERRUPTED = 130
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         if "--debug" in words:
-            traceback.print_exc()
-        print(f"bilinear-jax: error: {_in_one_line(error)}", file=sys.stderr)
+            say(traceback.format_exc(), sys.stderr)
+        say(f"bilinear-jax: error: {_in_one_line(error)}", sys.stderr)
         try:
             print(end="", flush=True)
         except OSError:  # it would fail again at exit
@@ -111,10 +112,14 @@ def _run(parser: common.Parser, words: list[str], command: str | None) -> None:
         contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext(),
     ):
         result = options.module.run(options)
-    if result is not None:
-        shown = json.dumps(result, indent=2, allow_nan=False) if options.json else options.module.text(result)
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        print(shown.encode(encoding, "backslashreplace").decode(encoding))
+    if result is None:
+        return
+    if options.json:
+        shown = json.dumps(result, indent=2, allow_nan=False).replace("\x7f", "\\u007f")  # the one control it leaves
+    else:
+        shown = options.module.text(result)
+    exact = options.module is generate and not sys.stdout.isatty()
+    say(shown, raw=options.json or exact)
 
 
 @contextlib.contextmanager
@@ -122,7 +127,7 @@ def _plain_warnings():
     """Print each of the library's warnings as one line on the standard error, without its place in the code."""
 
     def show(message: Any, *_, **__) -> None:
-        print(f"bilinear-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        say(f"bilinear-jax: warning: {' '.join(str(message).split())}", sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

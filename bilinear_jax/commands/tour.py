@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bilinear_jax.commands import common
+from bilinear_jax.store.terminal import say
 
 HELP = "explain a feature of a language model from its weights, step by step"
 EXAMPLES = """examples:
@@ -55,22 +56,20 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     _heading("The model")
     c = lm.config
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
-    print(
-        f"{model}: {c.n_layer} bilinear layers, d_model {c.d_model}, {size / 1e6:.1f} million parameters. It writes:\n"
-    )
-    print(lm.generate("Once upon a time", max_length=60, temperature=0.7, seed=0))
+    say(f"{model}: {c.n_layer} bilinear layers, d_model {c.d_model}, {size / 1e6:.1f} million parameters. It writes:\n")
+    say(str(lm.generate("Once upon a time", max_length=60, temperature=0.7, seed=0)))
 
     _heading(f"Two SAEs around the MLP of layer {layer}")
-    print(f"input  {tracer.inp.name}: {tracer.inp.config.n_features} features")
-    print(f"output {tracer.out.name}: {tracer.out.config.n_features} features")
+    say(f"input  {tracer.inp.name}: {tracer.inp.config.n_features} features")
+    say(f"output {tracer.out.name}: {tracer.out.config.n_features} features")
 
     _heading("All output features, ranked by the sum of their two largest |eigenvalues|")
     top = tracer.top_eigh(k=2)
     _, best = jax.lax.top_k(jnp.abs(top.values).sum(axis=1), 10)
-    print("               sum  +- at most  they explain")
+    say("               sum  +- at most  they explain")
     for number in best.tolist():
-        print(f"  feature {number:5d}  {_sum_and_share(top, number)}")
-    print(f"{int(top.converged.sum())} of {tracer.n_features} features converged; none of their matrices was built.")
+        say(f"  feature {number:5d}  {_sum_and_share(top, number)}")
+    say(f"{int(top.converged.sum())} of {tracer.n_features} features converged; none of their matrices was built.")
     title = "Cosines between the decoder columns of the ten best"
     _save(bj.figures.heat_map(tracer.cosines(best), best, title=title), out, "cosines")
 
@@ -88,17 +87,17 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     fires_on = top_tokens(bj.Visualizer(lm, tracer.inp), [feature for pair in pairs for feature in pair[:2]])
     for *pair, entry in pairs:
         both = (f"{feature} ({' '.join(fires_on[feature]) or 'dead'})" for feature in pair)
-        print(f"  {entry:+.3f}  {'  x  '.join(both)}")
+        say(f"  {entry:+.3f}  {'  x  '.join(both)}")
 
     _heading("What was found")
     value, bound = float(jnp.abs(top.values[feature]).sum()), float(top.bounds[feature].sum())
     share = float(top.explained[feature])
-    print(f"Output feature {feature} of {tracer.out.name} has the largest top-two eigenvalues, {value:.3f}")
-    print(f"(error at most {bound:.0e}). These two explain {share:.1%} of the squares of its interaction matrix.")
+    say(f"Output feature {feature} of {tracer.out.name} has the largest top-two eigenvalues, {value:.3f}")
+    say(f"(error at most {bound:.0e}). These two explain {share:.1%} of the squares of its interaction matrix.")
     size = tracer.basis.shape[1]
-    print(f"Its 50 largest of {size**2:,} interactions are between {len(inputs)} input features. Their sub-matrix")
-    print(f"holds {float(explained):.1%} of the squares of the whole.")
-    print(f"Figures: {', '.join(str(out / name) for name in ('cosines.png', 'spectrum.png', 'interactions.png'))}")
+    say(f"Its 50 largest of {size**2:,} interactions are between {len(inputs)} input features. Their sub-matrix")
+    say(f"holds {float(explained):.1%} of the squares of the whole.")
+    say(f"Figures: {', '.join(str(out / name) for name in ('cosines.png', 'spectrum.png', 'interactions.png'))}")
 
 
 def _sum_and_share(top: Any, feature: int) -> str:
@@ -107,7 +106,8 @@ def _sum_and_share(top: Any, feature: int) -> str:
 
 
 def _heading(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+    say(f"\n== {text}")
+    sys.stdout.flush()
 
 
 def _save(figure, out: Path, name: str) -> None:
@@ -117,7 +117,7 @@ def _save(figure, out: Path, name: str) -> None:
         os.replace(partial, out / f"{name}.png")
     finally:
         partial.unlink(missing_ok=True)
-    print(f"saved {out / name}.png", file=sys.stderr)
+    say(f"saved {out / name}.png", sys.stderr)
 
 
 def _largest_pairs(matrix, inputs, n: int) -> list[tuple[int, int, float]]:

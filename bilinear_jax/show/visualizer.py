@@ -37,6 +37,7 @@ from bilinear_jax.show.text import (
 )
 from bilinear_jax.store.datasets import load_corpus
 from bilinear_jax.store.sources import folder_of
+from bilinear_jax.store.terminal import say
 
 if TYPE_CHECKING:
     from bilinear_jax.show.html import Html
@@ -121,8 +122,7 @@ class Visualizer:
         stream = sys.stdout if file is None else file
         color = _colorful(stream) if color is None else color
         text = self.text(*features, k=k, dark=dark, color=color, window=window, logits=logits)
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+        say(text, stream, raw=color)  # with colours it is safe already: every token is visible
 
     def text(
         self,

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from bilinear_jax.store.terminal import say
 from bilinear_jax.training import folder
 from bilinear_jax.training.checkpoints import Checkpoints
 from bilinear_jax.training.mesh import largest, on_first_process
@@ -303,7 +304,7 @@ def _signals() -> Iterator[list[int]]:
 def _leave(number: int, message: str) -> None:
     """End as the signal asks, if there was one."""
     if number:
-        print(message, file=sys.stderr)
+        say(message, sys.stderr)
     if number == signal.SIGTERM:
         raise SystemExit(128 + number)
     if number:

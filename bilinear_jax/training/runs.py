@@ -32,6 +32,7 @@ from bilinear_jax.measure import evaluation
 from bilinear_jax.store.checkpoint import load_sae, save_model, save_sae
 from bilinear_jax.store.documents import as_sources, read_documents, without_last
 from bilinear_jax.store.files import finite_or_null, replace_file
+from bilinear_jax.store.terminal import say
 from bilinear_jax.store.tokenizers import (
     load_tokenizer,
     save_tokenizer,
@@ -121,7 +122,7 @@ def train_language(
             "trained_tokens": plan.recipe.steps * plan.recipe.batch_size * config.n_ctx,
         }
         replace_file(out / "model.json", json.dumps(finite_or_null(scores), indent=2) + "\n")
-        print("{0}: {held_out_loss:.4f} nats per token on {held_out_tokens:,} held-out tokens".format(folder, **scores))
+        say("{0}: {held_out_loss:.4f} nats per token on {held_out_tokens:,} held-out tokens".format(folder, **scores))
 
     _alone(finish, out)
     return folder
@@ -188,7 +189,7 @@ def train_saes(
             saved.append(_read_back(scope / sae.name, read, sae.params, plan.run))
         scores = evaluation.evaluate_saes(lm, saved, rows)
         replace_file(out / "saes.json", evaluation.to_json(scores) + "\n")
-        print(f"{scope}, on {rows.size:,} held-out tokens:\n\n{evaluation.table(scores)}")
+        say(f"{scope}, on {rows.size:,} held-out tokens:\n\n{evaluation.table(scores)}")
 
     _alone(finish, out)
     return scope
@@ -261,7 +262,7 @@ def _alone(action: Callable[[], None], out: Path) -> None:
     if jax.process_count() == 1:
         action()
     elif jax.process_index() == 0:
-        print(f"{out} is trained: run the same command in one process, without the others, to save and score it")
+        say(f"{out} is trained: run the same command in one process, without the others, to save and score it")
 
 
 def _is_free(folder: Path) -> bool:
