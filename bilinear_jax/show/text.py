@@ -106,8 +106,9 @@ def _ends(decode: Decode, ids: list[int], first: int, start: int, whole: str, at
     found = []
     for stop in range(start + 1, len(ids) + 1):
         text = decode(ids[first:stop])
-        text = text[len(before) :] if text.startswith(before) else ""
-        agrees = whole.startswith(text, offset)
+        goes_on = text.startswith(before)
+        text = text[len(before) :] if goes_on else ""
+        agrees = goes_on and whole.startswith(text, offset)
         length = len(text) if agrees else _alike(text, whole[offset : offset + len(text)])
         at = max(at, offset + length)
         found.append(at)

@@ -127,6 +127,11 @@ def of(family: str, *tokens: str) -> list[int]:
         ("byte-level", ["ĻĤ", "a"], ["��", "a"]),  # begins inside one
         ("Llama", ["▁a", "<0xE2>", "<0x82>", "<0xAC>", "▁a"], ["a", "", "", "€", " a"]),
         ("Llama", ["<0xE2>", "<0x82>", "ab"], ["�", "�", "ab"]),  # this decoder has one for each byte
+        (  # a byte that ends no character makes all bytes around it U+FFFD, also those that a window reads as text
+            "Llama",
+            ["<0xAC>", "<0xE2>", "▁a", "<0xE2>", *["<0x41>"] * 4, "<0xFF>", "<0xAC>", "<s>", "<0x82>", "<0x82>"],
+            ["�", "�", " a", *["�"] * 7, "<s>", "�", "�"],
+        ),
         ("Unigram", ["▁once", "▁a", "b"], ["once", " a", "b"]),
         ("words", [], []),
     ],
