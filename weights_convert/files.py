@@ -1,6 +1,8 @@
 """Find the files of a published model, and read them only as far as is safe."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,22 @@ _INDEXES = {"model.safetensors": "model.safetensors.index.json", "pytorch_model.
 """The files that may hold the weights, the preferred one first, each with the index of its shards."""
 
 
-def inside(folder: Path, name: str) -> Path:
-    """``folder / name``. Raises ``ValueError`` if this is a link to something outside the folder.
+_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+"""The names of the files in the hub's cache."""
 
-    Links of the hub's cache, from ``snapshots/<commit>`` to ``blobs``, are allowed.
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``. Raises ``ValueError`` if links lead from there to something outside the folder.
+
+    Links into the hub's cache are allowed, wherever it is: to ``blobs`` beside the folder's own ``snapshots``, and to
+    any file whose name is a hash of 40 or 64 hexadecimal digits. Whoever made such a link knew what it holds.
     """
     path, home = folder / name, folder.resolve()
-    if not path.is_symlink():
-        return path
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     blobs = [above.parent / "blobs" for above in (home, *home.parents) if above.name == "snapshots"]
-    if not any(target.is_relative_to(place) for place in (home, *blobs)):
+    if not any(target.is_relative_to(place) for place in (home, *blobs)) and not _HASH.fullmatch(target.name):
         raise ValueError(
-            f"{path} is a link to something outside its folder: if you trust it, put the file itself there"
+            f"{path} is a link to something outside its folder: if you trust it, put what it links to there itself"
         )
     return path
 

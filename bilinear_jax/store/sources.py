@@ -4,7 +4,8 @@ A source is one of
 - the name of a model that ships with the package: a folder in ``bilinear_jax/pretrained``;
 - a folder that this library wrote, or one in the layout of the published checkpoints;
 - a hub name, "owner/name". Only the files that are needed are downloaded, once, into the hub's cache. The
-  environment variables ``HF_ENDPOINT`` and ``HF_HOME`` are respected.
+  environment variables ``HF_ENDPOINT`` and ``HF_HOME`` are respected. If the hub cannot be reached, what is in the
+  cache is used: the commit of the branch main or, without ``refs/main``, the newest.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.files import read_json
+from weights_convert.files import inside, weight_files
 from weights_convert.names import SAEName, sae_folders, sae_names_among
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -95,7 +97,7 @@ def sae_folder(source: str | Path, name: str) -> Path:
     scope, names = _scope(source)
     if name not in names:
         raise UnknownNameError("SAE", name, names, of=str(source))
-    return (scope if isinstance(scope, Path) else _fetch(scope, [f"{name}/*"])) / name
+    return inside(scope if isinstance(scope, Path) else _fetch(scope, [f"{name}/*"]), name)
 
 
 def sae_configs(source: str | Path) -> dict[str, Path]:
@@ -103,7 +105,7 @@ def sae_configs(source: str | Path) -> dict[str, Path]:
     scope, names = _scope(source)
     if names and not isinstance(scope, Path):
         scope = _fetch(scope, ["*/config.json"])
-    return {name: Path(scope) / name / "config.json" for name in names}
+    return {name: inside(Path(scope), f"{name}/config.json") for name in names}
 
 
 def find_sae(
@@ -168,7 +170,7 @@ def _scope(source: str | Path) -> tuple[Path | str, dict[str, SAEName]]:
         repository = str(source) if str(source).endswith("-scope") else f"{source}-scope"
         return repository, _remote_names(repository)
     resolved = folder.resolve()
-    candidates = [folder, folder / "scope", resolved.with_name(f"{resolved.name}-scope")]
+    candidates = [folder, inside(folder, "scope"), resolved.with_name(f"{resolved.name}-scope")]
     for candidate in candidates:
         if names := sae_folders(candidate):
             return candidate, names
@@ -184,9 +186,8 @@ def _remote_names(repository: str) -> dict[str, SAEName]:
     except Exception as error:
         if not _is_unreachable(error):
             raise _explained(repository, error) from error
-        for snapshot in _cached().get(repository, []):
-            if names := sae_folders(snapshot):
-                return names
+        if names := _with_weights(_cached().get(repository)):
+            return names
         raise _explained(repository, error) from error
     files = [sibling.rfilename for sibling in siblings]
     return sae_names_among(file.removesuffix("/config.json") for file in files if file.count("/") == 1)
@@ -200,9 +201,9 @@ def _fetch(repository: str, files: Sequence[str], repo_type: str = "model") -> P
     try:
         return Path(fetch())
     except Exception as error:
-        if _is_unreachable(error):
+        if _is_unreachable(error) and (snapshot := _cached(repo_type).get(repository)):
             with contextlib.suppress(errors.LocalEntryNotFoundError):
-                return Path(fetch(local_files_only=True))
+                return Path(fetch(revision=snapshot.name, local_files_only=True))
         raise _explained(repository, error) from error
 
 
@@ -231,41 +232,65 @@ def _explained(repository: str, error: Exception) -> Exception:
     if _is_unreachable(error):
         return ConnectionError(
             f"the hub ({constants.ENDPOINT}) cannot be reached, its cache does not hold all files of {repository}, and "
-            f"there is no folder of that name. {_what_there_is()}"
+            f"there is no folder of that name. {_what_there_is(repository)}"
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return FileNotFoundError(
         f"{repository} cannot be downloaded from the hub ({constants.ENDPOINT}): {reason}. There is no folder of that "
-        f"name either. Check the name, and whether it needs a token (`hf auth login`). {_what_there_is()}"
+        f"name either. Check the name, and whether it needs a token (`hf auth login`). {_what_there_is(repository)}"
     )
 
 
-def _what_there_is() -> str:
-    cached = sorted(name for name, snapshots in _cached().items() if any(map(_is_ours, snapshots)))
+def _what_there_is(failed: str | None = None) -> str:
+    """What can be loaded without the hub, except for the repository that has just failed."""
+    cached = sorted(name for name, snapshot in _cached().items() if name != failed and _is_ours(snapshot))
     return (
         f"What can be loaded offline: built in: {', '.join(builtin_names()) or 'none'}; "
         f"from the hub's cache: {', '.join(cached) or 'none'}; and any folder that holds a model"
     )
 
 
-def _cached() -> dict[str, list[Path]]:
-    """The model repositories in the hub's cache, with their snapshots, newest first."""
+def _cached(repo_type: str = "model") -> dict[str, Path]:
+    """The repositories in the hub's cache, each with its snapshot: that of the branch main.
+
+    A cache without ``refs/main`` was filled by a commit's hash, or copied without it. Its newest snapshot is taken.
+    """
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE)
-    snapshots: dict[str, list[Path]] = {}
-    for folder in cache.glob("models--*--*/snapshots/*"):
-        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-        snapshots.setdefault(name, []).append(folder)
-    return {name: sorted(found, key=os.path.getmtime, reverse=True) for name, found in snapshots.items()}
+    found = {}
+    for folder in Path(constants.HF_HUB_CACHE).glob(f"{repo_type}s--*--*"):
+        name = folder.name.removeprefix(f"{repo_type}s--").replace("--", "/", 1)
+        main = folder / "refs" / "main"
+        if main.is_file():
+            snapshots = [folder / "snapshots" / main.read_text(encoding="utf-8", errors="replace").strip()]
+        else:
+            snapshots = sorted(folder.glob("snapshots/*"), key=os.path.getmtime)
+        if snapshots and snapshots[-1].is_dir():
+            found[name] = snapshots[-1]
+    return found
 
 
 def _is_ours(snapshot: Path) -> bool:
-    """Whether a cached repository holds a model of this architecture, or SAEs."""
+    """Whether a snapshot in the cache holds a model of this architecture with its weights, or SAEs with theirs."""
     try:
         config = read_json(snapshot / "config.json")
     except (OSError, ValueError):
         config = None
     if config is None:
-        return bool(sae_folders(snapshot))
-    return bool({"d_hidden", "n_ctx"} <= config.keys() or "format" in config)
+        return bool(_with_weights(snapshot))
+    return ({"d_hidden", "n_ctx"} <= config.keys() or "format" in config) and _has_weights(snapshot)
+
+
+def _with_weights(snapshot: Path | None) -> dict[str, SAEName]:
+    """The SAEs in a snapshot in the cache whose weights are there too."""
+    if snapshot is None:
+        return {}
+    return {name: parts for name, parts in sae_folders(snapshot).items() if _has_weights(snapshot / name)}
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the weights of a model or an SAE are there, with all shards."""
+    try:
+        return (folder / "params").is_dir() or bool(weight_files(folder))
+    except (OSError, ValueError):
+        return False

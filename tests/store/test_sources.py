@@ -1,5 +1,6 @@
 """Names, folders, the hub, tokenizers: what is there is found, what is not is said with what there is."""
 
+import hashlib
 import http.server
 import json
 import os
@@ -14,6 +15,7 @@ import published
 import pyarrow
 import pyarrow.parquet
 import pytest
+from published import same
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel
@@ -99,6 +101,98 @@ def test_corpus_is_read_from_disk(tmp_path):
     np.save(copy / "corpus.npy", tokens.astype(np.int64))
     with pytest.raises(ValueError, match="must hold uint16"):
         load_corpus(copy)
+
+
+# The hub's cache, without the hub.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, which cannot be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def download(cache: Path, repository: str, folder: Path, commit: str = "a", *, main: str | None = "a", blobs=None):
+    """What the hub's client makes of a repository with these files: links from a snapshot to files named by hashes."""
+    base = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = base / "snapshots" / (commit * 40)
+    base.mkdir(parents=True, exist_ok=True)
+    if blobs is None:
+        (base / "blobs").mkdir(exist_ok=True)
+    else:
+        blobs.mkdir(parents=True)
+        (base / "blobs").symlink_to(blobs)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            link = snapshot / path.relative_to(folder)
+            blob = base / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            shutil.copyfile(path, blob)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    if main is not None:
+        (base / "refs").mkdir(exist_ok=True)
+        (base / "refs" / "main").write_text(main * 40)
+    return snapshot
+
+
+@pytest.mark.parametrize("layout", ["as downloaded", "no refs", "blobs elsewhere"])
+def test_layouts_of_the_cache(tmp_path, cache, layout):
+    for repository, folder in (("someone/ts-micro", published.MODEL), ("someone/ts-micro-scope", published.SCOPE)):
+        elsewhere = tmp_path / "disk" / folder.name if layout == "blobs elsewhere" else None
+        download(cache, repository, folder, main=None if layout == "no refs" else "a", blobs=elsewhere)
+    found = checkpoint.load_model("someone/ts-micro", attn_scale=1.0)
+    assert same(found.params, checkpoint.load_model(published.MODEL, attn_scale=1.0).params)
+    assert sources.list_saes("someone/ts-micro") == sources.list_saes(published.SCOPE)
+    assert checkpoint.load_sae("someone/ts-micro", layer=2).name == "2-mlp-out-x4-k6"
+
+
+def test_the_branch_main_of_the_cache_or_else_the_newest_commit(tmp_path, cache):
+    config = published.CONFIG | {"n_ctx": 8}
+    older = published.write(tmp_path / "older", config, published.state(config))
+    newer = published.write(tmp_path / "newer", published.CONFIG, published.state(published.CONFIG))
+    os.utime(download(cache, "someone/small", older, "a", main="a"), (1, 1))
+    os.utime(download(cache, "someone/small", newer, "b", main="a"), (2, 2))
+    assert checkpoint.load_model("someone/small").config.n_ctx == 8
+    (cache / "models--someone--small" / "refs" / "main").unlink()
+    assert checkpoint.load_model("someone/small").config.n_ctx == 16
+
+
+def test_a_folder_of_links_into_the_cache(tmp_path, cache):
+    """It was made with the older option --local-dir-use-symlinks. The cache may lie on another disk."""
+    snapshot = download(cache, "someone/ts-micro", published.MODEL, blobs=tmp_path / "disk")
+    (tmp_path / "local").mkdir()
+    for path in snapshot.iterdir():
+        (tmp_path / "local" / path.name).symlink_to(path.resolve())
+    assert checkpoint.load_model(tmp_path / "local", attn_scale=1.0).config.n_layer == 3
+
+
+def test_what_is_not_there_is_not_listed_as_there(tmp_path, cache):
+    """Neither what was asked for, nor what has a config but no weights, or only some of its shards."""
+    shards = published.write_sharded(tmp_path / "shards", published.CONFIG, published.state(published.CONFIG))
+    download(cache, "someone/whole", published.MODEL)
+    download(cache, "someone/shards", shards)
+    download(cache, "someone/whole-scope", published.SCOPE)
+    for name in ("config", "shard", "scope", "gone"):
+        source = {"shard": shards, "scope": published.SCOPE}.get(name, published.MODEL)
+        snapshot = download(cache, f"someone/only-{name}", source)
+        for path in [*snapshot.glob("*.safetensors"), *snapshot.glob("*/*.safetensors")]:
+            if name != "shard" or "00001" in path.name:
+                path.resolve().unlink() if name == "gone" else path.unlink()
+    with pytest.raises(ConnectionError) as raised:
+        checkpoint.load_model("someone/else")
+    assert "from the hub's cache: someone/shards, someone/whole, someone/whole-scope; and any" in str(raised.value)
+    shutil.rmtree(cache / "models--someone--whole" / "snapshots")
+    with pytest.raises(ConnectionError) as raised:
+        checkpoint.load_model("someone/whole")
+    assert "all files of someone/whole, " in str(raised.value)
+    assert "from the hub's cache: someone/shards, someone/whole-scope; and any" in str(raised.value)
+    shutil.rmtree(cache / "models--someone--shards")
+    with pytest.raises(ConnectionError, match=r"not hold all files of someone/only-scope, .*cache: someone/whole-"):
+        checkpoint.load_sae("someone/only-scope")
 
 
 # The hub, served from this machine.
