@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from bilinear_jax.nn.configs import check_sizes, check_types
 from bilinear_jax.nn.transformer import linear
 
 
@@ -31,9 +32,8 @@ class ImageConfig:
     residual: bool = False  # add each bilinear layer's output to its input
 
     def __post_init__(self):
-        for name in ("n_inputs", "d_hidden", "n_classes", "n_layer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_types(self)
+        check_sizes(self, "n_inputs", "d_hidden", "n_classes", "n_layer")
 
 
 class ImageClassifier(nn.Module):

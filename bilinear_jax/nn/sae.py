@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.nn.configs import LARGEST_SIZE, check_sizes, check_types
 from bilinear_jax.nn.sparse import damage, decode_at, largest, linear_at
 from bilinear_jax.nn.transformer import SITES, linear, run_module
 
@@ -65,12 +66,11 @@ class SAEConfig:
     tag: str | None = None  # distinguishes SAEs that agree in all else
 
     def __post_init__(self):
+        check_types(self)
         object.__setattr__(self, "site", site_name(self.site))
-        object.__setattr__(self, "passthrough", tuple(self.passthrough))
-        if self.layer < 0:
+        if not 0 <= self.layer <= LARGEST_SIZE:
             raise ValueError(f"layer is {self.layer}, but layers are numbered from 0")
-        if min(self.d_model, self.expansion) < 1:
-            raise ValueError(f"d_model and expansion must be at least 1, got {self.d_model} and {self.expansion}")
+        check_sizes(self, "d_model", "expansion", "n_features")
         if not 1 <= self.k <= self.n_features:
             raise ValueError(f"k is {self.k}, but it must be between 1 and {self.n_features} (the number of features)")
         outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
@@ -81,7 +81,10 @@ class SAEConfig:
                 f"tag is {self.tag!r}, but it must be None or a part of a folder's name, without '/' and characters "
                 "that cannot be printed"
             )
-        if self.apply_normalize and not self.normalize:
+        single = jnp.finfo(jnp.float32)
+        if self.normalize is not None and not abs(self.normalize) <= float(single.max):
+            raise ValueError(f"normalize must be a finite number in float32, got {self.normalize}")
+        if self.apply_normalize and not abs(self.normalize or 0) >= float(single.tiny):
             raise ValueError(
                 f"normalize is {self.normalize}, but apply_normalize needs a number other than 0: give normalize"
             )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.transformer import linear
 
 TABLES = {
@@ -39,6 +40,7 @@ class ToyConfig:
     bias: bool = False  # b_l, b_r and b_p; nand, nor and xnor need one, because they are 1 at (0, 0)
 
     def __post_init__(self):
+        check_types(self)
         if self.n_inputs < 2 or self.d_hidden < 1:
             raise ValueError(
                 f"a toy needs at least 2 inputs and 1 hidden unit, got {self.n_inputs} and {self.d_hidden}"

@@ -25,6 +25,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from bilinear_jax.nn.configs import LARGEST_SIZE, check_sizes, check_types
+
 SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """The places inside a layer that can be captured and edited, in the order in which they are computed."""
 
@@ -71,9 +73,8 @@ class TransformerConfig:
     pad_id: int | None = None  # the token that pads a row at its end; None: not known
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "n_vocab"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_types(self)
+        check_sizes(self, "n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "n_vocab")
         if self.d_model % (2 * self.n_head):
             raise ValueError(
                 f"d_model ({self.d_model}) must be a multiple of 2 n_head ({2 * self.n_head}): "
@@ -81,7 +82,7 @@ class TransformerConfig:
             )
         if self.gate not in GATES:
             raise ValueError(f"unknown gate {self.gate!r}; choose one of {list(GATES)}")
-        three = (self.normalization,) * 3 if isinstance(self.normalization, bool) else tuple(self.normalization)
+        three = (self.normalization,) * 3 if isinstance(self.normalization, bool) else self.normalization
         if len(three) != 3:
             raise ValueError(f"normalization is {three}, but it must be one bool or three (attention, MLP, final)")
         object.__setattr__(self, "normalization", three)
@@ -89,6 +90,8 @@ class TransformerConfig:
             object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
         if not abs(self.attention_factor) <= float(jnp.finfo(jnp.float32).max):
             raise ValueError(f"attn_scale must be a finite number in float32, got {self.attn_scale}")
+        if self.pad_id is not None and not 0 <= self.pad_id <= LARGEST_SIZE:
+            raise ValueError(f"pad_id must be a token id in 0 ... {LARGEST_SIZE}, got {self.pad_id}")
 
     @property
     def d_head(self) -> int:

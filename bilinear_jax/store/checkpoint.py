@@ -29,11 +29,13 @@ from jaxtyping import PyTree
 
 import weights_convert
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.nn.configs import typed
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.store.files import atomic_folder, read_json
 from bilinear_jax.store.sources import find_sae, folder_of, sae_configs, sae_folder
 from bilinear_jax.store.tokenizers import copy_tokenizer
+from weights_convert.files import check_kinds, inside
 
 MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
 VERSION = 1
@@ -63,16 +65,17 @@ def load_model(source: str | Path, *, attn_scale: float | int | None = None) -> 
         ValueError: if the checkpoint is damaged, has a newer format, or does not match its config.
     """
     folder = folder_of(source)
-    raw = read_json(folder / "config.json")
+    path = inside(folder, "config.json")
+    raw = read_json(path)
     if raw is None or "format" not in raw:
         if raw is None and weights_convert.sae_folders(folder):
             raise FileNotFoundError(f"{source} holds SAEs but no model: load their model, or one SAE with load_sae")
         name = None if Path(source).expanduser().is_dir() else str(source)
         values, arrays = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
-        config = TransformerConfig(**values)
+        config = config_of(TransformerConfig, values, path)
         params = jax.tree.map(_float32, arrays)
     else:
-        config = TransformerConfig(**_own_config(folder, raw, MODEL_FORMAT, TransformerConfig))
+        config = _own_config(path, raw, MODEL_FORMAT, TransformerConfig)
         if attn_scale is not None:
             config = dataclasses.replace(config, attn_scale=float(attn_scale))
         params = _restore(folder, raw, _abstract_transformer(config))
@@ -109,12 +112,15 @@ def load_sae(
         'mlp_in'
     """
     folder = sae_folder(source, find_sae(source, site_name(site), layer, expansion, k, tag))
-    raw = read_json(folder / "config.json")
+    path = inside(folder, "config.json")
+    raw = read_json(path)
     if raw is not None and "format" in raw:
-        config = SAEConfig(**_own_config(folder, raw, SAE_FORMAT, SAEConfig))
+        config = _own_config(path, raw, SAE_FORMAT, SAEConfig)
+        if config.name != folder.name:
+            raise ValueError(f"{path} is that of an SAE {config.name}: rename the folder, or correct it")
         return SAE(_restore(folder, raw, _abstract_sae(config)), config)
     values, arrays = weights_convert.read_sae(folder)
-    return SAE(jax.tree.map(_float32, arrays), SAEConfig(**values))
+    return SAE(jax.tree.map(_float32, arrays), config_of(SAEConfig, values, path))
 
 
 def save_model(
@@ -178,7 +184,7 @@ def training_of(source: str | Path, sae: str | None = None) -> str:
         'TinyStories, 12955 stories, 2669724 tokens'
     """
     if sae is None:
-        return _training(folder_of(source) / "config.json")
+        return _training(inside(folder_of(source), "config.json"))
     known = trainings_of_saes(source)
     if sae not in known:
         raise UnknownNameError("SAE", sae, known, of=str(source))
@@ -191,14 +197,18 @@ def trainings_of_saes(source: str | Path) -> dict[str, str]:
 
 
 def _training(path: Path) -> str:
-    config = read_json(path) or {}
-    text = config.get("origin", {}).get("text")
+    record = read_json(path) or {}
+    check_kinds(path, record, _RECORD)
+    text = (record.get("origin") or {}).get("text")
     if isinstance(text, Mapping):
-        names = [one["name"] if isinstance(one, Mapping) else str(one) for one in text.get("sources", [])]
-        return f"{', '.join(names)}: {text['n_documents']} documents, {text['n_tokens']} tokens"
-    if text is None and isinstance(config.get("config", config).get("dataset"), str):
-        return config.get("config", config)["dataset"]
-    return "not known: its files do not say" if text is None else str(text)
+        sources, *counts = (text.get(key, "?") for key in ("sources", "n_documents", "n_tokens"))
+        listed = sources if isinstance(sources, list) else [sources]
+        names = [str(one.get("name", "?") if isinstance(one, Mapping) else one) for one in listed]
+        return f"{', '.join(names)}: {counts[0]} documents, {counts[1]} tokens"
+    dataset = (record.get("config") or record).get("dataset")
+    if text is None:
+        return dataset if isinstance(dataset, str) else "not known: its files do not say"
+    return str(text)
 
 
 def _write(folder: Path, kind: str, config: Any, params: PyTree, origin: Origin, dtype: Any) -> None:
@@ -244,7 +254,9 @@ def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:
     path = folder.resolve() / "params"
     if not path.is_dir():
         raise FileNotFoundError(f"{folder} has no params: the checkpoint is incomplete. Convert or download it again")
-    for name, size in raw.get("files", {}).items():
+    for entry in (path, *path.rglob("*")):
+        inside(folder, entry.relative_to(folder.resolve()).as_posix())
+    for name, size in (raw.get("files") or {}).items():
         there = (folder / name).stat().st_size if (folder / name).is_file() else None
         if there != size:
             raise _damaged(
@@ -264,7 +276,7 @@ def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:
         raise _damaged(path, error) from error
     _check_finite(folder, arrays)
     found = _checksums(arrays)
-    if changed := sorted(key for key, checksum in raw.get("crc32", {}).items() if found.get(key) != checksum):
+    if changed := sorted(key for key, checksum in (raw.get("crc32") or {}).items() if found.get(key) != checksum):
         raise _damaged(path, f"these are not the values that were written: {', '.join(changed)}")
     return jax.tree.map(jnp.asarray, arrays)
 
@@ -274,26 +286,37 @@ def _damaged(path: Path, error: Exception | str) -> ValueError:
     return ValueError(f"{path} cannot be read ({reason}): the checkpoint is damaged. Convert or download it again")
 
 
-def _own_config(folder: Path, raw: Mapping[str, Any], kind: str, cls: type) -> dict[str, Any]:
-    """The keyword arguments of a config that this library wrote."""
-    path = folder / "config.json"
+_RECORD = {"config": dict, "origin": dict, "files": dict, "crc32": dict}
+"""The parts of a config.json of this library, and their types."""
+
+
+def _own_config(path: Path, raw: Mapping[str, Any], kind: str, cls: type) -> Any:
+    """The config in a file that this library wrote."""
     if raw["format"] != kind:
-        raise ValueError(f"{path} has format {raw['format']!r}, but must have {kind!r}: name another folder")
+        raise ValueError(f"{path} has format {raw['format']!r:.100}, but must have {kind!r}: name another folder")
     version = raw.get("version")
-    if type(version) is not int or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
-            f"{path} has format version {version}, but this bilinear_jax reads versions up to {VERSION}: upgrade it"
+            f"{path} has format version {version!r:.100}, but this bilinear_jax reads versions up to {VERSION}: "
+            "upgrade it"
         )
-    config = raw.get("config", {})
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(config.keys() - known)
-    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
-    lacking = sorted(required - config.keys())
+    check_kinds(path, raw, _RECORD)
+    config = raw.get("config") or {}
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown, lacking = sorted(config.keys() - known), sorted(known - config.keys())
     if unknown or lacking:
         raise ValueError(
             f"{path} has unknown config keys {unknown} and lacks the keys {lacking}: convert or download it again"
         )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return config_of(cls, config, path)
+
+
+def config_of(cls: type, values: Mapping[str, Any], path: Path) -> Any:
+    """A config from the values in a file, which is named if they are wrong."""
+    try:
+        return cls(**typed(cls, values))
+    except (ValueError, UnknownNameError) as error:
+        raise ValueError(f"{path}: {error}: correct it, or convert or download it again") from error
 
 
 def _abstract_transformer(config: TransformerConfig) -> PyTree:

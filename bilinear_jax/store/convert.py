@@ -13,7 +13,7 @@ import numpy as np
 import weights_convert
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
-from bilinear_jax.store.checkpoint import load_model, load_sae, save_model, save_sae
+from bilinear_jax.store.checkpoint import config_of, load_model, load_sae, save_model, save_sae
 from bilinear_jax.store.files import atomic_folder, check_place
 from bilinear_jax.store.sources import folder_of, list_saes, sae_folder, sae_names
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer, load_tokenizer, tokenizer_hash
@@ -58,7 +58,7 @@ def convert(
         for sae_name in names:
             folder = sae_folder(str(scope), sae_name)
             values, params = weights_convert.read_sae(folder)
-            sae = SAE(jax.tree.map(jnp.asarray, params), SAEConfig(**values))
+            sae = SAE(jax.tree.map(jnp.asarray, params), config_of(SAEConfig, values, folder / "config.json"))
             _check_fits(sae, config, folder)
             save_sae(partial / "scope" / sae.name, sae, origin=_origin(scope, folder))
     return names
@@ -83,7 +83,7 @@ def _convert_model(source: str | Path, out: Path, attn_scale: float | None) -> A
             return hashed.result() | {"tokenizer_hash": tokenizer_hash(loaded)}
 
         values, params = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
-        config = TransformerConfig(**values)
+        config = config_of(TransformerConfig, values, folder / "config.json")
         save_model(out, config, params, tokenizer=tokenizer, origin=origin)
     return config
 
@@ -103,7 +103,7 @@ def _check_fits(sae: Any, config: Any, folder: Path) -> None:
 def _origin(source: Any, folder: Path) -> dict[str, Any]:
     """Where a checkpoint comes from: the source, the SHA-256 of each file, and the version of the converter."""
 
-    files = [folder / "config.json", *weight_files(folder)]
+    files = [inside(folder, "config.json"), *weight_files(folder)]
     return {
         "source": str(source),
         "files": {path.name: _sha256(path) for path in files},
@@ -112,6 +112,8 @@ def _origin(source: Any, folder: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: put the file itself there")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, unit_range
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
@@ -42,6 +43,7 @@ class ImageRecipe:
     seed: int = 0  # seed of parameters, order and noise
 
     def __post_init__(self):
+        check_types(self)
         check_fields(self, COUNT, *TOGETHER)
         check_fields(self, SEED, "seed")
         check_fields(self, NOT_NEGATIVE, "lr", "weight_decay", "noise")

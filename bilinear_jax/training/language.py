@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.sites import loss as summed_loss
 from bilinear_jax.nn.transformer import REMAT, TransformerConfig
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
@@ -62,6 +63,7 @@ class LanguageRecipe:
     seed: int = 0  # seed of the parameters and of the order of the data
 
     def __post_init__(self):
+        check_types(self)
         for name, choices in {
             "optimizer": ("adamw", "muon"),
             "decay": ("linear", "cosine"),

@@ -38,6 +38,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
 from bilinear_jax.nn.sites import capture
 from bilinear_jax.nn.sparse import FORMS, fastest_form
@@ -83,6 +84,7 @@ class SAERecipe:
     form: str = "scan"  # of the sparse products: scan, gather, dense, or fastest: timed once, when the run begins
 
     def __post_init__(self):
+        check_types(self)
         check_fields(self, COUNT, "steps", "batch_size", "buffer_tokens", "rows", "dead_after")
         check_fields(self, NOT_NEGATIVE, "lr", "k_aux", "warmup", "aux_coefficient")
         check_fields(self, SEED, "seed")

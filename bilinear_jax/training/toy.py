@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.toy import Toy, ToyConfig, toy_targets
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.store.fields import COUNT, Rule, check_fields
@@ -28,6 +29,7 @@ class ToyRecipe:
     lr: float = 1e-2  # largest learning rate of Adam; it follows a cosine to 0
 
     def __post_init__(self):
+        check_types(self)
         whole = Rule(f"must be a multiple of {STEPS_TOGETHER}", lambda n: n >= 1 and n % STEPS_TOGETHER == 0)
         check_fields(self, whole, "steps")
         check_fields(self, COUNT, "batch_size")

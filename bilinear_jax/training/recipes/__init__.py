@@ -14,13 +14,13 @@ Each table of a file is a dataclass, and each key is a field of it with the same
 import dataclasses
 import itertools
 import tomllib
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.nn.configs import check_types, fitted, spelled, type_hints
 from bilinear_jax.nn.sae import SAEConfig, site_name
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store.fields import COUNT, Rule, check_fields, field_comments
@@ -42,6 +42,7 @@ class DataOptions:
     max_tokens: int | None = None  # stop reading after this many tokens; None: read all
 
     def __post_init__(self):
+        check_types(self)
         check_fields(self, COUNT, "held_out", "max_tokens")
 
 
@@ -60,6 +61,7 @@ class RunOptions:
     weights: str = "float32"  # dtype of the saved model or SAEs, "float32" or "bfloat16"
 
     def __post_init__(self):
+        check_types(self)
         if self.weights not in ("float32", "bfloat16"):
             raise ValueError(f"weights must be 'float32' or 'bfloat16', not {self.weights!r}")
         check_fields(self, COUNT, "save_every", "keep", "keep_every", "log_every", "evaluate_every", "held_out_rows")
@@ -77,6 +79,7 @@ class SAEGrid:
     tag: str | None = None  # tells these SAEs apart from others with the same properties
 
     def __post_init__(self):
+        check_types(self)
         object.__setattr__(self, "sites", tuple(site_name(site) for site in self.sites))
         each_once = Rule("must name at least one, and each only once", lambda them: 0 < len(them) == len(set(them)))
         check_fields(self, each_once, "sites", "expansions", "ks", "layers")
@@ -179,10 +182,10 @@ def describe(kind: str) -> str:
     for table, cls in _TABLES[kind].items():
         lines.append(f"[{table}]")
         comments = field_comments(cls)
-        hints = typing.get_type_hints(cls)
+        hints = type_hints(cls)
         for field in dataclasses.fields(cls):
             default = "" if field.default is dataclasses.MISSING else f"; {_as_typed(field.default)}"
-            lines.append(f"  --{table}.{field.name}  {comments[field.name]} ({_spelled(hints[field.name])}{default})")
+            lines.append(f"  --{table}.{field.name}  {comments[field.name]} ({spelled(hints[field.name])}{default})")
     return "\n".join(lines)
 
 
@@ -202,7 +205,7 @@ def _fields(kind: str, table: str, path: Path) -> dict[str, Any]:
     if table not in _TABLES[kind]:
         raise ValueError(f"{path}: there is no table {table}; this kind of recipe has {', '.join(_TABLES[kind])}")
     cls = _TABLES[kind][table]
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
@@ -225,10 +228,10 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
     if isinstance(value, _Text):
         candidates = [_as_toml(value), str(value), [_as_toml(part.strip()) for part in value.strip("[] ").split(",")]]
     for candidate in candidates:
-        fits, result = _fitted(candidate, hint)
+        fits, result = fitted(None if candidate == "none" and type(None) in typing.get_args(hint) else candidate, hint)
         if fits:
             return result
-    raise ValueError(f"{name} must be {_spelled(hint)}, not {str(value) if isinstance(value, _Text) else repr(value)}")
+    raise ValueError(f"{name} must be {spelled(hint)}, not {str(value) if isinstance(value, _Text) else repr(value)}")
 
 
 def _as_toml(text: str) -> Any:
@@ -237,36 +240,3 @@ def _as_toml(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return str(text)
-
-
-def _fitted(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Whether a value has a type, and the value in that type: lists become tuples, integers floats."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value == "none" and type(None) in arguments:
-            return True, None
-        return next((found for found in (_fitted(value, each) for each in arguments) if found[0]), (False, None))
-    if origin is typing.Literal:
-        return value in arguments, value
-    if origin in (tuple, Sequence):
-        if not isinstance(value, list | tuple):
-            return False, None
-        types_ = (arguments[0],) * len(value) if arguments[1:] in ((), (Ellipsis,)) else arguments
-        found = [_fitted(part, each) for part, each in zip(value, types_, strict=False)]
-        return len(value) == len(types_) and all(fits for fits, _ in found), tuple(part for _, part in found)
-    if hint is float and type(value) is int:
-        return True, float(value)
-    return type(value) is hint, value
-
-
-def _spelled(hint: Any) -> str:
-    """A type in words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_spelled, arguments))
-    if origin is typing.Literal:
-        return " or ".join(map(repr, arguments))
-    if origin in (tuple, Sequence):
-        return f"a list [{', '.join('...' if each is Ellipsis else _spelled(each) for each in arguments)}]"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): '"none"'}
-    return words.get(hint, str(hint))
