@@ -281,11 +281,14 @@ def load_top_activations(path: str | Path) -> dict[str, TopActivations | RankedR
     A published file has keys ``<layer>-<point>`` with dataset rows ``[n, features]``. It gives ``RankedRows``.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: for a file that is cut short, or for keys of neither kind.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}: compute it with top_activations, or name another")
     try:
         arrays = load_file(path)
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -38,6 +38,7 @@ from bilinear_jax.show.text import (
 from bilinear_jax.store.datasets import load_corpus
 from bilinear_jax.store.sources import folder_of
 from bilinear_jax.store.terminal import say
+from weights_convert.files import inside
 
 if TYPE_CHECKING:
     from bilinear_jax.show.html import Html
@@ -244,7 +245,7 @@ def _chosen(lm: LanguageModel, sae: SAE, top) -> TopActivations | RankedRows:
         return find_top(top, sae, "the top activations given")
     path = Path(_source(lm) if top is None else top)
     if path.suffix != ".safetensors":
-        path = folder_of(str(path), [TOP_FILE]) / TOP_FILE
+        path = inside(folder_of(str(path), [TOP_FILE]), TOP_FILE)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: pass tokens= to compute the top activations over them")
     return find_top(load_top_activations(path), sae, str(path))

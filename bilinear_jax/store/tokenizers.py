@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from bilinear_jax.store.documents import END_OF_TEXT
 from bilinear_jax.store.files import read_json, replace_file
 from bilinear_jax.store.sources import folder_of
-from weights_convert.files import read_text
+from weights_convert.files import inside, read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -23,13 +22,20 @@ LARGEST_TOKENIZER = 256 * 2**20
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a ``tokenizer.json`` (or that of a folder) and the ``tokenizer_config.json`` beside it."""
-    source = source.parent if source.is_file() else source
-    if not (source / TOKENIZER_FILES[0]).is_file():
+    """Copy a ``tokenizer.json`` (or that of a folder) and the ``tokenizer_config.json`` beside it.
+
+    Only what is a tokenizer is copied, and no link to something outside the folder is followed: the copy may be
+    published. Raises ``ValueError`` for anything else.
+    """
+    path = source if source.is_file() else inside(source, TOKENIZER_FILES[0])
+    if not path.is_file():
         raise FileNotFoundError(f"{source} has no {TOKENIZER_FILES[0]}")
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    _read_tokenizer(path)
+    _read_settings(path)
+    for name, file in zip(TOKENIZER_FILES, (path, path.with_name(TOKENIZER_FILES[1])), strict=True):
+        if file.is_file():
+            text = read_text(file, limit=LARGEST_TOKENIZER)
+            (folder / name).write_text(text, encoding="utf-8", newline="")
 
 
 class _Known(NamedTuple):
@@ -77,7 +83,7 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
     path = Path(tokenizer_source).expanduser()
     if not path.is_file():
         try:
-            path = folder_of(tokenizer_source, ["tokenizer.json", "tokenizer_config.json"]) / "tokenizer.json"
+            path = inside(folder_of(tokenizer_source, TOKENIZER_FILES), TOKENIZER_FILES[0])
         except (ConnectionError, FileNotFoundError) as error:
             raise type(error)(
                 f"the tokenizer cannot be loaded: {error}. A tokenizer.json in the model's folder is used first"
@@ -85,7 +91,7 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
     if not path.is_file():
         made = ", made from its tokenizer.model by transformers," if (path.parent / "tokenizer.model").is_file() else ""
         raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put one there{made} or use token ids")
-    tokenizer = _read(path)
+    tokenizer = _read_tokenizer(path)
     if known and known.begins:
         _begin_with(tokenizer, known.bos_token, name)
     if added := _added_decoder(tokenizer):
@@ -97,7 +103,7 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
     return _tokenizer_class()(tokenizer_object=tokenizer, **special)
 
 
-def _read(path: Path):
+def _read_tokenizer(path: Path):
     """The ``tokenizers.Tokenizer`` in a file. It is tried on a short text, since damage may show only then."""
     from tokenizers import Tokenizer
 
@@ -107,6 +113,10 @@ def _read(path: Path):
     with contextlib.suppress(_Plain), clear_errors(f"{path} is damaged", "restore it, or name another"):
         tokenizer.decode(tokenizer.encode("Once upon a time: 12 naïve cafés 🙂").ids)
     return tokenizer
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The ``tokenizer_config.json`` beside a tokenizer. Empty if there is none."""
+    return read_json(inside(path.parent, TOKENIZER_FILES[1]), fix="restore it, or delete it") or {}
 
 
 class _Plain(ValueError):
@@ -189,10 +199,7 @@ def _special_tokens(path: Path, tokenizer) -> dict[str, str]:
 
     transformers would add them to the vocabulary, with ids that the model does not have.
     """
-    config_path = path.with_name("tokenizer_config.json")
-    if not config_path.is_file():
-        return {}
-    config = read_json(config_path, fix="restore it, or delete it") or {}
+    config = _read_settings(path)
     tokens = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)
