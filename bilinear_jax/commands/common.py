@@ -99,6 +99,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="field of the text or the token ids in JSONL, Parquet and hub datasets (default: text)",
     )
+    parser.add_argument(
+        "--max-characters",
+        type=positive,
+        metavar="N",
+        help="most characters of a document; a longer one is an error (default: 2^26)",
+    )
 
 
 def add_conversion(parser: argparse.ArgumentParser, source: str, out: str, scope: str) -> None:
@@ -259,7 +265,7 @@ def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> Tok
         return _in_rows(_tokenized(options, lm, rows), lm.config, rows, name)
     if len(ids) > 1:
         raise WrongUse("--data takes either one source of token ids, or texts")
-    found, width = load_token_rows(options.data[0])[:rows], lm.config.n_ctx
+    found, width = load_token_rows(options.data[0], rows=rows), lm.config.n_ctx
     if found.shape[1] > width:
         name += f" (the first {width} of the {found.shape[1]} tokens of each row)"
     return Tokens(found[:, :width], name)
@@ -283,12 +289,15 @@ def _tokenized(options: argparse.Namespace, lm, rows: int | None):
 
     import numpy as np
 
+    from bilinear_jax.store.documents import LARGEST_DOCUMENT
     from bilinear_jax.store.tokens import tokenize
 
+    most = options.max_characters or LARGEST_DOCUMENT
     limit = None if rows is None else rows * lm.config.n_ctx
     with tempfile.TemporaryDirectory(prefix="bilinear-jax-") as folder:
         path = Path(folder) / "tokens"
-        return np.array(tokenize(options.data, lm.tokenizer, path, field=options.field, max_tokens=limit).tokens)
+        made = tokenize(options.data, lm.tokenizer, path, field=options.field, max_tokens=limit, max_characters=most)
+        return np.array(made.tokens)
 
 
 # What is printed

@@ -1,18 +1,21 @@
 """Datasets of token ids: rows of one length, numbered as in the published top activations."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bilinear_jax.store.sources import dataset_folder, folder_of
+from weights_convert.files import inside
 
 COLUMN = "input_ids"
+LONGEST_ROW = 1 << 20
+"""Most token ids of a row of a Parquet file. In a ``.npy`` file a row may have any length."""
 
 
-def load_token_rows(source: str | Path, length: int | None = None) -> np.ndarray:
+def load_token_rows(source: str | Path, length: int | None = None, rows: int | None = None) -> np.ndarray:
     """Load a dataset of token ids, ``[rows, seq]``, for ``Visualizer`` and every other function that takes tokens.
 
     The published ``top-activations.safetensors`` of fw-medium-scope refers to rows of ``tdooms/fineweb-16k``::
@@ -28,6 +31,7 @@ def load_token_rows(source: str | Path, length: int | None = None) -> np.ndarray
             - the hub name of such a dataset,
             - a ``.npy`` file, which is memory-mapped.
         length: tokens per row. Longer rows are cut. None: keep them as they are.
+        rows: read only this many rows, the first. None: all.
 
     Returns:
         An integer array; int32 for Parquet files.
@@ -36,7 +40,8 @@ def load_token_rows(source: str | Path, length: int | None = None) -> np.ndarray
         FileNotFoundError: if the source does not exist, or if the folder has no Parquet files.
         ConnectionError: if the hub cannot be reached and its cache does not hold the dataset.
         ImportError: for Parquet files, if pyarrow is not installed.
-        ValueError: if a file cannot be read, the column is missing, rows differ in length, or values are not token ids.
+        ValueError: if a file cannot be read, the column is missing, rows differ in length, values are not token ids, or
+            rows of a Parquet file have more than 2^20 of them.
 
     Example:
         >>> import tempfile
@@ -45,32 +50,46 @@ def load_token_rows(source: str | Path, length: int | None = None) -> np.ndarray
         >>> load_token_rows(path, length=4).shape
         (2, 4)
     """
+    for name, limit in (("length", length), ("rows", rows)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {limit}")
     path = Path(source).expanduser()
     if path.suffix == ".npy":
-        rows = _saved(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}: name token ids [rows, seq] in a file of numpy.save")
+        found = _saved(path)
     else:
         folder = path if path.exists() else dataset_folder(source)
-        files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
+        files = [folder] if folder.is_file() else sorted(file for file in folder.rglob("*.parquet") if file.is_file())
         if not files:
             raise FileNotFoundError(f"{source} has no Parquet files: name a folder with Parquet files, or one file")
-        parts = [part for file in files for part in _from_parquet(file)]
+        parts = _first(rows, (part for file in files for part in _from_parquet(file)))
         widths = sorted({part.shape[1] for part in parts})
         if len(widths) != 1:
             found = f"rows of {' and '.join(map(str, widths))} tokens" if widths else "no rows"
             raise ValueError(f"{source} has {found}, but all rows must have one length: pad or cut them")
-        rows = np.concatenate(parts)
-    if length is not None and length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
-    return rows[:, :length]
+        found = np.concatenate(parts)
+    return found[:rows, :length]
+
+
+def _first(rows: int | None, parts: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """The parts up to that which reaches this many rows."""
+    kept: list[np.ndarray] = []
+    for part in parts:
+        kept.append(part)
+        if rows is not None and sum(map(len, kept)) >= rows:
+            break
+    return kept
 
 
 def _saved(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: name token ids [rows, seq] in a file of numpy.save")
+    """The integers ``[rows, seq]`` in a ``.npy`` file, memory-mapped."""
     try:
-        rows = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an array of numbers ({error}): save token ids with numpy.save") from error
+        with np.errstate(over="ignore"):
+            rows = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a broken header can raise any error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path} is not an array of numbers ({reason}): save token ids with numpy.save") from error
     if rows.ndim != 2 or rows.dtype.kind not in "iu":
         raise ValueError(f"{path} holds {rows.dtype} of shape {rows.shape}, but must hold integers [rows, seq]")
     return rows
@@ -94,12 +113,33 @@ def parquet_file(path: Path, column: str, lacking: Callable[[list[str]], str]) -
         raise ValueError(f"{path} cannot be read ({error}): download it again, or check its name") from error
 
 
-def _from_parquet(path: Path) -> list[np.ndarray]:
+def bytes_per_row(file: Any, column: str) -> int:
+    """The mean size of a column's values when they are decompressed, in the row group where it is largest."""
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    sizes = zip(groups, chunks(file, column), strict=True)
+    return max((chunk.total_uncompressed_size // max(1, group.num_rows) for group, chunk in sizes), default=0)
+
+
+def chunks(file: Any, column: str) -> list[Any]:
+    """What a Parquet file says of a column in each of its row groups."""
+    names = [file.schema.column(number).path for number in range(len(file.schema))]
+    place = next(number for number, name in enumerate(names) if name == column or name.startswith(f"{column}."))
+    return [file.metadata.row_group(number).column(place) for number in range(file.metadata.num_row_groups)]
+
+
+def _from_parquet(path: Path) -> Iterator[np.ndarray]:
     def lacking(names: list[str]) -> str:
         return f"{path} has no column {COLUMN}, only {', '.join(names)}: name a dataset of token ids"
 
     with parquet_file(path, COLUMN, lacking) as file:
-        return [_array(path, batch.column(0)) for batch in file.iter_batches(batch_size=4096, columns=[COLUMN])]
+        width = -(-sum(chunk.num_values for chunk in chunks(file, COLUMN)) // max(1, file.metadata.num_rows))
+        if width > LONGEST_ROW:
+            raise ValueError(
+                f"{path} has rows of {width} token ids, but at most {LONGEST_ROW} are read from a Parquet file: cut "
+                "the rows, or save them with numpy.save, as a .npy file"
+            )
+        for batch in file.iter_batches(batch_size=max(1, min(4096, (1 << 22) // max(1, width))), columns=[COLUMN]):
+            yield _array(path, batch.column(0))
 
 
 def _array(path: Path, column) -> np.ndarray:
@@ -136,12 +176,10 @@ def load_corpus(source: str | Path) -> np.ndarray:
         >>> load_corpus("ts-nano").shape[1]
         256
     """
-    path = folder_of(source, ["corpus.npy"]) / "corpus.npy"
+    path = inside(folder_of(source, ["corpus.npy"]), "corpus.npy")
     if not path.is_file():
         raise FileNotFoundError(f"{source} has no corpus.npy: give your own token ids [rows, n_ctx]")
-    tokens = np.load(path, mmap_mode="r")
-    if tokens.ndim != 2 or tokens.dtype != np.uint16:
-        raise ValueError(
-            f"{path} holds {tokens.dtype} of shape {tokens.shape}, but must hold uint16 [rows, n_ctx]: restore it"
-        )
+    tokens = _saved(path)
+    if tokens.dtype != np.uint16:
+        raise ValueError(f"{path} holds {tokens.dtype}, but must hold uint16 [rows, n_ctx]: restore it")
     return tokens

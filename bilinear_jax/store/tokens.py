@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bilinear_jax.store.documents import as_sources, is_hub, read_documents, too_few_documents
+from bilinear_jax.store.documents import LARGEST_DOCUMENT, as_sources, is_hub, read_documents, too_few_documents
 from bilinear_jax.store.files import read_json
 from bilinear_jax.store.tokenizers import clear_errors, plain_tokenizer, tokenizer_hash, vocabulary_size
 
@@ -53,6 +53,7 @@ def tokenize(
     field: str = "text",
     held_out: int = 0,
     max_tokens: int | None = None,
+    max_characters: int = LARGEST_DOCUMENT,
 ) -> TokenFile:
     """Encode all documents into one token file. If the file exists, it is only opened.
 
@@ -62,7 +63,7 @@ def tokenize(
     process leaves only a hidden file ``.NAME.partial-...`` beside it, which can be deleted.
 
     Args:
-        sources, field: as for ``read_documents``.
+        sources, field, max_characters: as for ``read_documents``.
         tokenizer: a ``tokenizers.Tokenizer`` or a ``transformers.PreTrainedTokenizerFast``. Its padding and truncation
             settings are ignored.
         path: the token file.
@@ -109,8 +110,9 @@ def tokenize(
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     described = partial.with_name(partial.name + ".json")
     try:
+        documents = read_documents(found, field, max_characters=max_characters)
         with open(partial, "wb") as file:
-            counts = _encode_into(file, dtype, encoder, read_documents(found, field), held_out, max_tokens)
+            counts = _encode_into(file, dtype, encoder, documents, held_out, max_tokens)
             file.flush()
             os.fsync(file.fileno())
         record = {"format": FORMAT, "version": VERSION, "tokenizer_hash": tokenizer_hash(tokenizer)}

@@ -30,7 +30,7 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.measure import evaluation
 from bilinear_jax.store.checkpoint import load_sae, save_model, save_sae
-from bilinear_jax.store.documents import as_sources, read_documents, without_last
+from bilinear_jax.store.documents import as_sources, read_documents, up_to, without_last
 from bilinear_jax.store.files import finite_or_null, replace_file
 from bilinear_jax.store.terminal import say
 from bilinear_jax.store.tokenizers import (
@@ -47,6 +47,9 @@ from bilinear_jax.training.language import check_language_run, fit_language
 from bilinear_jax.training.mesh import make_mesh, on_first_process, one_copy
 from bilinear_jax.training.recipes import DataOptions, Recipe, RunOptions, read_recipe
 from bilinear_jax.training.sae import fit_saes
+
+_CHARACTERS = 1 << 26
+"""With max_tokens, a new tokenizer is trained on this much text, or on 16 characters for each token if that is more."""
 
 
 def train_language(
@@ -229,7 +232,10 @@ def _tokenizer(options: DataOptions, n_vocab: int, data: list[str | Path], out: 
             )
         return tokenizer
     if name == "new":
-        return train_tokenizer(without_last(read_documents(data, options.field), options.held_out), n_vocab)
+        documents = read_documents(data, options.field, max_characters=options.max_characters)
+        if options.max_tokens is not None:
+            documents = up_to(documents, max(_CHARACTERS, 16 * options.max_tokens))
+        return train_tokenizer(without_last(documents, options.held_out), n_vocab)
     if "/" not in name and not Path(name).exists():
         with contextlib.suppress(FileNotFoundError):  # not a known tokenizer, but perhaps the name of a model
             return load_tokenizer(None, name)
@@ -249,7 +255,15 @@ def _tokens(options: DataOptions, data: list[str | Path], tokenizer, out: Path, 
         if beside.exists() and tokenizer_hash(load_tokenizer(str(out), None)) != tokenizer_hash(tokenizer):
             raise ValueError(f"{beside} is not the tokenizer of this run: name another --out")
         out.mkdir(parents=True, exist_ok=True)
-        tokenize(data, tokenizer, path, field=options.field, held_out=options.held_out, max_tokens=limit)
+        tokenize(
+            data,
+            tokenizer,
+            path,
+            field=options.field,
+            held_out=options.held_out,
+            max_tokens=limit,
+            max_characters=options.max_characters,
+        )
         if not beside.exists():
             save_tokenizer(tokenizer, out)
 

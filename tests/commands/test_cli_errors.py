@@ -174,7 +174,7 @@ def test_text_that_fills_rows_and_text_that_does_not(tmp_path):
 
     lm = load("ts-nano")
     (tmp_path / "text.txt").write_text("A dog sat. " * 300)
-    options = argparse.Namespace(data=[str(tmp_path / "text.txt")], field="text", model="ts-nano")
+    options = argparse.Namespace(data=[str(tmp_path / "text.txt")], field="text", model="ts-nano", max_characters=None)
     tokens, name = common.load_tokens(options, lm)
     ids = lm.tokenizer(("A dog sat. " * 300).strip())["input_ids"]
     assert name == "text.txt" and tokens.shape == (5, 256)

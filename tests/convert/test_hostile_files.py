@@ -108,10 +108,15 @@ HOSTILE = {
     "deep brackets": (with_header(b"[" * 100_000), "cut short or not a safetensors"),
     "a config of 17 MB": (
         lambda folder: (folder / "config.json").write_bytes(b'{"a": "' + bytes(LARGEST_JSON) + b'"}'),
-        "it is not a config or index file",
+        "it is not the file that belongs here",
     ),
     "a config of brackets": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "is not JSON"),
-    "a config in no encoding": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+    "a config in no encoding": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "is not UTF-8"),
+    "a config that is a pipe": (
+        lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")),
+        "has no config.json",
+    ),
+    "a config of 8 GB of zeros": (lambda folder: os.truncate(folder / "config.json", 2**33), "at most"),
     "a billion layers": (with_config(n_layer=10**9), "n_layer 1000000000"),
     "a width of 10^12": (with_config(d_model=4 * 10**12), r"expected \[11, 4000000000000\]"),
     "a vocabulary of 10^12": (with_config(n_vocab=10**12), r"expected \[1000000000000, 8\]"),

@@ -313,7 +313,7 @@ class TestTokenFile:
 from tokenizers import Tokenizer
 from bilinear_jax.store import tokens
 tokens._CHARACTERS = 100
-tokens.read_documents = lambda *_: iter(lambda: "one more story", None)
+tokens.read_documents = lambda *_, **__: iter(lambda: "one more story", None)
 tokenizer = Tokenizer.from_file({str(tmp_path / "tokenizer.json")!r})
 tokens.tokenize({str(text)!r}, tokenizer, {str(tmp_path / "tokens")!r})
 """

@@ -23,6 +23,7 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.configs import check_types, fitted, spelled, type_hints
 from bilinear_jax.nn.sae import SAEConfig, site_name
 from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.store.documents import LARGEST_DOCUMENT
 from bilinear_jax.store.fields import COUNT, Rule, check_fields, field_comments
 from bilinear_jax.training.language import LanguageRecipe
 from bilinear_jax.training.sae import SAERecipe
@@ -40,10 +41,11 @@ class DataOptions:
     field: str = "text"  # field with the text in JSONL, Parquet and hub datasets
     held_out: int = 500  # documents at the end that are kept for evaluation
     max_tokens: int | None = None  # stop reading after this many tokens; None: read all
+    max_characters: int = LARGEST_DOCUMENT  # most characters of a document; a longer one is an error
 
     def __post_init__(self):
         check_types(self)
-        check_fields(self, COUNT, "held_out", "max_tokens")
+        check_fields(self, COUNT, "held_out", "max_tokens", "max_characters")
 
 
 @dataclasses.dataclass(frozen=True)
