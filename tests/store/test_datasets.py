@@ -1,5 +1,8 @@
 """Datasets of token ids, and published rankings of their rows."""
 
+import pickle
+import struct
+
 import numpy as np
 import published
 import pyarrow as pa
@@ -57,6 +60,62 @@ def test_files_that_are_no_token_rows(tmp_path):
         bj.load_token_rows(tmp_path / "empty")
     with pytest.raises(ValueError, match="length must be at least 1"):
         bj.load_token_rows(write(tmp_path / "rows.parquet", pa.array([[1, 2]])), length=0)
+
+
+NPY = b"\x93NUMPY\x01\x00"
+
+
+def header(shape: str, dtype: str = "'<i4'") -> bytes:
+    text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return NPY + struct.pack("<H", len(text)) + text
+
+
+ARRAYS = {
+    "a negative axis": header("(-1, 4)") + bytes(64),
+    "two negative axes": header("(-2, -2)") + bytes(64),
+    "more than there is": header("(4, 5)") + bytes(64),
+    "2^80 numbers": header("(2**40, 2**40)".replace("2**40", str(2**40))) + bytes(64),
+    "10^30 numbers": header(f"({10**30}, 1)") + bytes(64),
+    "one axis": header("(16,)") + bytes(64),
+    "a shape of texts": header("('a', 'b')") + bytes(64),
+    "a shape that is none": header("None") + bytes(64),
+    "floats": header("(4, 4)", "'<f4'") + bytes(64),
+    "truths": header("(8, 8)", "'|b1'") + bytes(64),
+    "texts": header("(2, 2)", "'<U4'") + bytes(64),
+    "fields": header("(4, 2)", "[('a', '<i4'), ('b', '<i4')]") + bytes(64),
+    "a type that is none": header("(4, 4)", "'nonsense'") + bytes(64),
+    "a type of brackets": header("(4, 4)", "[" * 99 + "]" * 99) + bytes(64),
+    "objects": header("(4, 4)", "'|O'") + pickle.dumps(["a"]),
+    "a pickle": pickle.dumps([[1, 2], [3, 4]]),
+    "a zip": b"PK\x03\x04" + bytes(64),
+    "another version": b"\x93NUMPY\x09\x00" + header("(4, 4)")[8:] + bytes(64),
+    "a long header": NPY + struct.pack("<H", 60_000) + b"(" * 60_000,
+    "a header of 4 GB": b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
+    "no header": NPY,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", ARRAYS.values(), ids=ARRAYS.keys())
+def test_npy_files_that_are_no_token_ids(tmp_path, content):
+    """One line, whatever is wrong, for token ids that are given and for those beside a model."""
+    path = tmp_path / "corpus.npy"
+    path.write_bytes(content)
+    for read in (bj.load_token_rows, lambda path: bj.load_corpus(path.parent)):
+        with pytest.raises(ValueError, match=r"\A.*corpus\.npy (is not an array of numbers|holds) [^\n]*\Z") as raised:
+            read(path)
+        assert len(str(raised.value)) < 500
+
+
+def test_only_the_first_rows(tmp_path):
+    write(tmp_path / "a.parquet", pa.array(ROWS[:4].tolist()))
+    write(tmp_path / "b.parquet", pa.array(["no rows"]), "text")
+    np.testing.assert_array_equal(bj.load_token_rows(tmp_path, rows=3), ROWS[:3])
+    np.testing.assert_array_equal(bj.load_token_rows(tmp_path, length=2, rows=4), ROWS[:4, :2])
+    np.save(tmp_path / "rows.npy", ROWS)
+    np.testing.assert_array_equal(bj.load_token_rows(tmp_path / "rows.npy", rows=3), ROWS[:3])
+    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
+        bj.load_token_rows(tmp_path, rows=0)
 
 
 def test_published_rankings_become_what_is_shown(golden, tmp_path):
