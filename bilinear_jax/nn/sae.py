@@ -69,7 +69,7 @@ class SAEConfig:
         check_types(self)
         object.__setattr__(self, "site", site_name(self.site))
         if not 0 <= self.layer <= LARGEST_SIZE:
-            raise ValueError(f"layer is {self.layer}, but layers are numbered from 0")
+            raise ValueError(f"layer is {self.layer}, but layers are numbered from 0, up to {LARGEST_SIZE}")
         check_sizes(self, "d_model", "expansion", "n_features")
         if not 1 <= self.k <= self.n_features:
             raise ValueError(f"k is {self.k}, but it must be between 1 and {self.n_features} (the number of features)")
