@@ -104,23 +104,20 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
 
 
 def _read_tokenizer(path: Path):
-    """The ``tokenizers.Tokenizer`` in a file. It is tried on a short text, since damage may show only then."""
+    """The ``tokenizers.Tokenizer`` in a file. It is tried on a short text, since it may panic only then."""
     from tokenizers import Tokenizer
 
     text = read_text(path, limit=LARGEST_TOKENIZER, fix="restore it, or name another")
     with clear_errors(f"{path} is not a tokenizer that can be read", "restore it, or name another"):
         tokenizer = Tokenizer.from_str(text)
-    with contextlib.suppress(_Plain), clear_errors(f"{path} is damaged", "restore it, or name another"):
+    with clear_errors(f"{path} is damaged", "restore it, or name another"), contextlib.suppress(Exception):
         tokenizer.decode(tokenizer.encode("Once upon a time: 12 naïve cafés 🙂").ids)
     return tokenizer
+
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """The ``tokenizer_config.json`` beside a tokenizer. Empty if there is none."""
     return read_json(inside(path.parent, TOKENIZER_FILES[1]), fix="restore it, or delete it") or {}
-
-
-class _Plain(ValueError):
-    """An error that the tokenizers library raises on purpose: it may concern this text only."""
 
 
 @contextlib.contextmanager
@@ -132,10 +129,9 @@ def clear_errors(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        plain, panic = type(error) is Exception, type(error).__name__ == "PanicException"
-        if not (plain or panic):
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise (_Plain if plain else ValueError)(f"{what} ({error}): {fix}") from error
+        raise ValueError(f"{what} ({error}): {fix}") from error
 
 
 def missing_decoder(tokenizer) -> Any:
@@ -199,7 +195,7 @@ def _special_tokens(path: Path, tokenizer) -> dict[str, str]:
 
     transformers would add them to the vocabulary, with ids that the model does not have.
     """
-    config = _read_settings(path)
+    config_path, config = path.with_name(TOKENIZER_FILES[1]), _read_settings(path)
     tokens = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)
