@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import bilinear_jax as bj
 from bilinear_jax.images import analyses
 from bilinear_jax.images import figures as image_figures
-from bilinear_jax.nn.image import unit_range
 from bilinear_jax.training.images import ImageRecipe, accuracy
 
 # %% Options of the command line
@@ -100,7 +99,7 @@ for name, pair in zip(regimes, (models[:2], models[2:]), strict=True):
 # shown explain these logits.
 
 # %%
-image = unit_range(jnp.asarray(data.test_images[0]))
+image = data.test_images[0]
 told = analyses.explain(config, params, image)
 image_figures.explanation(
     image,

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
 
 from bilinear_jax.explain.spectra import effective_rank
 from bilinear_jax.images.tensor import image_tensor, pixel_eigenvectors
-from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, unit_range
+from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, check_pixels, unit_range
 from bilinear_jax.nn.transformer import run_module
 
 TOGETHER = 500
@@ -38,12 +38,13 @@ def truncated_accuracy(
 
     Args:
         config, params: the classifier.
-        images: ``[n, n_inputs]``, uint8 in 0 ... 255 or floating point in 0 ... 1.
-        labels: ``[n]`` ints.
+        images: ``[n, n_inputs]``, uint8 in 0 ... 255, or any other numbers in 0 ... 1.
+        labels: ``[n]`` ints in 0 ... classes - 1.
         ks: numbers of eigenvalues to keep, each in 1 ... d_hidden. d_hidden gives the accuracy of the model.
 
     Raises:
-        ValueError: if a k is out of range, there is no image, or the model has more than one layer or biases.
+        ValueError: if a k is out of range, if images or labels are refused by ``nn.image.check_labelled``, or if the
+            model has more than one layer or biases.
 
     Memory: ``500 * classes * d_hidden`` numbers, in addition to the images.
 
@@ -58,9 +59,7 @@ def truncated_accuracy(
     """
     if not len(ks) or not all(1 <= k <= config.d_hidden for k in ks):
         raise ValueError(f"each k must lie in 1 ... {config.d_hidden} (the eigenvalues of a class), got {list(ks)}")
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    check_labelled(config, images, labels)
-    return _truncated_accuracy(config, tuple(map(int, ks)), params, images, labels)
+    return _truncated_accuracy(config, tuple(map(int, ks)), params, *check_labelled(config, images, labels))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -109,7 +108,7 @@ def most_positive(config: ImageConfig, params: PyTree, k: int = 1) -> Float[Arra
 
 
 def eigenvector_similarity(
-    first: Float[Array, "models classes n_inputs"], second: Array | None = None
+    first: Shaped[Array | np.ndarray, "models classes n_inputs"], second: Any = None
 ) -> Float[Array, " classes"]:
     """For each class, the mean |cosine| between the eigenvectors of two models, over pairs of models.
 
@@ -129,7 +128,8 @@ def eigenvector_similarity(
         >>> [round(float(eigenvector_similarity(*given)[0]), 4) for given in ((a,), (a[:2], a[2:]), (a, a[:1]))]
         [0.3333, 0.0, 0.6667]
     """
-    other = first if second is None else second
+    first = jnp.asarray(first, jnp.float32)
+    other = first if second is None else jnp.asarray(second, jnp.float32)
     pairs = len(first) * (len(first) - 1) if second is None else len(first) * len(other)
     if not pairs:
         raise ValueError(
@@ -165,7 +165,7 @@ class Explanation:
     around: Array  # [classes]: what the path around the layer adds; 0 without a residual
 
 
-def explain(config: ImageConfig, params: PyTree, image: Float[Array, " n_inputs"], k: int = 4) -> Explanation:
+def explain(config: ImageConfig, params: PyTree, image: Any, k: int = 4) -> Explanation:
     """What the eigenvectors contribute to the logits of one image: for each class the k largest |contributions|.
 
     The logits are the sums of all terms, so they agree with those of the model up to rounding. It works under ``jit``,
@@ -173,11 +173,12 @@ def explain(config: ImageConfig, params: PyTree, image: Float[Array, " n_inputs"
 
     Args:
         config, params: the classifier.
-        image: ``[n_inputs]``, in 0 ... 1.
+        image: ``[n_inputs]``, uint8 in 0 ... 255, or any other numbers in 0 ... 1.
         k: eigenvectors per class, in 1 ... d_hidden.
 
     Raises:
-        ValueError: if k is out of range, the image has another size, or the model has more than one layer or biases.
+        ValueError: if k is out of range, the image has another size or range, or the model has more than one layer or
+            biases.
 
     Example:
         >>> config = ImageConfig(n_inputs=2, d_hidden=2, n_classes=1)
@@ -188,6 +189,7 @@ def explain(config: ImageConfig, params: PyTree, image: Float[Array, " n_inputs"
         [0.25, 1.0, -0.75]
     """
     _check_k(config, k)
+    image = unit_range(check_pixels(image))
     if image.shape != (config.n_inputs,):
         raise ValueError(f"explain takes one image of {config.n_inputs} pixels, got shape {image.shape}")
     spectrum, pixels = pixel_eigenvectors(config, params)
@@ -255,8 +257,8 @@ def adversarial_masks(
             f"{config.n_classes} classes with {k} eigenvectors each do not fit into {config.d_hidden} dimensions: "
             f"k must lie in 1 ... {config.d_hidden // config.n_classes}"
         )
-    images, labels = jnp.asarray(images), np.asarray(labels)
-    check_labelled(config, images, labels)
+    images, labels = check_labelled(config, images, labels)
+    labels = np.asarray(labels)
     if pixels is not None and np.shape(pixels) != (config.n_inputs,):
         raise ValueError(f"pixels must be [{config.n_inputs}] booleans, got shape {np.shape(pixels)}")
     missing = sorted(set(range(config.n_classes)) - set(labels.tolist()))
@@ -277,26 +279,33 @@ def adversarial_masks(
 def edge_pixels(images: Any, limit: float = 0.01) -> Bool[Array, " n_inputs"]:
     """The pixels whose mean over the images, in 0 ... 1, is below the limit: the empty pixels at the edges.
 
+    Raises:
+        ValueError: if images are not ``[n, n_inputs]`` with n at least 1, or are refused by ``nn.image.check_pixels``.
+
     Example:
         >>> edge_pixels(np.array([[0, 255, 1], [0, 0, 0]], np.uint8)).tolist()
         [True, False, True]
     """
-    return unit_range(jnp.asarray(images)).mean(axis=0) < limit
+    images = check_pixels(images)
+    if images.ndim != 2 or not len(images):
+        raise ValueError(f"images must be [n, n_inputs], n >= 1; got shape {images.shape}")
+    return unit_range(images).mean(axis=0) < limit
 
 
-def scaled_masks(masks: Float[Array, "*masks n_inputs"], std: float) -> Float[Array, "*masks n_inputs"]:
+def scaled_masks(masks: Shaped[Array | np.ndarray, "*masks n_inputs"], std: float) -> Float[Array, "*masks n_inputs"]:
     """The masks scaled to the standard deviation ``std`` over their pixels. A constant mask becomes 0.
 
     Example:
         >>> scaled_masks(jnp.array([[2.0, -2.0], [0.0, 0.0]]), 0.5).tolist()
         [[0.5, -0.5], [0.0, 0.0]]
     """
+    masks = jnp.asarray(masks, jnp.float32)
     spread = masks.std(axis=-1, keepdims=True)
     return jnp.where(spread > 0, std * masks / jnp.where(spread > 0, spread, 1), 0)
 
 
 def permuted_masks(
-    key: Key[Array, ""], masks: Float[Array, "*masks n_inputs"], pixels: Any = None
+    key: Key[Array, ""], masks: Shaped[Array | np.ndarray, "*masks n_inputs"], pixels: Any = None
 ) -> Float[Array, "*masks n_inputs"]:
     """The control for masks: the values of each mask in a random order, shuffled among the given pixels only.
 
@@ -305,20 +314,29 @@ def permuted_masks(
         >>> float(shuffled[0, 2]), sorted(shuffled[0].tolist())
         (0.0, [0.0, 1.0, 2.0, 3.0])
     """
+    masks = jnp.asarray(masks, jnp.float32)
     chosen = np.arange(masks.shape[-1]) if pixels is None else np.flatnonzero(np.asarray(pixels))
     shuffled = jax.random.permutation(key, masks[..., chosen], axis=-1, independent=True)
     return masks.at[..., chosen].set(shuffled)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def masked_accuracy(
-    config: ImageConfig, params: PyTree, masks: Float[Array, "*masks n_inputs"], images: Any, labels: Any
+    config: ImageConfig, params: PyTree, masks: Shaped[Array | np.ndarray, "*masks n_inputs"], images: Any, labels: Any
 ) -> Float[Array, "*masks"]:
-    """The accuracy with each mask added to all images. Pixels may leave 0 ... 1. For any classifier."""
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    check_labelled(config, images, labels)
+    """The accuracy with each mask added to all images. Their sum may leave 0 ... 1. For any classifier.
+
+    Raises:
+        ValueError: if images or labels are refused by ``nn.image.check_labelled``, or a mask has another size.
+    """
+    masks = jnp.asarray(masks, jnp.float32)
+    images, labels = check_labelled(config, images, labels)
     if masks.shape[-1] != config.n_inputs:
         raise ValueError(f"masks must have {config.n_inputs} pixels in their last axis, got shape {masks.shape}")
+    return _masked_accuracy(config, params, masks, images, labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _masked_accuracy(config, params, masks, images, labels):
     x = unit_range(images)
 
     def one(mask):

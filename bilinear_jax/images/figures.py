@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bilinear_jax.nn.image import check_labels
 from bilinear_jax.show.drawing import COLOURS, NEGATIVE, POSITIVE, WRITTEN_OUT, finite, new_figure, short
 
 if TYPE_CHECKING:
@@ -154,13 +155,13 @@ def explanation(
         logits: ``[classes]``.
         values, patterns, contributions: ``[classes, k]``, ``[classes, k, pixels]`` and ``[classes, k]``.
         others, around: ``[classes]``.
-        label: the true class of the image.
+        label: the true class of the image, in 0 ... classes - 1.
         shown: number of classes with a row.
         title: text above the figure.
 
     Raises:
         ValueError: if the shapes do not fit each other, if the parts do not add up to the logits (to 1e-3 of the
-            largest), or if a value is not finite.
+            largest), if there is no such label, or if a value is not finite.
     """
     image, logits, values = finite("image", image), finite("logits", logits), finite("values", values)
     contributions, others, patterns = (
@@ -179,6 +180,8 @@ def explanation(
     sums = contributions.sum(axis=1) + others + rest
     if np.abs(sums - logits).max() > 1e-3 * max(np.abs(contributions).max(), np.abs(logits).max()):
         raise ValueError(f"contributions, others and around do not add up to the logits: {sums} and {logits}")
+    if label is not None:
+        label = int(check_labels(label, number))
     best = np.argsort(-logits)[:shown]
 
     names = [str(rank) for rank in range(1, k + 1)] + ["rest"] + ([] if around is None else ["around"])

@@ -12,9 +12,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Shaped
 
 from bilinear_jax.nn.configs import check_sizes, check_types
 from bilinear_jax.nn.transformer import linear
@@ -39,6 +42,9 @@ class ImageConfig:
 class ImageClassifier(nn.Module):
     """The classifier as a Flax module: images ``[..., n_inputs]`` to logits ``[..., n_classes]``.
 
+    The images are read by ``unit_range``: bytes, integers, booleans and 16-bit numbers give the logits of the same
+    numbers in float32. Pixels may leave 0 ... 1 here, as with noise or a mask.
+
     Params: ``w_e [d_hidden, n_inputs]``; ``layers`` with ``w_l, w_r [n_layer, d_hidden, d_hidden]`` and, with a bias,
     ``b_l, b_r [n_layer, d_hidden]``; ``w_u [n_classes, d_hidden]``. They are initialised as torch's linear layers are:
     uniform within ``1 / sqrt(inputs of the layer)``.
@@ -60,10 +66,10 @@ class ImageClassifier(nn.Module):
         self.layers = _Layers(c, self.linear)
         self.w_u = self.param("w_u", _uniform(c.d_hidden), (c.n_classes, c.d_hidden))
 
-    def __call__(self, x: Float[Array, "*batch n_inputs"]) -> Float[Array, "*batch n_classes"]:
+    def __call__(self, x: Shaped[Array | np.ndarray, "*batch n_inputs"]) -> Float[Array, "*batch n_classes"]:
         if x.shape[-1] != self.config.n_inputs:
             raise ValueError(f"images have shape {x.shape}, but their last axis must be {self.config.n_inputs} pixels")
-        return self.linear(self.layers(self.linear(x, self.w_e)), self.w_u)
+        return self.linear(self.layers(self.linear(unit_range(x), self.w_e)), self.w_u)
 
 
 class _Layers(nn.Module):
@@ -85,22 +91,83 @@ class _Layers(nn.Module):
         return h
 
 
-def check_labelled(config: ImageConfig, images: Any, labels: Any) -> None:
-    """Raises ``ValueError`` unless images are ``[n, n_inputs]``, with n at least 1, and labels ``[n]``."""
+def check_labelled(config: ImageConfig, images: Any, labels: Any) -> tuple[Array, Int[Array, " n"]]:
+    """A dataset as all functions take it: images as ``check_pixels`` gives them, and labels as ``check_labels`` does.
+
+    Raises:
+        ValueError: unless images are ``[n, n_inputs]``, with n at least 1, and labels ``[n]``, or as those functions.
+    """
+    images, labels = _array(images), _array(labels)
     if images.ndim != 2 or images.shape[1] != config.n_inputs or not len(images) or labels.shape != images.shape[:1]:
         raise ValueError(
             f"images {images.shape} and labels {labels.shape} must have shapes [n, {config.n_inputs}] and [n], n >= 1"
         )
+    return check_pixels(images), check_labels(labels, config.n_classes)
 
 
-def unit_range(images: Array) -> Float[Array, "..."]:
-    """Pixels in the range of the classifier, 0 ... 1: bytes of 0 ... 255 are divided by 255; all else is unchanged.
+def check_pixels(images: Any) -> Array:
+    """Images as an array of bytes in 0 ... 255, if they are bytes, and of floating point in 0 ... 1, if they are not.
+
+    Integers that are not bytes, booleans and 16-bit numbers become float32. Inside ``jit`` only the dtype is checked.
+
+    Raises:
+        ValueError: if a pixel that is not a byte lies outside 0 ... 1, or if pixels are not real numbers.
+
+    Example:
+        >>> check_pixels([True, False]).tolist(), check_pixels(np.array([0, 255], np.uint8)).tolist()
+        ([1.0, 0.0], [0, 255])
+    """
+    images = _array(images)
+    if images.dtype == np.uint8:
+        return jnp.asarray(images)
+    scaled = unit_range(images)
+    if images.size and not isinstance(images, Tracer):
+        low, high = float(scaled.min()), float(scaled.max())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"pixels must lie in 0 ... 1, got {low:g} ... {high:g}: divide them, or give uint8 in 0 ... 255"
+            )
+    return scaled
+
+
+def check_labels(labels: Any, n_classes: int) -> Int[Array, "..."]:
+    """Labels as int32. Inside ``jit`` only the dtype is checked.
+
+    Raises:
+        ValueError: if labels are not integers, or if one lies outside 0 ... n_classes - 1.
+    """
+    labels = _array(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be ints, one per image; got {labels.dtype} {list(labels.shape)}")
+    if labels.size and not isinstance(labels, Tracer):
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < n_classes:
+            raise ValueError(f"labels must lie in 0 ... {n_classes - 1}, got {low} ... {high}")
+    return jnp.asarray(labels.astype(np.int32))
+
+
+def unit_range(images: Any) -> Float[Array, "..."]:
+    """Pixels as the classifier reads them: bytes of 0 ... 255 are divided by 255; all else keeps its value.
+
+    The result is float32, or float64 where images are and JAX has it. No range is checked (see ``check_pixels``).
+
+    Raises:
+        ValueError: if pixels are not real numbers.
 
     Example:
         >>> unit_range(jnp.array([0, 255], jnp.uint8)).tolist()
         [0.0, 1.0]
     """
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    images = _array(images)
+    if images.dtype == np.uint8:
+        return jnp.asarray(images.astype(np.float32) / 255)
+    if not any(jnp.issubdtype(images.dtype, kind) for kind in (np.bool_, np.integer, np.floating)):
+        raise ValueError(f"images must be uint8 in 0 ... 255 or numbers in 0 ... 1; got {images.dtype}")
+    return jnp.asarray(images if images.dtype == np.float64 else images.astype(np.float32))
+
+
+def _array(values: Any) -> Any:
+    return values if isinstance(values, jax.Array) else np.asarray(values)
 
 
 def _uniform(inputs: int) -> nn.initializers.Initializer:

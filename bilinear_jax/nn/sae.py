@@ -16,12 +16,12 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.configs import LARGEST_SIZE, check_sizes, check_types
 from bilinear_jax.nn.sparse import damage, decode_at, largest, linear_at
-from bilinear_jax.nn.transformer import SITES, linear, run_module
+from bilinear_jax.nn.transformer import SITES, as_floating, linear, run_module
 
 SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
 """The sites that an SAE can read: those with ``d_model`` coordinates."""
@@ -139,13 +139,13 @@ class TopKSAE(nn.Module):
         if c.encoder_bias:
             self.b_enc = self.param("b_enc", nn.initializers.zeros, (rows,))
 
-    def preactivations(self, x: Float[Array, "... d_model"]) -> Float[Array, "... features"]:
+    def preactivations(self, x: Shaped[Array, "... d_model"]) -> Float[Array, "... features"]:
         """The pre-activations, from which the top-k selects."""
         return self._product(self._linear(self._centred(x)))
 
     def encode_sparse(
         self,
-        x: Float[Array, "... d_model"],
+        x: Shaped[Array, "... d_model"],
         k: int | None = None,
         among: Bool[Array, " features"] | None = None,
     ) -> SparseCodes:
@@ -172,6 +172,7 @@ class TopKSAE(nn.Module):
 
     def _centred(self, x):
         c = self.config
+        x = as_floating(x, self.b_dec)
         x = x / c.normalize if c.apply_normalize and c.normalize else x
         return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape)
 

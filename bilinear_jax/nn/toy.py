@@ -14,7 +14,7 @@ import math
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.transformer import linear
@@ -59,7 +59,7 @@ class ToyConfig:
         return tuple((i, j) for i in range(self.n_inputs) for j in range(i + 1, self.n_inputs))
 
 
-def toy_targets(config: ToyConfig, x: Float[Array, "*batch n_inputs"]) -> Float[Array, "*batch pairs"]:
+def toy_targets(config: ToyConfig, x: Shaped[Array, "*batch n_inputs"]) -> Float[Array, "*batch pairs"]:
     """The right output for inputs of 0 and 1: for each pair, the sum of all tasks, each times its share.
 
     Example:
@@ -67,6 +67,7 @@ def toy_targets(config: ToyConfig, x: Float[Array, "*batch n_inputs"]) -> Float[
         >>> toy_targets(config, jnp.array([1.0, 1.0, 0.0])).tolist()  # of (0, 1), (0, 2) and (1, 2)
         [1.0, 0.5, 0.5]
     """
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     first, second = (x[..., jnp.array(part)] for part in zip(*config.pairs, strict=True))
     target = jnp.zeros_like(first)
     for name, share in config.tasks:
@@ -86,7 +87,7 @@ class Toy(nn.Module):
     config: ToyConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch n_inputs"]) -> Float[Array, "*batch pairs"]:
+    def __call__(self, x: Shaped[Array, "*batch n_inputs"]) -> Float[Array, "*batch pairs"]:
         c = self.config
         outputs = len(c.pairs)
         shapes = {"l": (c.d_hidden, c.n_inputs), "r": (c.d_hidden, c.n_inputs), "p": (outputs, c.d_hidden)}

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from bilinear_jax.nn.configs import LARGEST_SIZE, check_sizes, check_types
 
@@ -131,8 +131,14 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def linear(x: Float[Array, "... inp"], weight: Float[Array, "out inp"], bias: Float[Array, " out"] | None = None):
-    """``weight x + bias`` over the last axis, in the dtype of ``x``."""
+def as_floating(x: Array, weight: Array) -> Array:
+    """``x``, or in the dtype of the weight if it is not of floating point: a weight is never rounded to integers."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(weight.dtype)
+
+
+def linear(x: Shaped[Array, "... inp"], weight: Float[Array, "out inp"], bias: Float[Array, " out"] | None = None):
+    """``weight x + bias`` over the last axis, in the dtype of ``x``, or of the weight if ``x`` holds integers."""
+    x = as_floating(x, weight)
     y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 

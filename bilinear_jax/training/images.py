@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -65,8 +64,8 @@ def train_images(
     Args:
         config: the shape of the classifiers.
         recipes: one recipe, or several with the same epochs and batch_size.
-        images: ``[n, n_inputs]``, uint8 in 0 ... 255, or floating point in 0 ... 1.
-        labels: ``[n]`` ints.
+        images: ``[n, n_inputs]``, uint8 in 0 ... 255, or any other numbers in 0 ... 1.
+        labels: ``[n]`` ints in 0 ... classes - 1.
         directory: the folder of the run. With it, an interrupted run can be resumed (see ``training.fit``). None: keep
             nothing.
 
@@ -81,7 +80,7 @@ def train_images(
 
     Example:
         >>> config = ImageConfig(n_inputs=4, d_hidden=8, n_classes=2)
-        >>> images, labels = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+        >>> images, labels = jnp.eye(4), jnp.array([0, 0, 1, 1])
         >>> recipe = ImageRecipe(epochs=50, batch_size=4, noise=0.1, lr=0.05, weight_decay=0.0)
         >>> params = train_images(config, recipe, images, labels)
         >>> float(accuracy(config, params, images, labels))
@@ -89,12 +88,11 @@ def train_images(
     """
     single = isinstance(recipes, ImageRecipe)
     chosen = [recipes] if single else list(recipes)
-    images, labels = check_images(config, images, labels)
+    data = check_labelled(config, images, labels)
     update = image_update(config, chosen)
     first = chosen[0]
-    if len(images) < first.batch_size:
-        raise ValueError(f"a batch needs {first.batch_size} images, but there are {len(images)}: lower batch_size")
-    data = jnp.asarray(images), jnp.asarray(labels)
+    if len(data[0]) < first.batch_size:
+        raise ValueError(f"a batch needs {first.batch_size} images, but there are {len(data[0])}: lower batch_size")
     start = image_state(config, chosen)
     described = {"config": dataclasses.asdict(config), "recipes": [dataclasses.asdict(recipe) for recipe in chosen]}
     with tempfile.TemporaryDirectory() as temporary:
@@ -164,7 +162,7 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
         return (params, opt_state), [metric.mean() for metric in metrics]
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
-        images, labels = batch
+        images, labels = check_labelled(config, *batch)
         models = (state.params, state.opt_state, keys, each["lr"], each["weight_decay"], each["noise"])
         (params, opt_state), (value, right) = jax.lax.map(
             lambda model: epoch(model, images, labels, state.step), models
@@ -174,33 +172,19 @@ def image_update(config: ImageConfig, recipes: Sequence[ImageRecipe]) -> Callabl
     return update
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def accuracy(config: ImageConfig, params: PyTree, images: Any, labels: Any) -> Float[Array, ""]:
-    """The fraction of images whose largest logit is that of their label."""
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    check_labelled(config, images, labels)
-    logits = run_module(ImageClassifier(config), params, unit_range(images))
+    """The fraction of images whose largest logit is that of their label.
+
+    Raises:
+        ValueError: as ``train_images`` does for the same images and labels.
+    """
+    return _accuracy(config, params, *check_labelled(config, images, labels))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _accuracy(config, params, images, labels):
+    logits = run_module(ImageClassifier(config), params, images)
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-
-
-def check_images(config: ImageConfig, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``[n, n_inputs]`` and labels ``[n]`` as arrays. Raises ``ValueError`` if they do not fit the config."""
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.ndim != 2 or images.shape[1] != config.n_inputs:
-        raise ValueError(
-            f"images must be [n, {config.n_inputs}], one row of pixels per image; got shape {images.shape}"
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be ints [{len(images)}], one per image; got {labels.dtype} {labels.shape}")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < config.n_classes:
-        raise ValueError(f"labels must lie in 0 ... {config.n_classes - 1}, got {labels.min()} ... {labels.max()}")
-    if images.dtype != np.uint8:
-        if not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"images must be uint8 in 0 ... 255 or floating point in 0 ... 1; got {images.dtype}")
-        if images.size and not (images.min() >= 0 and images.max() <= 1):
-            raise ValueError(f"pixels must lie in 0 ... 1, got {images.min():g} ... {images.max():g}: divide them")
-        images = images.astype(np.float32)
-    return images, labels.astype(np.int32)
 
 
 @jax.custom_vjp

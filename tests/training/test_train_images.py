@@ -103,9 +103,10 @@ def test_what_is_refused():
     for wrong, message in [
         ((images[:, :5], labels), r"\[n, 6\]"),
         ((images * 255, labels), "pixels must lie in 0 ... 1"),
-        ((images.astype(int), labels), "uint8 in 0 ... 255 or floating point"),
+        (((images * 255).astype(int), labels), "pixels must lie in 0 ... 1"),
+        ((images.astype(str), labels), "uint8 in 0 ... 255 or numbers in 0 ... 1"),
         ((images, labels + 1), "labels must lie in 0 ... 2"),
-        ((images, labels[:-1]), r"labels must be ints \[40\]"),
+        ((images, labels[:-1]), r"labels \(39,\) must have shapes \[n, 6\] and \[n\]"),
         ((images, labels.astype(float)), "labels must be ints"),
         ((images[:10], labels[:10]), "a batch needs 16 images"),
     ]:
