@@ -129,7 +129,7 @@ print(f"{rank} components from another start: cosines {[round(float(cosine), 2) 
 # the largest |cosine| with it.
 
 # %%
-decoder = tracer.inp.w_dec / jnp.linalg.norm(tracer.inp.w_dec, axis=0, keepdims=True)
+decoder = tracer.inp.decoder / jnp.linalg.norm(tracer.inp.decoder, axis=0, keepdims=True)
 
 
 def nearest(pattern: jax.Array) -> str:

@@ -144,7 +144,7 @@ def output_feature(tracer: Tracer, feature) -> OutputFeature:
 def encoder_constant(out: SAE, features) -> Float[Array, "*U"]:
     """``b_enc - u . b_dec`` of some features: their pre-activations at a zero input."""
     with jax.default_matmul_precision("highest"):
-        constant = -(out.w_enc[features] @ out.b_dec)
+        constant = -(out.encoder[features] @ out.decoder_bias)
     return constant + out.params["b_enc"][features] if out.config.encoder_bias else constant
 
 
@@ -190,8 +190,7 @@ def input_parts(inp: SAE, x: Float[Array, "... d_model"], *, normed: bool, exten
     """The parts of x, as the MLP sees them. ``normed`` divides by rms(x). ``extended`` adds the constant input, 1."""
     codes = inp.encode(x, sparse=True)
     reconstruction = inp.decode(codes, x)
-    bias = inp.decode(jnp.zeros(inp.config.n_features, x.dtype), jnp.zeros(inp.config.d_model, x.dtype))
-    bias, passed = jnp.broadcast_to(bias, x.shape), jnp.zeros_like(x)
+    bias, passed = jnp.broadcast_to(inp.decoder_bias.astype(x.dtype), x.shape), jnp.zeros_like(x)
     if inp.config.passthrough:
         dims = jnp.asarray(inp.config.passthrough)
         passed = passed.at[..., dims].set(x[..., dims])

@@ -32,7 +32,7 @@ class LogitEffects:
 
 
 def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEffects:
-    """The tokens whose logits a feature raises and lowers through the direct path ``w_u @ w_dec[:, feature]``.
+    """The tokens whose logits a feature raises and lowers through the direct path ``w_u @ decoder[:, feature]``.
 
     The effects are those of what the feature writes into the residual stream, per unit of activation. Later layers are
     ignored. So is the scale of the final norm, a positive factor ``1 / rms`` that all logits of a token share. Logits
@@ -93,5 +93,5 @@ def _effects(lm: LanguageModel, sae: SAE, features, k: int) -> LogitEffects:
 
 def direct_effects(lm: LanguageModel, sae: SAE, feature) -> Float[Array, " n_vocab"]:
     """How much a feature raises the logit of every token, see ``logit_effects``."""
-    effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.w_dec[:, feature])
+    effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.decoder[:, feature])
     return lm.config.attention_factor * effects if sae.config.site == "attn_out" else effects

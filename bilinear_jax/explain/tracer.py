@@ -115,8 +115,8 @@ class Tracer:
         source = lm.source if scope is None else scope
         self.inp = _resolve_sae("inp", inp, INPUT_SITES, lm, layer, source)
         self.out = _resolve_sae("out", out, OUTPUT_SITES, lm, layer, source)
-        self.directions = encoder_rows(self.out) if use_encoder else self.out.w_dec.T
-        self.basis = decoder_columns(self.inp)
+        self.directions = encoder_rows(self.out) if use_encoder else self.out.decoder.T
+        self.basis = self.inp.decoder
         if self.tensor.n_in > lm.config.d_model:
             self.basis = jnp.pad(self.basis, ((0, 1), (0, 1))).at[-1, -1].set(1)
 
@@ -304,7 +304,7 @@ class Tracer:
 
     def cosines(self, features: Index) -> Float[Array, "n n"]:
         """Cosine similarities between the decoder columns of some output features."""
-        columns = unit_columns(self.out.w_dec[:, self._features(features)[0]])
+        columns = unit_columns(self.out.decoder[:, self._features(features)[0]])
         with jax.default_matmul_precision("highest"):
             return columns.T @ columns
 
@@ -384,19 +384,10 @@ def _check_site(argument: str, site: str, sites: tuple[str, ...]) -> None:
 
 
 def encoder_rows(sae: SAE) -> Float[Array, "features d_model"]:
-    """The gradient of each feature's pre-activation with respect to the SAE's input."""
+    """``sae.encoder``. If the encoder is bilinear, the error says how to trace without it."""
     if sae.config.bilinear_encoder:
         raise ValueError(
             f"SAE {sae.name} has a bilinear encoder, so a feature does not have one encoder row: trace its decoder "
             "columns with use_encoder=False"
         )
-    return sae.w_enc / _scale(sae)
-
-
-def decoder_columns(sae: SAE) -> Float[Array, "d_model features"]:
-    """The gradient of the SAE's reconstruction with respect to its codes."""
-    return sae.w_dec * _scale(sae)
-
-
-def _scale(sae: SAE) -> float:
-    return sae.config.normalize if sae.config.apply_normalize and sae.config.normalize else 1.0
+    return sae.encoder

@@ -205,10 +205,8 @@ def _of_weights(tracer: Tracer, outputs: Outputs | None) -> _OfWeights:
     inputs = tracer.basis.shape[1]
     if outputs is None:
         return _OfWeights(inputs, tracer.n_features, np.zeros(0), np.zeros((0, inputs)))
-    config = tracer.inp.config
-    bias = tracer.inp.decode(jnp.zeros(config.n_features), jnp.zeros(config.d_model))
     with jax.default_matmul_precision("highest"):
-        bias = jnp.pad(bias, (0, tracer.tensor.n_in - config.d_model))
+        bias = jnp.pad(tracer.inp.decoder_bias, (0, tracer.tensor.n_in - tracer.inp.config.d_model))
         with_bias = np.asarray(2 * tracer.tensor.matvec(outputs.directions, bias) @ tracer.basis, np.float64)
     return _OfWeights(inputs, tracer.n_features, np.asarray(outputs.encoder, np.float64), with_bias)
 

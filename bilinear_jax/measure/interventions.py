@@ -341,7 +341,7 @@ def steer(
 ) -> dict[Site, Edit]:
     """Edits that turn a feature up, down or off at its SAE's site. Pass them as ``edits``.
 
-        add:  x' = x + add d                        d: the feature's decoder column, times normalize if that is applied
+        add:  x' = x + add d                        d: the feature's decoder column, ``sae.decoder``
         to:   x' = x + (to - code(x)) d             code: after the SAE's own top-k, so to=0 removes the feature
 
     The rest of x stays as it is, with the SAE's error. ``lm.loss``, ``lm.logits``, ``lm.capture``, ``lm.generate`` and

@@ -94,6 +94,11 @@ class SAEConfig:
         return self.d_model * self.expansion
 
     @property
+    def scale(self) -> float:
+        """``normalize`` if it is applied, else 1: the unit of the SAE's own space, in that of its site."""
+        return self.normalize if self.apply_normalize and self.normalize else 1.0
+
+    @property
     def name(self) -> str:
         """The published folder name: ``<layer>-<site>-x<expansion>-k<k>[-<tag>]``, the site with hyphens."""
         name = f"{self.layer}-{self.site.replace('_', '-')}-x{self.expansion}-k{self.k}"
@@ -171,9 +176,7 @@ class TopKSAE(nn.Module):
         return SparseCodes(values, indices, c.n_features)
 
     def _centred(self, x):
-        c = self.config
-        x = as_floating(x, self.b_dec)
-        x = x / c.normalize if c.apply_normalize and c.normalize else x
+        x = as_floating(x, self.b_dec) / self.config.scale
         return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape)
 
     def _linear(self, x):
@@ -187,19 +190,17 @@ class TopKSAE(nn.Module):
 
     def decode_directions(self, codes: Any) -> Float[Array, "... d_model"]:
         """``W_dec z``: the reconstruction without bias and passthrough."""
-        c = self.config
         if isinstance(codes, SparseCodes):
             y = decode_at(codes.values, codes.indices, self.w_dec.T, self.form)
         else:
             y = linear(codes, self.w_dec)
-        return y * c.normalize if c.apply_normalize and c.normalize else y
+        return y * self.config.scale
 
     def decode(self, codes: Any, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
         """``W_dec z + b_dec``. With ``passthrough`` it also needs the input ``x``, whose coordinates are added."""
         c = self.config
         y = self.decode_directions(codes)
-        bias = self.b_dec * c.normalize if c.apply_normalize and c.normalize else self.b_dec
-        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+        y = y + jnp.broadcast_to((self.b_dec * c.scale).astype(y.dtype), y.shape)
         if not c.passthrough:
             return y
         if x is None:
@@ -218,6 +219,9 @@ class TopKSAE(nn.Module):
 @dataclasses.dataclass(frozen=True)
 class SAE:
     """A sparse autoencoder with its parameters; a pytree, so it can be an argument of ``jit``, ``vmap`` and ``grad``.
+
+    ``w_enc``, ``w_dec`` and ``b_dec`` are the parameters as stored. ``encoder``, ``decoder`` and ``decoder_bias`` are
+    in the units of the site: they differ by the factor of an applied ``normalize``. Use these to explain a feature.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -245,7 +249,7 @@ class SAE:
 
     @property
     def w_enc(self) -> Float[Array, "features d_model"]:
-        """Encoder rows.
+        """Encoder rows, as stored.
 
         Raises:
             ValueError: if the encoder is bilinear.
@@ -256,12 +260,32 @@ class SAE:
 
     @property
     def w_dec(self) -> Float[Array, "d_model features"]:
-        """Decoder columns."""
+        """Decoder columns, as stored."""
         return self.params["w_dec"]
 
     @property
     def b_dec(self) -> Float[Array, " d_model"]:
+        """The decoder bias, as stored."""
         return self.params["b_dec"]
+
+    @property
+    def encoder(self) -> Float[Array, "features d_model"]:
+        """The gradient of each pre-activation with respect to the input: ``w_enc``, divided by an applied normalize.
+
+        Raises:
+            ValueError: if the encoder is bilinear.
+        """
+        return self.w_enc / self.config.scale
+
+    @property
+    def decoder(self) -> Float[Array, "d_model features"]:
+        """What one unit of each code adds to the reconstruction: ``w_dec``, times an applied normalize."""
+        return self.w_dec * self.config.scale
+
+    @property
+    def decoder_bias(self) -> Float[Array, " d_model"]:
+        """The reconstruction from no features: ``b_dec``, times an applied normalize."""
+        return self.b_dec * self.config.scale
 
     def _apply(self, method: str, *args):
         return run_module(TopKSAE(self.config), self.params, *args, method=method)

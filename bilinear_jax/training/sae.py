@@ -134,8 +134,7 @@ def initial_state(
         key = jax.random.fold_in(jax.random.key(recipe.seed), zlib.crc32(config.name.encode()))
         params = dict(SAE.init(config, key).params)
         mean = jnp.asarray(means[config.site, config.layer], jnp.float32)
-        scale = config.normalize if config.apply_normalize and config.normalize else 1.0
-        return params | {"b_dec": mean / scale}
+        return params | {"b_dec": mean / config.scale}
 
     groups = stacks(configs)
     params = {
