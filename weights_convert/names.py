@@ -1,4 +1,4 @@
-"""The names of published SAE folders: ``<layer>-<point>-x<expansion>-k<k>[-<tag>]``."""
+"""The names of weights in files, and of SAE folders: ``<layer>-<point>-x<expansion>-k<k>[-<tag>]``."""
 
 import re
 from collections.abc import Iterable
@@ -6,6 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PATTERN = re.compile(r"(\d+)-([a-z][a-z-]*?)-x(\d+)-k(\d+)(?:-(.+))?")
+
+WRAPPERS = ("_orig_mod", "module")
+"""What torch.compile and DataParallel put into the names of the weights of what they wrap. No model has such a part."""
+
+
+def unwrapped(name: str) -> str:
+    """The name of a weight without the parts in ``WRAPPERS``, wherever they stand.
+
+    Example:
+        >>> unwrapped("module._orig_mod.blocks.0._orig_mod.weight")
+        'blocks.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class SAEName(NamedTuple):

@@ -18,6 +18,7 @@ import reprlib
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ LARGEST_PICKLE = 64 * 2**20
 
 LARGEST_EXPANSION = 20_000_000
 """Most objects in the nested parts of a pickle. Each part counts as often as it is referred to."""
+
+LARGEST_REPEATED = 256 * 2**20
+"""Most bytes by which the tensors of a file, written out, may exceed their storages. Those of ``torch.expand`` do: a
+few bytes of a file can stand for any number."""
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError, RuntimeError)
 """The errors of ``zipfile`` for a damaged file."""
@@ -65,8 +70,8 @@ def read_torch(path: str | Path) -> Any:
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is damaged or was not written by ``torch.save``, if a tensor reaches beyond its storage,
-            if the pickle cannot be read, or if a storage is compressed (torch never compresses, and a small compressed
-            file could become a huge one).
+            if expanded tensors would take more than ``LARGEST_REPEATED``, if the pickle cannot be read, or if a storage
+            is compressed (torch never compresses, and a small compressed file could become a huge one).
     """
     path = Path(path)
     if not path.is_file():
@@ -78,25 +83,32 @@ def read_torch(path: str | Path) -> Any:
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is {_what_else(path)} ({error})") from error
 
 
-def state_dict(loaded: Any) -> dict[str, np.ndarray]:
-    """The named arrays in the result of ``read_torch``: a state dict, a whole module, or either of them under "model".
+def state_dict(loaded: Any, fits: Callable[[str], Any] = lambda name: True) -> dict[str, np.ndarray]:
+    """The named arrays in the result of ``read_torch``: a state dict or a whole module, or one that a dict holds.
+
+    Such a dict is a checkpoint of a training run: the model lies beside the state of the optimiser and more. Of several
+    state dicts, the one is meant that has a name that ``fits``.
 
     Raises:
-        ValueError: if there is none of these. The message names what there is.
+        ValueError: if there is none, or if it is not clear which is meant. The message names what there is.
     """
-    found = _named(loaded)
-    if not found and isinstance(loaded, dict):
-        for key in ("model", "state_dict", "model_state_dict"):
-            if found := _named(loaded.get(key)):
-                break
-    if found and not all(isinstance(name, str) for name in found):
-        raise ValueError(f"the names in the file's state dict are not all texts: {reprlib.repr(list(found))}")
-    if not found:
+    places = [("the file itself", loaded), *(loaded.items() if isinstance(loaded, dict) else ())]
+    found = [(place, named) for place, value in places if (named := _named(value))]
+    meant = [one for one in found if any(isinstance(name, str) and fits(name) for name in one[1])] or found
+    if not meant:
         what = sorted(map(str, loaded)) if isinstance(loaded, dict) else getattr(loaded, "name", type(loaded).__name__)
         raise ValueError(
             f"the file holds no state dict and no module, but {what}: save model.state_dict() with torch.save"
         )
-    return found
+    if len(meant) > 1:
+        raise ValueError(
+            f"the file holds {len(meant)} state dicts, in {reprlib.repr([place for place, _ in meant])}, and does not "
+            "say which is the model: save the one that you mean alone, with torch.save"
+        )
+    named = meant[0][1]
+    if not all(isinstance(name, str) for name in named):
+        raise ValueError(f"the names in the file's state dict are not all texts: {reprlib.repr(list(named))}")
+    return named
 
 
 def _named(loaded: Any, prefix: str = "", depth: int = 0) -> dict[str, np.ndarray]:
@@ -258,6 +270,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: _Archive, data: bytes):
         super().__init__(io.BytesIO(data))
         self._archive = archive
+        self._repeated = 0  # bytes by which tensors exceed their storages
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -287,13 +300,20 @@ class _Unpickler(pickle.Unpickler):
             )
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if count > len(values) or (count and last >= len(values)):
+        if not count:
+            return np.zeros(size, values.dtype)
+        if last >= len(values):
             raise ValueError(
                 f"{self._archive.path} has a tensor {list(size)} that reaches beyond its {len(values)} values: "
                 "download it again"
             )
-        if not count:
-            return np.zeros(size, values.dtype)
+        self._repeated += max(count - len(values), 0) * values.dtype.itemsize
+        if self._repeated > LARGEST_REPEATED:
+            raise ValueError(
+                f"{self._archive.path} has expanded tensors: one, {list(size)}, repeats {len(values)} values. Written "
+                f"out they would take more than {LARGEST_REPEATED} bytes: if you trust the file, save contiguous "
+                "tensors again in torch"
+            )
         strides = [step * values.dtype.itemsize for step in stride]
         return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
 

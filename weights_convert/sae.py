@@ -64,7 +64,7 @@ def read_sae(folder: str | Path) -> ReadModel:
         "tag": raw.get("tag") or None,
     }
     _check_name(folder, config)
-    weights = Weights(weight_files(folder))
+    weights = Weights(weight_files(folder), r"w_enc\.|w_dec\.|b_dec$")
     shapes = expected_shapes(config)
     weights.check(shapes)
     return ReadModel(config, {PARAMS[key]: np.array(weights.read(key)) for key in shapes})

@@ -81,7 +81,7 @@ def read_transformer(folder: str | Path, *, attn_scale: float | None = None, nam
     check_kinds(path, raw, _KINDS)
     check_sizes(path, raw, _REQUIRED)
     _refuse(path, raw)
-    weights = Weights(weight_files(folder))
+    weights = Weights(weight_files(folder), r"transformer\.|lm_head\.")
     config = _config(path, raw, weights)
     gains = [key for key in _gain_keys(config) if key in weights.shapes]
     buffers = [key for i in range(config["n_layer"]) if (key := _layer(i, "attn.rotary.inv_freq")) in weights.shapes]

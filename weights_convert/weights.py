@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,20 +11,22 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from weights_convert.names import unwrapped
 from weights_convert.pickled import read_torch, state_dict
 
 LARGEST_HEADER = 16 * 2**20
 """Most bytes of a safetensors header. The largest published models have less than a hundredth of this."""
 
 FLOATS = ("float32", "float16", "bfloat16")
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The names that safetensors has for the supported dtypes."""
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The names that safetensors has for dtypes of floating point."""
 
 
 class _Tensor(NamedTuple):
     """One tensor of one file."""
 
     path: Path
+    key: str  # its name in the file
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
@@ -50,16 +53,25 @@ class ReadModel(NamedTuple):
 
 
 class Weights:
-    """The tensors of one or more files, by name."""
+    """The tensors of one or more files, by name, without the parts that torch's wrappers add (``names.unwrapped``).
 
-    def __init__(self, files: Iterable[Path]):
-        self.files = list(files)
+    Args:
+        files: safetensors files by their name, and else files of ``torch.save``.
+        part: how a name of this kind of model begins, a regular expression. It tells the model in a torch file from
+            what else a training run saves in it.
+        floats: the dtypes that may be read.
+    """
+
+    def __init__(self, files: Iterable[Path], part: str, floats: tuple[str, ...] = FLOATS):
+        self.files, self.floats = list(files), floats
         self._tensors: dict[str, _Tensor] = {}
         for path in self.files:
-            for key, tensor in _pickled(path) if path.suffix == ".bin" else _safetensors(path):
-                if key in self._tensors:
+            for tensor in _safetensors(path) if path.suffix == ".safetensors" else _pickled(path, part):
+                key = unwrapped(tensor.key)
+                if other := self._tensors.get(key):
                     raise ValueError(
-                        f"{key} is in {self._tensors[key].path.name} and in {path.name}: delete one of them"
+                        f"{key} is there twice, as {other.key} in {other.path.name} and as {tensor.key} in "
+                        f"{path.name}: delete one of them"
                     )
                 self._tensors[key] = tensor
         self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
@@ -81,14 +93,16 @@ class Weights:
             )
 
     def dtype(self, key: str) -> str:
-        """The stored dtype of one tensor. Raises ``ValueError`` if it is not in ``FLOATS``."""
-        path, _, dtype, _ = self._tensors[key]
-        if dtype not in FLOATS:
-            raise ValueError(f"{key} in {path} is stored as {dtype}; save it again as one of {', '.join(FLOATS)}")
-        return dtype
+        """The stored dtype of one tensor. Raises ``ValueError`` if it is not in ``floats``."""
+        tensor = self._tensors[key]
+        if tensor.dtype not in self.floats:
+            raise ValueError(
+                f"{key} in {tensor.path} is stored as {tensor.dtype}; save it again as one of {', '.join(self.floats)}"
+            )
+        return tensor.dtype
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor as stored, perhaps read-only. Raises ``ValueError`` for NaN, inf or a dtype outside ``FLOATS``."""
+        """One tensor as stored, perhaps read-only. Raises ``ValueError`` for NaN, inf or a dtype outside ``floats``."""
         self.dtype(key)
         value = self._tensors[key].read()
         if not np.isfinite(value).all():
@@ -101,7 +115,7 @@ class Weights:
         return value
 
 
-def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
+def _safetensors(path: Path) -> Iterator[_Tensor]:
     """The tensors of one file. safetensors checks the file; then numpy maps the values."""
     from safetensors import SafetensorError, safe_open
 
@@ -125,7 +139,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, _Tensor]]:
             shape, stored = tuple(tensor["shape"]), str(tensor["dtype"])
             dtype = _DTYPES.get(stored, stored)
             place = 8 + length + tensor["data_offsets"][0]
-            yield key, _Tensor(path, shape, dtype, functools.partial(_mapped, path, dtype, place, shape))
+            yield _Tensor(path, key, shape, dtype, functools.partial(_mapped, path, dtype, place, shape))
 
 
 def _mapped(path: Path, dtype: str, place: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -137,11 +151,11 @@ def _mapped(path: Path, dtype: str, place: int, shape: tuple[int, ...]) -> np.nd
     return np.frombuffer(np.memmap(path, np.uint8, "r", place, (count * kind.itemsize,)), kind).reshape(shape)
 
 
-def _pickled(path: Path) -> Iterator[tuple[str, _Tensor]]:
-    for key, value in state_dict(read_torch(path)).items():
+def _pickled(path: Path, part: str) -> Iterator[_Tensor]:
+    for key, value in state_dict(read_torch(path), lambda name: re.match(part, unwrapped(name))).items():
         native = value.dtype.newbyteorder("=")
         read = functools.partial(np.ascontiguousarray, value, native)
-        yield key, _Tensor(path, value.shape, native.name, read)
+        yield _Tensor(path, key, value.shape, native.name, read)
 
 
 def _listing(names: list[str], most: int = 40) -> str:

@@ -34,18 +34,21 @@ class PixelEigenvectors(NamedTuple):
 
 
 def load_image_model(path: str | Path, *, residual: bool | None = None) -> ImageModel:
-    """Load the config and params of an image classifier that torch saved, as a state dict or as a whole model.
+    """Load the config and params of an image classifier: what torch saved, or safetensors with the same names.
 
-    torch is not needed, and nothing in the file is executed (see ``weights_convert.pickled``).
+    A torch file may hold a state dict or a whole model, also inside the dict of a training run; names may have the
+    prefixes of torch.compile and DataParallel. torch is not needed, and nothing in the file is executed (see
+    ``weights_convert.pickled``).
 
     Args:
-        path: the file.
+        path: the file. A safetensors file has a name that ends in ``.safetensors``.
         residual: whether each layer adds its output to its input; the weights do not show this. None: what the file's
             config says; False if it has none.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or holds another kind of model.
+        ValueError: if the file is damaged, holds another kind of model, or holds several and does not say which is
+            meant.
     """
     config, params = read_image_model(path, residual=residual)
     return ImageModel(ImageConfig(**config), jax.tree.map(jnp.asarray, params))

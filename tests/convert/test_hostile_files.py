@@ -143,6 +143,13 @@ HOSTILE = {
     ),
     "a long number": (with_pickle(b"\x80\x02\x8b" + struct.pack("<i", 2**30) + b"a."), "damaged"),
     "tuples of tuples": (with_pickle(b"(I1\ntp0\n" + b"(g0\ng0\ntp0\n" * 60 + b"(g0\nI1\nd."), "parts"),
+    "one number 2^50 times": (
+        with_pickle(
+            b"(S'lm_head.weight'\n" + published.tensor(published.ints(2**50), published.ints(0))[:-1] + b"d.",
+            **{"0": bytes(16)},
+        ),
+        "expanded tensors",
+    ),
     "no pickle": (with_pickle(b"hello"), "damaged"),
 }
 

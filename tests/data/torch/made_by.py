@@ -49,3 +49,16 @@ with torch.no_grad():
         h = h + left * right
     y = m.head(h)
 save_file({**{k: v.contiguous() for k, v in m.state_dict().items()}, "x": x, "logits": y}, o + "expected.safetensors")
+
+# The same weights as training runs and wrappers leave them, and a head that torch.expand made of one row.
+optimizer = torch.optim.Adam(m.parameters())
+sum(p.sum() for p in m.parameters()).backward()
+optimizer.step()
+m.load_state_dict(torch.load(o + "state-dict.pt"))
+compiled = nn.DataParallel(torch.compile(m))
+run = {"model_state_dict": compiled.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+torch.save(run | {"epoch": 3, "step": torch.tensor(40)}, o + "checkpoint.pt")
+torch.save({"net": nn.DataParallel(m), "epoch": 3}, o + "wrapped-module.pt")
+expanded = dict(m.state_dict())
+expanded["head.weight"] = expanded["head.weight"][1:2].clone().expand(3, 4)
+torch.save(expanded, o + "expanded.pt")
