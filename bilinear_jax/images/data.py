@@ -85,7 +85,7 @@ class ImageData:
     name: str
     train_images: np.ndarray  # [n, pixels], uint8 in 0 ... 255 or float32 in 0 ... 1
     train_labels: np.ndarray  # [n] int32
-    test_images: np.ndarray  # [m, pixels], of the same type
+    test_images: np.ndarray  # [m, pixels], of the same type; n or m may be 0, a part that is not used
     test_labels: np.ndarray  # [m] int32
     shape: tuple[int, int]  # rows and columns of an image
     classes: tuple[str, ...]  # the name of each label
@@ -106,8 +106,8 @@ def load_images(name: str = "digits", folder: str | Path | None = None, *, downl
     Raises:
         FileNotFoundError: if the files are not there; the message says where they were searched.
         ConnectionError: if no mirror can be reached.
-        ValueError: if a file is cut short or has another format, if images and labels do not fit each other, or if a
-            downloaded file has another SHA-256.
+        ValueError: if a file is cut short or has another format, if there is no image at all, if images and labels do
+            not fit each other, or if a downloaded file has another SHA-256.
 
     Example:
         >>> data = load_images()
@@ -198,12 +198,16 @@ def _checked(name: str, folder: Path, parts: dict[str, np.ndarray]) -> ImageData
             )
         if len(images) != len(labels):
             raise ValueError(f"{folder} has {len(images)} {kind} images and {len(labels)} labels: download both again")
-        shapes[kind] = images.shape[1:]
-    if shapes["train"] != shapes["test"]:
+        if len(images):  # a part without images may state any size
+            shapes[kind] = images.shape[1:]
+    if not shapes:
+        raise ValueError(f"{folder} has no image, neither to train nor to test: add at least one")
+    if len(set(shapes.values())) > 1:
         raise ValueError(
             f"the train and test images in {folder} have {shapes['train']} and {shapes['test']} pixels, but they must "
             "have the same"
         )
+    shape = next(iter(shapes.values()))
     number = int(max(parts["train_labels"].max(initial=0), parts["test_labels"].max(initial=0))) + 1
     classes = PUBLISHED[name].classes if name in PUBLISHED else tuple(map(str, range(number)))
     if number > len(classes):
@@ -211,8 +215,9 @@ def _checked(name: str, folder: Path, parts: dict[str, np.ndarray]) -> ImageData
             f"the labels in {folder} go up to {number - 1}, but those of {name} go up to {len(classes) - 1}: check the "
             "files"
         )
-    flat = {part: a.reshape(len(a), -1) if a.ndim == 3 else a.astype(np.int32) for part, a in parts.items()}
-    return ImageData(name, **flat, shape=shapes["train"], classes=classes)
+    pixels = math.prod(shape)
+    flat = {part: a.reshape(len(a), pixels) if a.ndim == 3 else a.astype(np.int32) for part, a in parts.items()}
+    return ImageData(name, **flat, shape=shape, classes=classes)
 
 
 def _download(name: str, folder: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from bilinear_jax.images import data as image_data
 from bilinear_jax.images.data import FILES, PUBLISHED, load_images, read_idx
+from bilinear_jax.nn.image import ImageConfig
+from bilinear_jax.training.images import accuracy
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -48,6 +50,28 @@ def test_plain_and_gzipped_files_hold_the_same(tmp_path, parts, monkeypatch):
         np.testing.assert_array_equal(data.train_images, parts["train_images"].reshape(5, 12))
         np.testing.assert_array_equal(data.test_labels, [2, 1])
         assert data.shape == (3, 4) and data.classes == ("0", "1", "2") and data.train_images.dtype == np.uint8
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("stated", [(3, 4), (28, 28), (0, 0)])
+def test_a_part_without_images(tmp_path, parts, part, stated):
+    """Whatever size its file states: the images of the other part have one."""
+    empty = {f"{part}_images": np.zeros((0, *stated), np.uint8), f"{part}_labels": np.zeros(0, np.uint8)}
+    data = load_images("shapes", write(tmp_path, parts | empty))
+    assert getattr(data, f"{part}_images").shape == (0, 12) and getattr(data, f"{part}_labels").shape == (0,)
+    other = "test" if part == "train" else "train"
+    want = parts[f"{other}_images"]
+    np.testing.assert_array_equal(getattr(data, f"{other}_images"), want.reshape(len(want), 12))
+    assert data.shape == (3, 4) and data.classes == ("0", "1", "2")
+    nothing = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
+    with pytest.raises(ValueError, match=r"images \(0, 12\) and labels \(0,\) must have shapes \[n, 12\]"):
+        accuracy(ImageConfig(n_inputs=12, n_classes=3), {}, *nothing)
+
+
+def test_no_images_at_all(tmp_path, parts):
+    write(tmp_path, {part: array[:0] for part, array in parts.items()})
+    with pytest.raises(ValueError, match="has no image, neither to train nor to test: add at least one"):
+        load_images("shapes", tmp_path)
 
 
 def test_digits_need_nothing():
