@@ -101,6 +101,29 @@ def test_loading_prints_nothing(saved, capfd):
 # The golden model, loaded from the published layout and converted.
 
 
+def test_saving_and_loading_warn_of_nothing_but_what_is_wrong(tmp_path, caplog, monkeypatch):
+    from absl import logging
+    from orbax.checkpoint import v1 as ocp
+
+    def warns(function):
+        def both(*arguments):
+            logging.warning("a real warning")
+            return function(*arguments)
+
+        return both
+
+    with caplog.at_level("INFO", logger="absl"):
+        checkpoint.save_model(tmp_path / "m", CONFIG, make_params(CONFIG), origin=ORIGIN)
+        checkpoint.load_model(tmp_path / "m")
+        assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
+        for name in ("save", "metadata", "load"):
+            monkeypatch.setattr(ocp, name, warns(getattr(ocp, name)))
+        checkpoint.save_model(tmp_path / "m", CONFIG, make_params(CONFIG), origin=ORIGIN, force=True)
+        checkpoint.load_model(tmp_path / "m")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+    assert warnings == ["a real warning"] * 3
+
+
 def test_loaded_model_gives_the_originals_logits_and_loss(golden):
     lm = golden.lm
     assert (lm.config.pad_id, lm.config.tokenizer, lm.source) == (2, "ts-4096", str(published.MODEL))
