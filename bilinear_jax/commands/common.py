@@ -110,7 +110,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_conversion(parser: argparse.ArgumentParser, source: str, out: str, scope: str) -> None:
     """Add SOURCE, OUT and --scope with their help texts, and --attn-scale."""
     parser.add_argument("source", metavar="SOURCE", help=source)
-    parser.add_argument("out", metavar="OUT", type=Path, help=out)
+    parser.add_argument("out", metavar="OUT", type=folder, help=out)
     help = f"{scope}: all of SCOPE_SOURCE (default: those of the model)"
     parser.add_argument("--scope", nargs="?", const=True, metavar="SCOPE_SOURCE", help=help)
     parser.add_argument("--attn-scale", type=scale, metavar="X", help="factor on the attention's output")
@@ -119,6 +119,16 @@ def add_conversion(parser: argparse.ArgumentParser, source: str, out: str, scope
 def scope_source(options: argparse.Namespace) -> str | None:
     """The source in --scope: the given one, the model itself if --scope stands alone, or None."""
     return options.source if options.scope is True else options.scope
+
+
+def folder(text: str) -> Path:
+    """The name of a folder. An empty text, as an unset variable of the shell gives it, would be the working folder.
+
+    A name that ends in ".." has no last part, to which "-scope" could be added: it is resolved.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder must not be empty")
+    return Path(text) if Path(text).name not in ("", "..") else Path(text).resolve()
 
 
 def natural(text: str) -> int:

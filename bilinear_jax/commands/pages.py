@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import shlex
-from pathlib import Path
 from typing import Any
 
 from bilinear_jax.commands import common
@@ -29,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_tracer(parser, use_encoder=False)
     common.add_data(parser)
     common.add_features(parser, "top:200")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write; it appears when it is complete")
+    parser.add_argument(
+        "--out", required=True, type=common.folder, help="the folder to write; it appears when it is complete"
+    )
     parser.add_argument("--force", action="store_true", help="replace an older site or older batches there")
     help = "also write the output features as Neuronpedia's batch files; the folder appears when it is complete"
-    parser.add_argument("--neuronpedia", type=Path, metavar="FOLDER", help=help)
+    parser.add_argument("--neuronpedia", type=common.folder, metavar="FOLDER", help=help)
     group, comments = parser.add_argument_group("how much the pages show"), field_comments(PageOptions)
     for field in dataclasses.fields(PageOptions):
         help = f"{comments[field.name]} (default: {field.default})"
@@ -51,25 +52,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from bilinear_jax.pages import gather, neuronpedia, site
     from bilinear_jax.store.files import check_place
 
-    check_place(options.out, force=options.force, record=site.RECORD)  # before minutes of work
+    out, batches = check_place(options.out, force=options.force, record=site.RECORD), None  # before minutes of work
     if options.neuronpedia is not None:
-        places = [path.expanduser().resolve() for path in (options.out, options.neuronpedia)]
-        if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+        batches = check_place(options.neuronpedia, force=options.force, record=neuronpedia.RECORD)
+        if out.path.is_relative_to(batches.path) or batches.path.is_relative_to(out.path):
             raise common.WrongUse("--out and --neuronpedia must be two folders, neither inside the other")
-        check_place(options.neuronpedia, force=options.force, record=neuronpedia.RECORD)
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
     features = select_features(options.features, tracer)
     tokens, dataset = common.load_tokens(options, lm)
     command = shlex.join(["bilinear-jax", *options.words])
     found = gather.gather(tracer, features, tokens=tokens, options=shown, command=command, dataset=dataset)
-    index = site.write_site(found, options.out, force=options.force)
+    index = site.write_site(found, out)
     result = {"index": str(index), "outputs": len(found.outputs), "inputs": len(found.inputs)}
-    if options.neuronpedia is not None:
+    if batches is not None:
         activities, length = [page.activity for page in found.outputs], tokens.shape[1]
         of_dataset = {"dataset": dataset, "rows": found.provenance.rows, "tokens_per_row": length}
-        batches = neuronpedia.export(lm, tracer.out, activities, options.neuronpedia, **of_dataset, force=options.force)
-        result["neuronpedia"] = str(batches)
+        result["neuronpedia"] = str(neuronpedia.export(lm, tracer.out, activities, batches, **of_dataset))
     return result
 
 

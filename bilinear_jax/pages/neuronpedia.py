@@ -40,7 +40,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.pages.activity import significant
 from bilinear_jax.pages.facts import Activity, ContextGroup, TokenEffect
-from bilinear_jax.store.files import atomic_folder
+from bilinear_jax.store.files import Place, atomic_folder, check_place
 
 FORMAT = "bilinear_jax neuronpedia/1"
 RECORD = "neuronpedia.json"
@@ -58,7 +58,7 @@ def export(
     lm: LanguageModel,
     sae: SAE,
     activities: Sequence[Activity],
-    out: Path | str,
+    out: Path | str | Place,
     *,
     dataset: str,
     rows: int,
@@ -79,7 +79,7 @@ def export(
         sae: the SAE of these features.
         activities: what each feature does, as ``gather`` finds it: ``[page.activity for page in site.outputs]``.
             ``PageOptions`` sets the length and the number of contexts. A dead feature is written without activations.
-        out: the folder; it must not exist, or it must be empty.
+        out: the folder; it must not exist, or it must be empty. Or a place that ``check_place`` returned earlier.
         dataset, rows, tokens_per_row: name and size of the dataset of the activities.
         model_id: by default the last part of ``lm.source``.
         set_name: by default the SAE's name without its layer.
@@ -90,7 +90,8 @@ def export(
         The absolute path of the folder.
 
     Raises:
-        FileExistsError: if the folder is not empty and ``force`` is off, or if it holds something else than an export.
+        FileExistsError: if the folder is not empty and ``force`` is off, or if it holds something else than an export;
+            or if it changed meanwhile, as ``atomic_folder``.
         ValueError: if there is no feature, or one is given twice; if a number is not finite; if the model has no name;
             or if a count is below 1.
         UnknownNameError: for a feature that the SAE does not have.
@@ -123,9 +124,9 @@ def export(
     of_dataset = {"n_prompts_total": rows, "n_tokens_in_prompt": tokens_per_row, "dataset": dataset}
     source = {"model_id": model_id, "layer": sae.config.layer, "sae_set": set_name, "sae_id_suffix": None}
 
-    out = Path(out).expanduser().resolve()
+    place = check_place(out, force=force, record=RECORD)
     with (
-        atomic_folder(out, force=force, record=RECORD) as folder,
+        atomic_folder(place) as folder,
         tqdm(total=len(activities), desc="Neuronpedia", disable=None) as bar,
     ):
         for number, start in enumerate(range(0, len(activities), features_per_file)):
@@ -137,7 +138,7 @@ def export(
             _write(folder / f"batch-{number}.json", source | {"features": features})
         listed = [activity.feature for activity in activities]
         _write(folder / RECORD, {"format": FORMAT, "sae": sae.name, **source, **of_dataset, "features": listed})
-    return out
+    return place.path
 
 
 def feature_json(activity: Activity, effects: Float[np.ndarray, " n_vocab"]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 from bilinear_jax.pages import render
 from bilinear_jax.pages.facts import Site
 from bilinear_jax.show.html import static, style
-from bilinear_jax.store.files import atomic_folder
+from bilinear_jax.store.files import Place, atomic_folder, check_place
 
 FORMAT = "bilinear_jax pages/1"
 RECORD = "site.json"
 
 
-def write_site(site: Site, out: Path | str, *, force: bool = False) -> Path:
+def write_site(site: Site, out: Path | str | Place, *, force: bool = False) -> Path:
     """Write a site to a folder. The folder appears only when it is complete. The same site gives the same bytes.
 
         index.html, inputs.html          the tables of output and of input features
@@ -27,14 +27,15 @@ def write_site(site: Site, out: Path | str, *, force: bool = False) -> Path:
 
     Args:
         site: what ``gather`` returns.
-        out: the folder; it must not exist, or it must be empty.
+        out: the folder; it must not exist, or it must be empty. Or a place that ``check_place`` returned earlier.
         force: replace an older site.
 
     Returns:
         The absolute path of the site's ``index.html``.
 
     Raises:
-        FileExistsError: if the folder is not empty and ``force`` is off, or if it holds something else than a site.
+        FileExistsError: if the folder is not empty and ``force`` is off, or if it holds something else than a site; or
+            if it changed meanwhile, as ``atomic_folder``.
 
     Example:
         >>> from bilinear_jax.pages.facts import Provenance
@@ -47,8 +48,8 @@ def write_site(site: Site, out: Path | str, *, force: bool = False) -> Path:
     """
     from tqdm.auto import tqdm
 
-    out = Path(out).expanduser().resolve()
-    with atomic_folder(out, force=force, record=RECORD) as folder:
+    target = check_place(out, force=force, record=RECORD)
+    with atomic_folder(target) as folder:
         for name in ("output", "input", "data", "static"):
             (folder / name).mkdir()
         _write(folder / "static" / "style.css", style(static("parts.css"), static("style.css", render.ROOM)))
@@ -67,7 +68,7 @@ def write_site(site: Site, out: Path | str, *, force: bool = False) -> Path:
                     progress.update()
         held = {f"{kind}s": [page.activity.feature for page in pages] for kind, pages, _ in kinds}
         _write_json(folder / RECORD, {"format": FORMAT, "provenance": origin, **held})
-    return out / "index.html"
+    return target.path / "index.html"
 
 
 def _write(path: Path, text: str) -> None:

@@ -47,13 +47,13 @@ def convert(
         ValueError: if the source is already a checkpoint of this library, if an SAE does not fit the model, if
             ``force`` would delete SAEs, or if a file is damaged.
     """
-
-    if force and scope is None and (Path(out) / "scope").is_dir():
+    place = check_place(out, force=force)
+    if force and scope is None and (place.path / "scope").is_dir():
         raise ValueError(f"{out} holds SAEs, which would be deleted: convert them too with --scope, or delete it first")
     names = [] if scope is None else sae_names(scope)
     if scope is not None and not names:
         raise FileNotFoundError(f"{scope} has no SAEs: give --scope a folder or a hub name with SAEs")
-    with atomic_folder(out, force=force) as partial:
+    with atomic_folder(place) as partial:
         config = _convert_model(source, partial, attn_scale)
         for sae_name in names:
             folder = sae_folder(str(scope), sae_name)
@@ -147,19 +147,18 @@ def export(
         ValueError: if the published layout cannot describe the model or an SAE: see
             ``weights_convert.write_transformer`` and ``write_sae``.
     """
-
-    out = Path(out).expanduser()
-    places = [out] if scope is None else [out, out.with_name(f"{out.name}-scope")]
-    for place in places:
-        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-            raise FileExistsError(f"{place} already exists: name another OUT, or move it away")
-        check_place(place)
+    out = Path(out).expanduser().resolve()
+    paths = [out] if scope is None else [out, out.parent / f"{out.name}-scope"]
+    for path in paths:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise FileExistsError(f"{path} already exists: name another OUT, or move it away")
+    places = [check_place(path) for path in paths]
     files = load_model(source, attn_scale=attn_scale)
     named = [] if scope is None else list_saes(scope)
     if scope is not None and not named:
         raise FileNotFoundError(f"{scope} has no SAEs: give --scope a folder or a hub name with SAEs")
     names = []
-    with atomic_folder(out) as partial:
+    with atomic_folder(places[0]) as partial:
         config = dataclasses.asdict(files.config)
         weights_convert.write_transformer(partial, config, jax.tree.map(np.asarray, files.params), repo=repo)
         if files.tokenizer_source is not None:

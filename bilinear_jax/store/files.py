@@ -1,20 +1,33 @@
 """Files and folders that appear only when they are complete, and JSON."""
 
 import contextlib
+import errno
 import math
 import os
 import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from weights_convert import files
 
 
-def check_place(path: str | Path, *, force: bool = False, record: str = "config.json") -> Path:
-    """The absolute path where ``atomic_folder`` would write. Raises ``OSError`` if it is clear that it could not."""
+class Place(NamedTuple):
+    """A place for a folder, as ``check_place`` found it."""
+
+    path: Path  # absolute
+    older: dict[str, tuple[int, ...]] | None  # the files and folders that force replaces; None: there are none
+
+
+def check_place(path: str | Path | Place, *, force: bool = False, record: str = "config.json") -> Place:
+    """The place where ``atomic_folder`` will write. Raises ``OSError`` if it is clear that it could not.
+
+    ``atomic_folder`` replaces only what was found here. A ``Place`` is returned as it is.
+    """
+    if isinstance(path, Place):
+        return path
     path = Path(path).expanduser().resolve()
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if occupied and not force:
@@ -24,49 +37,133 @@ def check_place(path: str | Path, *, force: bool = False, record: str = "config.
             f"{path} has no {record} of this library, so force does not replace it: move it away, or name another "
             "folder"
         )
-    above = next(folder for folder in path.parents if folder.exists())
+    older = _contents(path) if occupied else None
+    check_writable(path)
+    return Place(path, older)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``OSError`` unless something can be made in the lowest folder above ``path`` that exists. This is tried."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    trial = _beside(above / path.name, "partial")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".bilinear-jax-", dir=above))
+        trial.mkdir()
     except OSError as error:
         raise OSError(
-            f"{path} cannot be written: {above} is not a folder with write permission. Name another place"
+            f"{path} cannot be written: {above} is not a folder with write permission ({error.strerror}). Name "
+            "another place"
         ) from error
-    return path
+    trial.rmdir()
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, *, force: bool = False, record: str = "config.json") -> Iterator[Path]:
+def atomic_folder(path: str | Path | Place, *, force: bool = False, record: str = "config.json") -> Iterator[Path]:
     """Give a temporary folder beside ``path``. It takes the place of ``path`` if the block ends without an error.
 
     If the process is killed, ``path`` is as it was before. The hidden temporary folder ``.<name>.partial-...`` may be
-    left; it can be deleted.
+    left; it can be deleted. Between two system calls at the end, an older folder has the name ``.<name>.old-...``.
 
     Args:
-        path: the folder to write.
+        path: the folder to write, or a place that ``check_place`` returned earlier.
         force: replace an older folder of the same kind. It is moved aside when the new one is complete, and deleted
             when the new one is in its place.
         record: the JSON file whose ``format`` shows that a folder is of this kind.
+
+    Raises:
+        OSError: as ``check_place``, before the block.
+        FileExistsError: after the block, if ``path`` is no longer what it was: something appeared there, or the older
+            folder was changed. That stays as it is. The message says where the complete temporary folder is.
     """
-    path = check_place(path, force=force, record=record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    partial, old = path.with_name(f".{path.name}.partial-{mark}"), path.with_name(f".{path.name}.old-{mark}")
-    partial.mkdir()
+    place, complete = check_place(path, force=force, record=record), False
+    place.path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(place.path, "partial")
+    try:
+        partial.mkdir()
+        yield partial
+        complete = True
+        _put(partial, place)
+    except BaseException as error:
+        if not (complete and isinstance(error, OSError)):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _put(partial: Path, place: Place) -> None:
+    """Move a complete folder to its place. A folder that is not empty cannot be replaced by ``os.rename``."""
+    path, old = place.path, _beside(place.path, "old")
+    try:
+        if place.older is not None:
+            with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
+                os.rename(path, old)
+            if os.path.lexists(old) and _contents(old) != place.older:
+                raise OSError(errno.EEXIST, "it was changed")
+        os.rename(partial, path)
+    except BaseException as error:
+        if os.path.lexists(old):
+            with contextlib.suppress(OSError):
+                os.rename(old, path)
+        if not isinstance(error, OSError):
+            raise
+        moved = f" What was there before is in {old}." if os.path.lexists(old) else ""
+        raise FileExistsError(
+            f"{path} is no longer what it was when this began ({error.strerror}), so it stays as it is.{moved} What "
+            f"was written is complete in {partial}: give that another name"
+        ) from error
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _contents(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells every file and folder apart from others, by path: a change anywhere in the folder changes this."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        entry = path.lstat()
+        size_and_time = () if stat.S_ISDIR(entry.st_mode) else (entry.st_size, entry.st_mtime_ns)
+        found[path.relative_to(folder).as_posix()] = (entry.st_dev, entry.st_ino, *size_and_time)
+    return found
+
+
+def _beside(path: Path, what: str) -> Path:
+    """A hidden name beside ``path`` that nothing else has."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def put_file(partial: Path, path: Path) -> None:
+    """Move a complete file to ``path``. Raises ``FileExistsError``, and moves nothing, if something is there."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: take the name first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(partial, path)
+    else:
+        partial.unlink()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds this lock. On a file system without locks it does nothing."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``. If the block ends without an error, this file replaces ``path``."""
+    partial = _beside(path, "partial")
     try:
         yield partial
-        if not path.exists():
-            os.replace(partial, path)
-            return
-        os.replace(path, old)
-        try:
-            os.replace(partial, path)
-        except BaseException:
-            os.replace(old, path)
-            raise
-        shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *, fix: str = files.FIX) -> dict[str, Any] | None:
@@ -79,12 +176,10 @@ def read_json(path: Path, *, fix: str = files.FIX) -> dict[str, Any] | None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a text file, completely or not at all. Raises ``OSError`` with the path if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         fix = "free disk space, or check what is at that path"
         raise OSError(error.errno, f"could not write {path} ({error.strerror}): {fix}") from error
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bilinear_jax.store.documents import LARGEST_DOCUMENT, as_sources, is_hub, read_documents, too_few_documents
-from bilinear_jax.store.files import read_json
+from bilinear_jax.store.files import locked_folder, put_file, read_json
 from bilinear_jax.store.tokenizers import clear_errors, plain_tokenizer, tokenizer_hash, vocabulary_size
 
 FORMAT, VERSION = "bilinear_jax.tokens", 1
@@ -60,7 +60,7 @@ def tokenize(
     Each document is encoded exactly as the tokenizer does it. Between documents there is only what the tokenizer itself
     adds at their ends. Documents are read and encoded 2 million characters at a time, on all cores, so memory does not
     grow with the text. A terminal shows a progress bar. The file appears at ``path`` when it is complete. A killed
-    process leaves only a hidden file ``.NAME.partial-...`` beside it, which can be deleted.
+    process leaves only hidden files ``.NAME.partial-...`` beside it, which can be deleted.
 
     Args:
         sources, field, max_characters: as for ``read_documents``.
@@ -72,7 +72,10 @@ def tokenize(
 
     Raises:
         ValueError: if ``path`` holds another text or the tokens of another tokenizer, or is not a token file; if all
-            documents would be held out; and as ``read_documents`` does.
+            documents would be held out; if the tokenizer gives a token id outside its own vocabulary; and as
+            ``read_documents`` does.
+        FileExistsError: if the sidecar's name belongs to another file; or, at the end, if something else appeared at
+            ``path`` meanwhile. That stays as it is, and the message says where the new tokens are.
         OSError: if the file cannot be written, for instance on a full disk. No partial file is left.
 
     Example:
@@ -104,32 +107,30 @@ def tokenize(
             )
         return there
 
+    _check_sidecar(path)
     encoder, n_vocab = plain_tokenizer(tokenizer), vocabulary_size(tokenizer)
     dtype = np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    described = partial.with_name(partial.name + ".json")
     try:
         documents = read_documents(found, field, max_characters=max_characters)
         with open(partial, "wb") as file:
-            counts = _encode_into(file, dtype, encoder, documents, held_out, max_tokens)
+            counts = _encode_into(file, dtype, n_vocab, encoder, documents, held_out, max_tokens)
             file.flush()
             os.fsync(file.fileno())
         record = {"format": FORMAT, "version": VERSION, "tokenizer_hash": tokenizer_hash(tokenizer)}
         record |= {"n_vocab": n_vocab, "dtype": dtype.name} | counts | {"made_from": made_from}
-        described.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(described, _sidecar(path))  # before the tokens: a sidecar alone is not a token file
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        _sidecar(partial).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        _sidecar(partial).unlink(missing_ok=True)
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
             error.errno,
             f"the disk is full ({error.strerror}), so {path} was not written: free disk space, or name another disk",
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-        described.unlink(missing_ok=True)
+    _put(partial, path)
     return open_tokens(path, tokenizer)
 
 
@@ -195,8 +196,42 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def _check_sidecar(path: Path) -> None:
+    """Raise ``FileExistsError`` if the place of the sidecar has another file. A sidecar of deleted tokens is free."""
+    sidecar = _sidecar(path)
+    record = read_json(sidecar, fix="move it away, or name another token file")
+    if record is not None and record.get("format") != FORMAT:
+        raise FileExistsError(
+            f"{sidecar} is another file, but {path.name} needs this name for its description: move it away, or name "
+            "another token file"
+        )
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Give a complete token file its name. The sidecar is first, because a sidecar alone is not a token file."""
+    try:
+        with locked_folder(path.parent):
+            if os.path.lexists(path):
+                raise FileExistsError
+            _check_sidecar(path)
+            os.replace(_sidecar(partial), _sidecar(path))
+            put_file(partial, path)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{path} or {_sidecar(path).name} appeared while the text was tokenised, and stays as it is. The new "
+            f"tokens are complete in {partial}: tokenise again to use what is there, or give both new files another "
+            "name"
+        ) from error
+
+
 def _encode_into(
-    file: BinaryIO, dtype: np.dtype, encoder, documents: Iterable[str], held_out: int, max_tokens: int | None
+    file: BinaryIO,
+    dtype: np.dtype,
+    n_vocab: int,
+    encoder,
+    documents: Iterable[str],
+    held_out: int,
+    max_tokens: int | None,
 ) -> dict[str, int]:
     """Append the tokens of all documents to a file. Returns the numbers of documents and tokens."""
     from tqdm.auto import tqdm
@@ -206,7 +241,7 @@ def _encode_into(
     with tqdm(desc="tokenise", disable=None, unit="token", unit_scale=True) as bar:
         for chunk in _chunks(documents):
             with clear_errors("the tokenizer fails on this text", "leave it out, or restore tokenizer.json"):
-                encoded = [np.asarray(document.ids, dtype) for document in encoder.encode_batch_fast(chunk)]
+                encoded = [_fitting(document.ids, n_vocab, dtype) for document in encoder.encode_batch_fast(chunk)]
             if max_tokens is not None:
                 ends = n_tokens + np.cumsum([len(document) for document in encoded])
                 encoded = encoded[: int(np.searchsorted(ends, max_tokens)) + 1]
@@ -220,6 +255,15 @@ def _encode_into(
     if n_documents <= held_out:
         raise too_few_documents(n_documents, held_out, max_tokens)
     return {"n_documents": n_documents, "n_tokens": n_tokens - sum(last), "n_held_out": sum(last)}
+
+
+def _fitting(ids: list[int], n_vocab: int, dtype: np.dtype) -> np.ndarray:
+    if ids and max(ids) >= n_vocab:  # of a token that only the post-processor knows
+        raise ValueError(
+            f"the tokenizer gives token id {max(ids)}, but its vocabulary has the ids 0 ... {n_vocab - 1}: correct its "
+            "post_processor, or add the token to its vocabulary"
+        )
+    return np.asarray(ids, dtype)
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:

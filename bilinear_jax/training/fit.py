@@ -148,6 +148,7 @@ def fit(
     Raises:
         ValueError: if the folder has another config or a checkpoint of another run, if no checkpoint can be read, if
             the data ends, or if a number of steps is below 1.
+        FileExistsError: if the folder is not of a run, but has files with the names of its files.
         FloatingPointError: if a metric or a parameter is not finite. The last good checkpoint stays.
         OSError: if the disk is full. The last good checkpoint stays.
         RuntimeError: if another process trains in the folder.
@@ -226,6 +227,7 @@ def fit(
 
 def _prepare(directory: Path, config: dict, stack: contextlib.ExitStack) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    folder.check_own(directory)
     stack.enter_context(folder.locked(directory))
     folder.claim(directory, config)
 

@@ -19,6 +19,15 @@ from pathlib import Path
 from bilinear_jax.store.files import finite_or_null, read_json, replace_file
 
 
+def check_own(directory: Path) -> None:
+    """Raise ``FileExistsError`` if files here would be replaced, but no run has written them: there is no lock."""
+    there = [name for name in ("config.json", "metrics.jsonl") if (directory / name).exists()]
+    if there and not any((directory / name).exists() for name in ("lock", "checkpoints")):
+        raise FileExistsError(
+            f"{directory} has {' and '.join(there)}, but not of a run, which would replace it: name another folder"
+        )
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises ``RuntimeError`` with the process that holds it, if there is one.

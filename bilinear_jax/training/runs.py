@@ -345,7 +345,7 @@ def _wandb_log(
     name = directory / "wandb.txt"
     directory.mkdir(parents=True, exist_ok=True)
     if not name.exists():
-        name.write_text(secrets.token_hex(8))
+        replace_file(name, secrets.token_hex(8))
     config = {"out": str(directory)} | dataclasses.asdict(plan)
     run = package.init(project=project, id=name.read_text(), resume="allow", name=plan.name, config=config)
     return lambda step, metrics: run.log(metrics, step=step)

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import signal
-import tempfile
+from pathlib import Path
 
 import pytest
 from published import snapshot
@@ -96,7 +96,7 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_work(above, words, tm
         (tmp_path / above).write_text("")
     else:  # the tests may run as root, who may write anywhere
         (tmp_path / above).mkdir()
-        monkeypatch.setattr(tempfile, "mkdtemp", forbidden)
+        monkeypatch.setattr(Path, "mkdir", forbidden)
     before = snapshot(tmp_path)
     assert main([*words[:-1], str(tmp_path / above / "new" / "site")]) == 1
     assert "not a folder with write permission" in capsys.readouterr().err
@@ -104,15 +104,41 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_work(above, words, tm
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_an_interrupt_while_pages_are_written(force, words, tmp_path, monkeypatch):
+def test_a_site_that_changed_while_the_facts_were_gathered(force, words, tmp_path, monkeypatch, capsys):
+    """It stays, and the new pages are complete beside it."""
+    if force:
+        assert main(words) == 0
+    found = gather.gather
+
+    def meanwhile(*args, **options):
+        (tmp_path / "site").mkdir(exist_ok=True)
+        (tmp_path / "site" / "notes.txt").write_text("the only copy")
+        return found(*args, **options)
+
+    monkeypatch.setattr(gather, "gather", meanwhile)
+    assert main([*words, "--force"] if force else words) == 1
+    error = capsys.readouterr().err
+    assert "no longer what it was when this began" in error
+    assert (tmp_path / "site" / "notes.txt").read_text() == "the only copy"
+    [left] = [path for path in tmp_path.iterdir() if path.name != "site"]
+    assert f"complete in {left}: give that another name" in error
+    assert (left / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "handler", "status"),
+    [(signal.SIGINT, signal.default_int_handler, 130), (signal.SIGTERM, signal.SIG_DFL, 143)],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_signal_while_pages_are_written(force, number, handler, status, words, tmp_path, monkeypatch):
     if force:
         assert main(words) == 0
     before = snapshot(tmp_path)
-    monkeypatch.setattr(render, "inputs_page", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # however the tests were started
+    monkeypatch.setattr(render, "inputs_page", lambda *_: os.kill(os.getpid(), number))
+    handler = signal.signal(number, handler)  # however the tests were started
     try:
-        assert main([*words, "--force"] if force else words) == 130
+        assert main([*words, "--force"] if force else words) == status
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(number, handler)
     assert snapshot(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["site"] if force else [])

@@ -105,7 +105,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(
         "bilinear-jax: warning: the files of tdooms/ts-micro do not give the scale"
     )
-    assert convert([str(published.MODEL), out, "--scope", str(tmp_path)]) == 1
+    assert convert([str(published.MODEL), str(tmp_path / "other"), "--scope", str(tmp_path)]) == 1
     assert "has no SAEs: give --scope" in capsys.readouterr().err
     assert convert([out, str(tmp_path / "again")]) == 1
     assert "load it as it is" in capsys.readouterr().err

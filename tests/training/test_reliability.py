@@ -179,6 +179,16 @@ def test_saving_does_not_change_which_lines_are_logged(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == [3, 6, 8]
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_folder_with_files_that_no_run_wrote(tmp_path, name):
+    """As the folder of a published model: its config is not replaced."""
+    (tmp_path / name).write_text('{"n_layer": 2}')
+    with pytest.raises(FileExistsError, match=f"{tmp_path} has {name}, but not of a run"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"n_layer": 2}'
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_the_end_of_the_step(finished, tmp_path, number, capsys):
     def interrupted(step):

@@ -1,0 +1,241 @@
+"""A writer replaces nothing but what it looked at, and a place where it could not end is refused before it begins."""
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from published import snapshot
+
+from bilinear_jax.store.files import (
+    atomic_file,
+    atomic_folder,
+    check_place,
+    put_file,
+    replace_file,
+)
+
+RECORD = '{"format": "test"}'
+
+
+def write(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(RECORD)
+    (folder / "text").write_text(text)
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def older(out) -> Path:
+    out.mkdir()
+    write(out, "old")
+    (out / "scope").mkdir()
+    return out
+
+
+def complete_in(error: pytest.ExceptionInfo) -> Path:
+    """The folder that the message names. It holds the new text."""
+    folder = Path(str(error.value).partition("complete in ")[2].partition(": ")[0])
+    assert (folder / "text").read_text() == "new"
+    return folder
+
+
+def hidden(out: Path) -> list[str]:
+    return [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
+
+
+# Something appears while it is written
+
+
+def another_writer(out: Path) -> None:
+    with atomic_folder(out) as folder:
+        write(folder, "theirs")
+
+
+def a_folder(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis").write_text("three years of work")
+
+
+def a_file(out: Path) -> None:
+    out.write_text("three years of work")
+
+
+def a_link(out: Path) -> None:
+    (out.parent / "elsewhere").mkdir()
+    out.symlink_to(out.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("appears", [another_writer, a_folder, a_file, a_link])
+def test_what_appeared_meanwhile_stays(out, appears, force):
+    with pytest.raises(FileExistsError, match="no longer what it was when this began") as error:  # noqa: SIM117
+        with atomic_folder(out, force=force) as folder:
+            write(folder, "new")
+            appears(out)
+            there = snapshot(out), out.is_symlink()
+    assert (snapshot(out), out.is_symlink()) == there
+    assert hidden(out) == [complete_in(error).name]
+
+
+def test_an_empty_folder_that_appeared_is_filled(out):
+    with atomic_folder(out) as folder:
+        write(folder, "new")
+        out.mkdir()
+    assert (out / "text").read_text() == "new" and not hidden(out)
+
+
+def test_of_many_writers_one_has_the_place(out):
+    begin = threading.Barrier(8)
+
+    def one(number: int) -> bool:
+        try:
+            with atomic_folder(out) as folder:
+                write(folder, str(number))
+                begin.wait()
+        except FileExistsError as error:
+            assert f"complete in {folder}" in str(error)
+            assert (folder / "text").read_text() == str(number)
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(one, range(8)))
+    assert sum(won) == 1 and (out / "text").read_text() == str(won.index(True))
+
+
+# Force replaces what it looked at
+
+
+def moved_and_another_came(out: Path) -> None:
+    out.rename(out.parent / "moved")
+    shutil.copytree(out.parent / "moved", out)
+
+
+def a_file_was_added(out: Path) -> None:
+    (out / "scope" / "mine").write_text("work of a night")
+
+
+def a_file_was_changed(out: Path) -> None:
+    (out / "text").write_text("OLD")
+    os.utime(out / "text", ns=(0, 0))
+
+
+def a_file_took_its_place(out: Path) -> None:
+    shutil.rmtree(out)
+    a_file(out)
+
+
+@pytest.mark.parametrize(
+    "change", [moved_and_another_came, a_file_was_added, a_file_was_changed, a_file_took_its_place]
+)
+def test_force_does_not_replace_what_changed(older, change):
+    with pytest.raises(FileExistsError, match=r"it was changed\), so it stays as it is\. What was written") as error:  # noqa: SIM117
+        with atomic_folder(older, force=True) as folder:
+            write(folder, "new")
+            change(older)
+            there = older.is_file() or snapshot(older)
+    assert (older.is_file() or snapshot(older)) == there
+    assert hidden(older) == [complete_in(error).name]
+
+
+@pytest.mark.parametrize("change", [lambda out: None, shutil.rmtree])
+def test_force_replaces_what_is_the_same_or_gone(older, change):
+    with atomic_folder(older, force=True) as folder:
+        write(folder, "new")
+        change(older)
+    assert snapshot(older) == {"config.json": RECORD.encode(), "text": b"new"} and not hidden(older)
+
+
+def test_what_cannot_be_put_back_is_named(older, monkeypatch):
+    """While the older folder is aside, another comes to its place."""
+    rename = os.rename
+
+    def and_then(source, target):
+        rename(source, target)
+        if Path(source) == older:
+            a_folder(older)
+
+    with pytest.raises(FileExistsError, match="What was there before is in ") as error:  # noqa: SIM117
+        with atomic_folder(older, force=True) as folder:
+            write(folder, "new")
+            monkeypatch.setattr(os, "rename", and_then)
+    assert snapshot(older) == {"thesis": b"three years of work"}
+    [aside] = [name for name in hidden(older) if ".old-" in name]
+    assert str(older.parent / aside) in str(error.value)
+    assert (older.parent / aside / "text").read_text() == "old"
+    complete_in(error)
+
+
+@pytest.mark.parametrize("fails", ["first", "second"])
+def test_an_interrupt_at_the_end_leaves_what_was_there(older, monkeypatch, fails):
+    rename, before = os.rename, snapshot(older)
+
+    def interrupted(source, target):
+        if (Path(source) == older) == (fails == "first"):
+            monkeypatch.setattr(os, "rename", rename)
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with contextlib.suppress(KeyboardInterrupt), atomic_folder(older, force=True) as folder:
+        write(folder, "new")
+        monkeypatch.setattr(os, "rename", interrupted)
+    assert snapshot(older) == before and not hidden(older)
+
+
+def test_a_place_is_what_was_found_at_first(older):
+    """``check_place`` long before the writer begins: what changes in between counts too."""
+    place = check_place(older, force=True)
+    assert check_place(place) is place and place.path == older
+    a_file_was_added(older)
+    with pytest.raises(FileExistsError, match="it was changed"), atomic_folder(place, force=True) as folder:
+        write(folder, "new")
+    assert (older / "scope" / "mine").exists()
+
+
+# Files
+
+
+def test_two_writers_of_one_file(tmp_path, monkeypatch):
+    """The quick one begins when the slow one has written, and ends first: both are whole, and the later stays."""
+    write_text = Path.write_text
+
+    def slowly(path, text, **options):
+        monkeypatch.setattr(Path, "write_text", write_text)
+        write_text(path, text, **options)
+        replace_file(tmp_path / "file", "quick")
+        assert (tmp_path / "file").read_text() == "quick"
+
+    monkeypatch.setattr(Path, "write_text", slowly)
+    replace_file(tmp_path / "file", "slow")
+    assert snapshot(tmp_path) == {"file": b"slow"}
+
+
+def test_an_interrupted_writer_of_a_file_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), atomic_file(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert snapshot(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_put_where_nothing_is(tmp_path, monkeypatch, links):
+    def without(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", without)
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+    put_file(tmp_path / "one", tmp_path / "goal")
+    with pytest.raises(FileExistsError):
+        put_file(tmp_path / "two", tmp_path / "goal")
+    assert snapshot(tmp_path) == {"goal": b"one", "two": b"two"}
