@@ -1,7 +1,6 @@
 """``bilinear-jax tour``: the method on one layer of a language model, in one call."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="tour", help="folder for the figures (default: tour)")
+    parser.add_argument("--out", type=common.folder, default="tour", help="folder for the figures (default: tour)")
     parser.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
     parser.add_argument("--layer", type=common.natural, default=2, help="the layer whose MLP is explained (default: 2)")
 
@@ -32,26 +31,29 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     """Run every step on one layer of a model. Print the results and save the figures in ``out``.
 
     Args:
-        out: the folder for ``cosines.png``, ``spectrum.png`` and ``interactions.png``. It is made if it does not exist.
+        out: the folder for ``cosines.png``, ``spectrum.png`` and ``interactions.png``, which replace older ones. It is
+            made if it does not exist.
         model: as for ``load``. It needs SAEs at mlp-in and mlp-out of the layer, and a corpus.
         layer: the layer whose MLP is explained.
 
     Raises:
-        OSError: if ``out`` cannot be written. This is checked before the computation.
+        OSError: if ``out`` cannot be written. This is checked before anything is loaded.
     """
     import jax
     import jax.numpy as jnp
 
     import bilinear_jax as bj
     from bilinear_jax.show.visualizer import top_tokens
+    from bilinear_jax.store.files import check_writable
 
     out = Path(out)
-    lm = bj.load(model)
-    tracer = bj.Tracer(lm, layer=layer)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out / "spectrum.png")
     except OSError as error:
         raise OSError(f"the figures cannot be written to {out} ({error}): name another folder with --out") from error
+    lm = bj.load(model)
+    tracer = bj.Tracer(lm, layer=layer)
+    out.mkdir(parents=True, exist_ok=True)
 
     _heading("The model")
     c = lm.config
@@ -111,12 +113,10 @@ def _heading(text: str) -> None:
 
 
 def _save(figure, out: Path, name: str) -> None:
-    partial = out / f".{name}.partial.png"
-    try:
-        figure.savefig(partial, dpi=150)
-        os.replace(partial, out / f"{name}.png")
-    finally:
-        partial.unlink(missing_ok=True)
+    from bilinear_jax.store.files import atomic_file
+
+    with atomic_file(out / f"{name}.png") as partial:
+        figure.savefig(partial, dpi=150, format="png")
     say(f"saved {out / name}.png", sys.stderr)
 
 

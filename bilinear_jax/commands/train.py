@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=".txt (documents separated by <|endoftext|>), .txt.gz, .jsonl, .jsonl.gz or .parquet files, or "
             "hub:OWNER/NAME[:CONFIG[:SPLIT]]",
         )
-        each.add_argument("--out", required=True, help="folder of the run; the same folder resumes it")
+        each.add_argument(
+            "--out", type=common.folder, required=True, help="folder of the run; the same folder resumes it"
+        )
         each.add_argument("--model", help="model to start from (lm), or to train SAEs for (sae; default: OUT/model)")
         common.add_debug(each)
         each.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases")

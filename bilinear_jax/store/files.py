@@ -39,6 +39,8 @@ def check_place(path: str | Path | Place, *, force: bool = False, record: str = 
         )
     older = _contents(path) if occupied else None
     check_writable(path)
+    if path.exists():
+        _check_movable(path, occupied)
     return Place(path, older)
 
 
@@ -54,6 +56,29 @@ def check_writable(path: Path) -> None:
             "another place"
         ) from error
     trial.rmdir()
+
+
+def _check_movable(path: Path, occupied: bool) -> None:
+    """Raise ``OSError`` unless a new folder can take the place of this one.
+
+    The system is asked to move it onto a folder that is not empty. This always fails, but with another error for the
+    root of a volume or without permission.
+    """
+    if Path.cwd().is_relative_to(path):
+        raise OSError(f"{path} cannot be replaced, because it holds the working folder: name a new folder in it")
+    expected = {errno.ENOTEMPTY, errno.EEXIST} | (set() if occupied else {errno.EXDEV})  # EXDEV: a layer of a container
+    trial = _beside(path, "partial")
+    (trial / "full").mkdir(parents=True)
+    try:
+        os.rename(path, trial)
+    except OSError as error:
+        if error.errno not in expected:
+            raise OSError(
+                f"{path} cannot be replaced ({error.strerror}): it is the root of a volume, or not yours. Name a new "
+                "folder in it"
+            ) from error
+    finally:
+        shutil.rmtree(trial)
 
 
 @contextlib.contextmanager

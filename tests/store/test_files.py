@@ -12,9 +12,11 @@ import pytest
 from published import snapshot
 
 from bilinear_jax.store.files import (
+    Place,
     atomic_file,
     atomic_folder,
     check_place,
+    check_writable,
     put_file,
     replace_file,
 )
@@ -198,6 +200,95 @@ def test_a_place_is_what_was_found_at_first(older):
     with pytest.raises(FileExistsError, match="it was changed"), atomic_folder(place, force=True) as folder:
         write(folder, "new")
     assert (older / "scope" / "mine").exists()
+
+
+# Odd folders
+
+
+def test_the_working_folder_is_refused(older, monkeypatch):
+    """Whoever stands in it would then stand in a deleted folder."""
+    monkeypatch.chdir(older / "scope")
+    for place, force, held in ((".", False, older / "scope"), ("..", True, older), (older, True, older)):
+        with pytest.raises(
+            OSError, match=f"^{held} cannot be replaced, because it holds the working folder: name a new"
+        ):
+            check_place(place, force=force)
+    assert check_place("new") == Place(older / "scope" / "new", None)
+    assert not hidden(older) and not list((older / "scope").iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM, errno.EACCES])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_the_system_does_not_move(tmp_path, older, monkeypatch, number, force):
+    """What the root of a volume gives, and a folder of somebody else in a folder for all."""
+    path = older if force else tmp_path / "empty"
+    path.mkdir(exist_ok=True)
+
+    def refuse(source, target):
+        assert Path(source) == path and any(Path(target).iterdir()), "it could have been moved"
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match=f"{path} cannot be replaced .*Name a new folder in it"):  # noqa: SIM117
+        with atomic_folder(path, force=force):
+            raise AssertionError("the work has begun")
+    assert not hidden(older)
+
+
+def test_an_empty_folder_in_a_layer_of_a_container(older, tmp_path, monkeypatch):
+    """It cannot be moved, but replaced. An older folder must be moved aside, so that is refused."""
+    rename = os.rename
+    (tmp_path / "empty").mkdir()
+
+    def layered(source, target):
+        if Path(source) in (older, tmp_path / "empty"):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", layered)
+    with atomic_folder(tmp_path / "empty") as folder:
+        write(folder, "new")
+    assert (tmp_path / "empty" / "text").read_text() == "new"
+    with pytest.raises(OSError, match=r"cannot be replaced \(Invalid cross-device link\)"):
+        check_place(older, force=True)
+
+
+def test_a_parent_where_one_may_not_write(tmp_path, monkeypatch):
+    """The tests may run as root, who may write anywhere."""
+    (tmp_path / "parent" / "empty").mkdir(parents=True)
+    mkdir = Path.mkdir
+
+    def sealed(path, *args, **options):
+        if path.parent == tmp_path / "parent":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", sealed)
+    message = r"parent is not a folder with write permission \(Permission denied\)\. Name another place"
+    for name in ("empty", "new", "new/below"):
+        with pytest.raises(OSError, match=message):
+            check_place(tmp_path / "parent" / name)
+    with pytest.raises(OSError, match=message):
+        check_writable(tmp_path / "parent" / "new")
+    check_writable(tmp_path / "parent" / "empty" / "new")
+
+
+def test_other_names(older, tmp_path):
+    assert check_place(older / "scope" / "..", force=True) == check_place(older, force=True)
+    with pytest.raises(FileExistsError, match="already exists"):
+        check_place(older / "..")
+    with pytest.raises(FileExistsError, match="/ already exists"):
+        check_place("/")
+    with pytest.raises(FileExistsError, match="text already exists"):
+        check_place(older / "text")
+    with pytest.raises(FileExistsError, match=r"has no config\.json of this library"):
+        check_place(older / "text", force=True)
+    with pytest.raises(OSError, match=r"text is not a folder with write permission \(Not a directory\)"):
+        check_place(older / "text" / "new")
+    with pytest.raises(OSError, match="File name too long"):
+        check_place(tmp_path / ("n" * 250))
+    (tmp_path / "link").symlink_to(older / "scope")
+    assert check_place(tmp_path / "link") == Place(older / "scope", None)
 
 
 # Files
