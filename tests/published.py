@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from bilinear_jax.explain.tracer import Tracer
@@ -78,7 +79,7 @@ def _save(path: Path, weights: dict[str, np.ndarray]) -> None:
     if path.suffix == ".bin":
         torch_file(path, weights)
     else:
-        save_file(weights, path, metadata={"format": "pt"})
+        save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, path, metadata={"format": "pt"})
 
 
 # Files of torch.save, written by hand
@@ -158,6 +159,31 @@ def same(left, right) -> bool:
     """Whether two trees of arrays agree bit for bit."""
     equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), left, right)
     return all(jax.tree.leaves(equal))
+
+
+def other_memory(draw, array: np.ndarray):
+    """The numbers of an array as a view with another memory layout or byte order, or as an array of JAX."""
+    reordered = draw(st.permutations(range(array.ndim)))
+    back = np.argsort(reordered)
+    stored = np.ascontiguousarray(array.transpose(reordered))
+    steps = [draw(st.sampled_from([1, 2, -1, -3])) for _ in stored.shape]
+    buffer = np.full([size * abs(step) for size, step in zip(stored.shape, steps, strict=True)], 7, array.dtype)
+    view = buffer[tuple(slice(None, None, step) for step in steps)]
+    view[...] = stored
+    kind = draw(st.sampled_from(["view", "Fortran", "jax", "other bytes"]))
+    if kind == "jax":
+        return jnp.asarray(array)
+    if kind == "Fortran":
+        return np.asfortranarray(array)
+    if kind == "other bytes" and array.dtype.kind == "f":
+        return array.astype(array.dtype.newbyteorder(">"))
+    return view.transpose(back)
+
+
+def repeated(draw, array: np.ndarray):
+    """A view of the array's first part along an axis, repeated with stride 0."""
+    axis = draw(st.integers(0, array.ndim - 1))
+    return np.broadcast_to(array.take([0], axis), array.shape)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

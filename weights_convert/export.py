@@ -30,7 +30,7 @@ def write_transformer(
     Args:
         folder: the existing folder.
         config: the keyword arguments of ``TransformerConfig``, as from ``read_transformer``.
-        params: nested dicts of arrays, as from ``read_transformer``. They keep their dtype.
+        params: nested dicts of arrays in any memory layout, as from ``read_transformer``. They keep their dtype.
         repo: the name under which the files will be published. None: not known.
 
     Warns:
@@ -99,17 +99,33 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
     name = SAEName(config["layer"], config["site"], config["expansion"], config["k"], config.get("tag"))
     if parse_sae_name(folder.resolve().name) != name:
         raise ValueError(f"the folder of an SAE must have its name, but {folder} is not a name of {name}: rename it")
-    state = {key: np.ascontiguousarray(params[name]) for key, name in sae.PARAMS.items() if name in params}
+    state = {key: np.asarray(params[name]) for key, name in sae.PARAMS.items() if name in params}
     _check(state, sae.expected_shapes(config), params)
     _write(folder, raw, state, None)
 
 
-def _write(folder: Path, raw: Mapping[str, Any], state: dict[str, np.ndarray], metadata: Any) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. The arrays may have any memory layout (views, slices, Fortran order) and byte order.
+
+    The package safetensors itself writes raw memory, which is right only for arrays in C order.
+
+    Raises:
+        OSError: if the file cannot be written. The message has the path.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    plain = {name: np.asarray(value, value.dtype.newbyteorder("<"), order="C") for name, value in tensors.items()}
+    try:
+        save_file(plain, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path} ({error}): free disk space, or check what is at that path") from error
+    os.chmod(path, path.parent.stat().st_mode & 0o644)  # safetensors makes it readable for its owner only
+
+
+def _write(folder: Path, raw: Mapping[str, Any], state: dict[str, np.ndarray], metadata: Any) -> None:
+    save_tensors(folder / "model.safetensors", state, metadata)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    save_file(state, folder / "model.safetensors", metadata=metadata)
-    os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode & 0o777)  # readable for others too
 
 
 def _check(state: dict[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]) -> str:
@@ -187,7 +203,7 @@ def _scaled(config: Mapping[str, Any]) -> bool:
 def _state(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """All weights under their published names. Params that are missing are also missing here."""
     whole = {"transformer.wte.weight": "w_e", "lm_head.weight": "w_u"}
-    state = {key: np.ascontiguousarray(params[name]) for key, name in whole.items() if name in params}
+    state = {key: np.asarray(params[name]) for key, name in whole.items() if name in params}
     layers = params.get("layers", {})
     attention, mlp = layers.get("attention", {}), layers.get("mlp", {})
     sides = "lr" if config["bilinear"] else "l"

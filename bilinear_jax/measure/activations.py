@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from bilinear_jax.language import LanguageModel, token_array
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE, SparseCodes
+from bilinear_jax.store.files import atomic_file
+from weights_convert.export import save_tensors
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "rows", "positions"], meta_fields=[])
@@ -241,35 +242,32 @@ def locate(
 def save_top_activations(path: str | Path, tops: Mapping[str, TopActivations]) -> None:
     """Write one safetensors file with ``<SAE name>.values``, ``.rows`` and ``.positions``.
 
-    The file appears only when it is complete.
+    The file appears only when it is complete, and replaces an older one. Raises ``ValueError`` for numbers that do not
+    fit into float32 (values) and int32 (rows and positions).
 
     Example:
+        >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "top-activations.safetensors"
         >>> one = TopActivations(np.ones((4, 2), np.float32), np.zeros((4, 2), np.int32), np.ones((4, 2), np.int32))
         >>> save_top_activations(path, {"2-mlp-out-x4-k16": one})
         >>> load_top_activations(path)["2-mlp-out-x4-k16"].values.shape
         (4, 2)
     """
-    from safetensors.numpy import save
-
     path = Path(path)
     arrays = {}
     for name, top in tops.items():
-        arrays[f"{name}.values"] = np.asarray(top.values, np.float32)
-        arrays[f"{name}.rows"] = np.asarray(top.rows, np.int32)
-        arrays[f"{name}.positions"] = np.asarray(top.positions, np.int32)
+        for part, dtype in (("values", np.float32), ("rows", np.int32), ("positions", np.int32)):
+            given = np.asarray(getattr(top, part))
+            with np.errstate(all="ignore"):
+                stored = arrays[f"{name}.{part}"] = given.astype(dtype)
+                same = np.isfinite(stored) if part == "values" else stored == given
+            if not same.all():
+                raise ValueError(f"the {part} of {name} do not fit into {np.dtype(dtype)}: compute them again")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(arrays))
-            file.flush()
+    with atomic_file(path) as partial:
+        save_tensors(partial, arrays)
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 _PUBLISHED_KEY = re.compile(r"\d+-[a-z]+-[a-z]+")

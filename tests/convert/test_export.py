@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import published
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -20,6 +20,7 @@ from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store.convert import export
 from weights_convert.__main__ import main
+from weights_convert.export import save_tensors
 
 DTYPES = st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16])
 
@@ -89,6 +90,36 @@ def test_saes_come_back_bit_for_bit(tmp_path_factory, dtype, **options):
     got, back = weights_convert.read_sae(folder)
     assert SAEConfig(**got) == config
     assert published.same(back, params)
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.reuse, Phase.generate])  # to shrink takes minutes
+@given(st.data(), st.booleans(), DTYPES)
+def test_weights_in_any_memory_layout_come_back_bit_for_bit(tmp_path_factory, data, bias, dtype):
+    """Transposed, sliced with steps, backwards, in Fortran order, repeated, big-endian, or of JAX."""
+    config = TransformerConfig(2, 1, 4, 6, 8, 5, bias=bias, attention_bias=bias, attn_scale=0.5)
+    given = arrays(published.make_params(config), dtype, 0)
+    given["layers"]["mlp"]["w_p"] = published.repeated(data.draw, given["layers"]["mlp"]["w_p"])
+    expected = jax.tree.map(np.array, given)  # copies, in C order
+    given = jax.tree.map(lambda leaf: leaf if 0 in leaf.strides else published.other_memory(data.draw, leaf), given)
+    folder = tmp_path_factory.mktemp("model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of biases in the attention
+        weights_convert.write_transformer(folder, dataclasses.asdict(config), given)
+    back = weights_convert.read_transformer(folder)[1]
+    assert published.same(back, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype(dtype)}
+
+    sae = SAEConfig("mlp_out", 0, d_model=5, expansion=2, k=2, encoder_bias=True)
+    expected = arrays(SAE.init(sae, jax.random.key(0)).params, dtype, 1)
+    given = jax.tree.map(lambda leaf: published.other_memory(data.draw, leaf), expected)
+    (folder / sae.name).mkdir()
+    weights_convert.write_sae(folder / sae.name, dataclasses.asdict(sae), given)
+    assert published.same(weights_convert.read_sae(folder / sae.name)[1], expected)
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(OSError, match=r"could not write .*new/a\.safetensors .*: free disk space, or check what is at"):
+        save_tensors(tmp_path / "new" / "a.safetensors", {"a": np.ones(3)})
 
 
 def test_published_files_come_back_tensor_for_tensor(tmp_path):

@@ -5,7 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.activations import (
@@ -182,6 +185,33 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_top_activations(path, {"new": top})
     assert list(load_top_activations(path)) == ["old"] and len(list(tmp_path.iterdir())) == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_activations_in_any_memory_layout_come_back(tmp_path_factory, data):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 3)).astype(np.float32)
+    rows, positions = rng.integers(0, 99, (2, 4, 3)).astype(np.int32)
+    given = [published.other_memory(data.draw, part) for part in (values, rows, positions)]
+    path = tmp_path_factory.mktemp("top") / "top.safetensors"
+    save_top_activations(path, {"a": TopActivations(*given)})
+    again = load_top_activations(path)["a"]
+    for part, expected in (("values", values), ("rows", rows), ("positions", positions)):
+        np.testing.assert_array_equal(getattr(again, part), expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("values", 1e39), ("values", np.nan), ("rows", 2**31), ("positions", -(2**40))]
+)
+def test_numbers_that_a_file_cannot_hold(tmp_path, part, value):
+    path = tmp_path / "top.safetensors"
+    top = TopActivations(np.ones((4, 1)), np.ones((4, 1), int), np.ones((4, 1), int))
+    save_top_activations(path, {"a": top})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"the {part} of a do not fit into"):
+        save_top_activations(path, {"a": dataclasses.replace(top, **{part: np.full((4, 1), value)})})
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_damaged_or_foreign_file_is_told(tmp_path):
