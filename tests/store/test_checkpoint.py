@@ -5,12 +5,13 @@ import json
 import shutil
 import time
 
-import hypothesis
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import published
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import ORIGIN, make_params, same, snapshot
 
@@ -71,7 +72,7 @@ def test_a_saved_sae_comes_back_bit_for_bit(tmp_path, options):
         checkpoint.save_sae(tmp_path / "scope" / "another", sae, origin=ORIGIN)
 
 
-@hypothesis.given(st.text(min_size=1, max_size=20))
+@given(st.text(min_size=1, max_size=20))
 def test_a_tag_that_a_config_takes_can_be_found(tag):
     """Its folder's name, read again, has it."""
     try:
@@ -81,6 +82,72 @@ def test_a_tag_that_a_config_takes_can_be_found(tag):
     else:
         parts = parse_sae_name(config.name)
         assert parts == (1, "mlp_out", 4, 3, tag)
+
+
+TINY = TransformerConfig(n_layer=1, n_head=1, d_model=4, d_hidden=3, n_ctx=8, n_vocab=5, bias=True)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.data(), st.sampled_from([None, jnp.bfloat16]))
+def test_params_in_any_memory_layout_come_back(tmp_path_factory, data, dtype):
+    expected = jax.tree.map(np.asarray, make_params(TINY))
+    views = jax.tree.map(lambda leaf: published.other_memory(data.draw, leaf), expected)
+    folder = tmp_path_factory.mktemp("layout") / "model"
+    checkpoint.save_model(folder, TINY, views, origin=ORIGIN, dtype=dtype)
+    if dtype is not None:
+        expected = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float32), expected)
+    assert same(checkpoint.load_model(folder).params, expected)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return checkpoint.save_model(tmp_path / "tiny", TINY, make_params(TINY), origin=ORIGIN)
+
+
+STORED = {"float32", "float16", "bfloat16"}
+OTHERS = {"float64", "complex64", "int8", "uint8", "int32", "bool"} | {
+    name for name in dir(ml_dtypes) if name.lstrip("bu").startswith(("float", "int")) and name != "bfloat16"
+}
+
+
+@pytest.mark.parametrize("name", sorted(STORED | OTHERS))
+def test_a_dtype_is_stored_as_it_can_be_loaded_or_refused(tiny, name):
+    """By ``dtype``, or since the params have it. What is refused leaves the older checkpoint as it is."""
+    before, dtype = snapshot(tiny), jnp.dtype(getattr(ml_dtypes, name, name))
+    params = jax.tree.map(lambda leaf: np.abs(leaf) + np.float32(0.3), make_params(TINY, seed=1))
+    cast = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
+    for those, asked in ((params, dtype), (cast, None)):
+        if name in STORED:
+            checkpoint.save_model(tiny, TINY, those, origin=ORIGIN, force=True, dtype=asked)
+            assert same(checkpoint.load_model(tiny).params, jax.tree.map(lambda leaf: leaf.astype(np.float32), cast))
+            continue
+        with pytest.raises(ValueError, match=f"cannot be stored as {name}: give dtype as one of float32, float16, bf"):
+            checkpoint.save_model(tiny, TINY, those, origin=ORIGIN, force=True, dtype=asked)
+        assert snapshot(tiny) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "too_large"),
+    [(jnp.float16, 65504, 65520), (jnp.bfloat16, 3.38e38, 3.4e38), (jnp.float32, 3.4e38, 1e39)],
+)
+def test_values_that_a_dtype_does_not_have(tiny, dtype, largest, too_large):
+    before, params, name = snapshot(tiny), make_params(TINY), np.dtype(dtype).name
+    params["w_u"] = np.full((5, 4), too_large)
+    with pytest.raises(ValueError, match=f"infinite values as {name}: w_u. Use .*, or a dtype with a larger range"):
+        checkpoint.save_model(tiny, TINY, params, origin=ORIGIN, force=True, dtype=dtype)
+    assert snapshot(tiny) == before
+    params["w_u"] = np.full((5, 4), largest)
+    checkpoint.save_model(tiny, TINY, params, origin=ORIGIN, force=True, dtype=dtype)
+    assert checkpoint.load_model(tiny).params["w_u"][0, 0] == np.float32(np.asarray(largest).astype(dtype))
+
+
+def test_an_sae_whose_values_do_not_fit(tmp_path):
+    sae = SAE.init(SAEConfig("mlp_out", 0, d_model=8, expansion=2, k=2), jax.random.key(0))
+    large = SAE(sae.params | {"b_dec": jnp.full(8, 1e5)}, sae.config)
+    for dtype, message in ((jnp.float16, "infinite values as float16: b_dec"), (np.int8, "cannot be stored as int8")):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.save_sae(tmp_path / "scope" / sae.name, large, origin=ORIGIN, dtype=dtype)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_six_million_parameters_loads_fast(tmp_path):
