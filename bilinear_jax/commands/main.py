@@ -1,7 +1,8 @@
 """The command ``bilinear-jax``: the list of commands, and how they end.
 
 Exit status: 0; 1 if it ran and failed; 2 for wrong use, which is clear from the command line before anything is loaded;
-130 after Ctrl-C; 141 if the reader of the output has gone. The last two are what a shell reports for these signals.
+130 after Ctrl-C; 141 if the reader of the output has gone; 143 after SIGTERM. The last three are what a shell reports
+for these signals.
 """
 
 import _thread
@@ -10,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -22,7 +24,7 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.terminal import say
 from bilinear_jax.store.version import library_version
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "train", "convert", "export")
 EXAMPLES = """examples:
   bilinear-jax tour                                      the whole method on the model that ships with the package
@@ -35,7 +37,8 @@ EXAMPLES = """examples:
   bilinear-jax convert tdooms/fw-medium fw-medium        convert a published checkpoint
   bilinear-jax export runs/mine/model mine               write it back, for torch
 
-Each command has a --help with examples. Exit status: 0; 1 if it failed; 2 for wrong use; 130 after Ctrl-C.
+Each command has a --help with examples. Exit status: 0; 1 if it failed; 2 for wrong use; 130 after Ctrl-C;
+143 after SIGTERM.
 """
 
 
@@ -58,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bilinear-jax: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except _Terminated:
+        print("bilinear-jax: terminated", file=sys.stderr)
+        return TERMINATED
     except Exception as error:
         if "--debug" in words:
             say(traceback.format_exc(), sys.stderr)
@@ -72,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_and_exit() -> None:
     """Run ``main`` as a process, and end it.
 
-    After Ctrl-C it ends at once: a normal exit crashes if the compiler still works in another thread.
+    After Ctrl-C and SIGTERM it ends at once: a normal exit crashes if the compiler still works in another thread.
     """
     status = main()
-    if status == INTERRUPTED:
+    if status in (INTERRUPTED, TERMINATED):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -108,7 +114,7 @@ def _run(parser: common.Parser, words: list[str], command: str | None) -> None:
     # With --json the standard output holds only JSON.
     with (
         _plain_warnings(),
-        _heeding_interrupts(),
+        _heeding_signals(),
         contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext(),
     ):
         result = options.module.run(options)
@@ -135,22 +141,44 @@ def _plain_warnings():
         yield
 
 
+class _Terminated(BaseException):
+    """SIGTERM. As an exception it lets every writer remove what it has not finished."""
+
+
 @contextlib.contextmanager
-def _heeding_interrupts():
-    """Raise Ctrl-C again if it comes during a callback of the garbage collector (as JAX has): Python drops it there."""
-    before = sys.unraisablehook
+def _heeding_signals():
+    """Raise the first SIGTERM as ``_Terminated``, unless the process has a handler of its own or ignores it.
+
+    SIGTERM and Ctrl-C are raised again if they come during a callback of the garbage collector (as JAX has): Python
+    drops them there.
+    """
+    before, received = sys.unraisablehook, []
+
+    def terminate(number: int, frame: Any) -> None:
+        if not received:  # a second one must not disturb the removing
+            received.append(number)
+            raise _Terminated
 
     def again(unraisable: Any) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        if issubclass(unraisable.exc_type, _Terminated):
+            received.clear()
+            threading.Timer(0.05, _thread.interrupt_main, [signal.SIGTERM]).start()
+        elif issubclass(unraisable.exc_type, KeyboardInterrupt):
             threading.Timer(0.05, _thread.interrupt_main).start()
         else:
             before(unraisable)
 
+    in_main = threading.current_thread() is threading.main_thread()  # only there can a handler be set
+    ours = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = again
     try:
         yield
     finally:
         sys.unraisablehook = before
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _in_one_line(error: Exception) -> str:

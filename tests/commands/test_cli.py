@@ -245,3 +245,27 @@ class TestEnds:
         assert process.communicate() == ("", "bilinear-jax: interrupted\n")
         assert process.returncode == 130
         assert list((tmp_path / "temporary").iterdir()) == []
+
+    def test_sigterm_while_a_folder_is_written(self, tmp_path):
+        """Twice, as some programs that stop others send it: the second does not disturb the removing."""
+        (tmp_path / "out" / "site").mkdir(parents=True)
+        code = "import sys, time; from pathlib import Path\n"
+        code += "from bilinear_jax.store import convert; from bilinear_jax.commands.main import run_and_exit\n"
+        code += "convert.save_sae = lambda *_, **__: (print('writing', flush=True), time.sleep(600))\n"
+        code += "run_and_exit()"
+        words = ["convert", str(published.MODEL), "out/site", "--scope", str(published.SCOPE), "--attn-scale", "1"]
+        with subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "writing\n"
+            assert len(list((tmp_path / "out").iterdir())) == 2
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate() == ("", "bilinear-jax: terminated\n")
+        assert process.returncode == 143
+        assert [path.name for path in (tmp_path / "out").rglob("*")] == ["site"]

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import signal
+import threading
 
 import numpy as np
 import published
@@ -40,6 +41,10 @@ def failed(words: list, capsys) -> str:
         ("tuor", "invalid choice: 'tuor'"),
         ("tour --modle ts-nano", "unrecognized arguments: --modle ts-nano (see bilinear-jax tour --help)"),
         ("tour --mod ts-nano", "unrecognized arguments: --mod ts-nano"),
+        ("tour --out=", "--out: the name of a folder must not be empty"),
+        ("pages --layer 2 --out=", "--out: the name of a folder must not be empty"),
+        ("pages --layer 2 --out site --neuronpedia=", "--neuronpedia: the name of a folder must not be empty"),
+        ("train lm ts --data a --out=", "--out: the name of a folder must not be empty"),
         ("generate", "the following arguments are required: --prompt (see bilinear-jax generate --help)"),
         ("generate --prompt a --temperature -1", "--temperature must be at least 0"),
         ("generate --prompt a --temperature nan", "--temperature: 'nan' is not a finite number"),
@@ -237,6 +242,90 @@ def test_tour_interrupted(interrupt, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _save(Figure(), tmp_path, "cosines")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def terminate():
+    """A function that stands for SIGTERM at the place where it is called."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL, "the handler has stayed"
+
+
+def test_terminated(terminate, capsys, tmp_path, monkeypatch):
+    """In a conversion, and in the text of a run."""
+    model = ["convert", str(published.MODEL), str(tmp_path / "new"), "--scope", str(published.SCOPE)]
+    (tmp_path / "text.txt").write_text("a cat<|endoftext|>a dog" * 99)
+    text = ["train", "lm", "ts-nano", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    text += ["--model.n_vocab", "260", "--data.held_out", "1"]
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("bilinear_jax.store.convert.save_sae", terminate)
+    monkeypatch.setattr("bilinear_jax.store.tokens.too_few_documents", lambda *_: terminate())
+    monkeypatch.setattr("bilinear_jax.store.tokens.read_documents", lambda *_: iter(["a cat"]))
+    for words in ([*model, "--attn-scale", "1"], text):
+        assert main(words) == 143
+        assert capsys.readouterr().err.splitlines()[-1] == "bilinear-jax: terminated"
+    assert snapshot(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "text.txt"]
+
+
+def test_another_handler_of_sigterm_stays(capsys, monkeypatch):
+    """Of a program that calls ``main``; and without handlers, in a thread."""
+    received = []
+    monkeypatch.setattr("bilinear_jax.commands.eval.run", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    try:
+        assert main(["eval"]) == 0
+        thread = threading.Thread(target=lambda: received.append(main(["eval"])))
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sorted(received) == [0, 1, 1]
+
+
+def test_odd_places_are_refused_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("it was loaded first")
+
+    for name in ("file", "file.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("bilinear_jax.language.load", loaded)
+    monkeypatch.setattr("bilinear_jax.load", loaded)
+    monkeypatch.setattr("bilinear_jax.store.convert.folder_of", loaded)
+    monkeypatch.setattr("bilinear_jax.store.convert.load_model", loaded)
+    monkeypatch.setattr("bilinear_jax.store.convert.sae_names", loaded)
+    commands = [
+        ["convert", published.MODEL, "OUT", "--scope", published.SCOPE],
+        ["export", published.MODEL, "OUT", "--scope", published.SCOPE],
+        ["pages", "--layer", 2, "--out", "OUT"],
+        ["pages", "--layer", 2, "--out", "new", "--neuronpedia", "OUT"],
+    ]
+    for words in commands:
+        for place, message in (
+            (".", "here cannot be replaced, because it holds the working folder"),
+            ("..", f"{tmp_path} already exists"),
+            ("/", "/ already exists"),
+            ("../file", "file already exists"),
+            ("../file/new", "file is not a folder with write permission (Not a directory)"),
+        ):
+            assert message in failed([place if word == "OUT" else word for word in words], capsys), (words, place)
+    assert "name another folder with --out" in failed(["tour", "--out", "../file"], capsys)
+    assert "name another folder with --out" in failed(["tour", "--out", "../file/new"], capsys)
+    train = ["train", "sae", "ts-nano", "--data", "../file.txt", "--out", "../file"]
+    assert "is a file: name a folder for this run as --out" in failed(train, capsys)
+    assert snapshot(tmp_path) == {"file": b"", "file.txt": b""} and not list((tmp_path / "here").iterdir())
+
+
+def test_the_parent_of_a_folder_by_two_points(capsys, tmp_path):
+    """Its SAEs go to a folder beside it, which has its name and not "..-scope"."""
+    place = tmp_path / "new" / "below" / ".."
+    words = ["export", published.MODEL, place, "--scope", published.SCOPE, "--attn-scale", published.SCALE]
+    assert main([str(word) for word in words]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'new'}: the model; {tmp_path / 'new'}-scope: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new-scope"]
 
 
 def test_folders_that_cannot_be_written(capsys, tmp_path):
