@@ -29,6 +29,7 @@ from bilinear_jax.measure.activations import save_top_activations
 from bilinear_jax.measure.evaluation import table
 from bilinear_jax.nn.generation import generate
 from bilinear_jax.store.documents import read_documents
+from bilinear_jax.store.files import atomic_file
 from bilinear_jax.store.tokens import open_tokens
 from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.recipes import read_recipe
@@ -51,10 +52,12 @@ options = parser.parse_args()
 
 # %%
 changed, sae_changed = dict(options.lm), dict(options.sae)
+recipe, sae_recipe = read_recipe("lm", options.recipe, changed), read_recipe("sae", options.recipe, sae_changed)
+if recipe.model is not None and recipe.model.n_vocab > 2**16:
+    parser.error(f"n_vocab is {recipe.model.n_vocab}, but the corpus has token ids of 16 bits: give at most {2**16}")
 folder = bj.train_language(options.recipe, options.text, options.out, overrides=changed)
 bj.train_saes(options.recipe, options.text, options.out, overrides=sae_changed)
 lm = bj.load(folder)
-recipe, sae_recipe = read_recipe("lm", options.recipe, changed), read_recipe("sae", options.recipe, sae_changed)
 saes = [bj.load_sae(folder, c.site, c.layer, c.expansion, c.k, c.tag) for c in sae_recipe.saes.configs(lm.config)]
 
 # %% [markdown]
@@ -71,7 +74,8 @@ if not corpus_file.exists():
         key = jax.random.fold_in(jax.random.key(0), start)
         new = generate(lm.config, lm.params, prompt, max_length=lm.config.n_ctx - 1, key=key)
         parts.append(np.concatenate([prompt, np.asarray(new)], axis=1).astype(np.uint16))
-    np.save(corpus_file, np.concatenate(parts)[: options.corpus_rows])
+    with atomic_file(corpus_file) as partial, open(partial, "wb") as file:
+        np.save(file, np.concatenate(parts)[: options.corpus_rows])
 
 # %% [markdown]
 # ## Top activations

@@ -25,7 +25,7 @@ _SAE_DEFAULTS = {"bilinear_encoder": False, "encoder_bias": False, "normalize": 
 def write_transformer(
     folder: str | Path, config: Mapping[str, Any], params: Mapping[str, Any], *, repo: str | None = None
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors`` of a model into an existing folder.
+    """Write ``config.json`` and ``model.safetensors`` of a model into an existing folder. They replace older ones.
 
     Args:
         folder: the existing folder.
@@ -67,7 +67,7 @@ def write_transformer(
 
 
 def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Write ``config.json`` and ``model.safetensors`` of an SAE into an existing folder.
+    """Write ``config.json`` and ``model.safetensors`` of an SAE into an existing folder. They replace older ones.
 
     Args:
         folder: the existing folder, which has the name of the SAE.

@@ -51,9 +51,9 @@ def check_writable(path: Path) -> None:
     try:
         trial.mkdir()
     except OSError as error:
+        other = "a new folder in it" if path.is_dir() else "another place"
         raise OSError(
-            f"{path} cannot be written: {above} is not a folder with write permission ({error.strerror}). Name "
-            "another place"
+            f"{path} cannot be written: {above} is not a folder with write permission ({error.strerror}). Name {other}"
         ) from error
     trial.rmdir()
 

@@ -264,9 +264,9 @@ def test_a_parent_where_one_may_not_write(tmp_path, monkeypatch):
         mkdir(path, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", sealed)
-    message = r"parent is not a folder with write permission \(Permission denied\)\. Name another place"
-    for name in ("empty", "new", "new/below"):
-        with pytest.raises(OSError, match=message):
+    message = r"parent is not a folder with write permission \(Permission denied\)\. Name "
+    for name, other in (("empty", "a new folder in it"), ("new", "another place"), ("new/below", "another place")):
+        with pytest.raises(OSError, match=message + other):
             check_place(tmp_path / "parent" / name)
     with pytest.raises(OSError, match=message):
         check_writable(tmp_path / "parent" / "new")
