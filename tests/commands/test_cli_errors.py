@@ -261,7 +261,7 @@ def test_terminated(terminate, capsys, tmp_path, monkeypatch):
     before = snapshot(tmp_path)
     monkeypatch.setattr("bilinear_jax.store.convert.save_sae", terminate)
     monkeypatch.setattr("bilinear_jax.store.tokens.too_few_documents", lambda *_: terminate())
-    monkeypatch.setattr("bilinear_jax.store.tokens.read_documents", lambda *_: iter(["a cat"]))
+    monkeypatch.setattr("bilinear_jax.store.tokens.read_documents", lambda *_, **__: iter(["a cat"]))
     for words in ([*model, "--attn-scale", "1"], text):
         assert main(words) == 143
         assert capsys.readouterr().err.splitlines()[-1] == "bilinear-jax: terminated"

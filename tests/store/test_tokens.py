@@ -30,8 +30,8 @@ def meanwhile(monkeypatch, action) -> None:
     """Call the action while the text is read."""
     read = tokens.read_documents
 
-    def documents(*arguments):
-        yield from read(*arguments)
+    def documents(*arguments, **options):
+        yield from read(*arguments, **options)
         action()
 
     monkeypatch.setattr(tokens, "read_documents", documents)
@@ -70,7 +70,7 @@ def test_of_two_that_tokenise_at_once_the_first_to_end_stays(text, tokenizer, tm
 def test_the_name_of_the_sidecar_is_taken(text, tokenizer, tmp_path, monkeypatch):
     """Of ``stories`` it is ``stories.json``, which may well be the text itself."""
 
-    def unread(*_):
+    def unread(*_, **__):
         raise AssertionError("the work has begun")
 
     (tmp_path / "stories.json").write_text('{"text": "a cat"}')
