@@ -28,6 +28,7 @@ import bilinear_jax as bj
 from bilinear_jax.measure.activations import save_top_activations
 from bilinear_jax.measure.evaluation import table
 from bilinear_jax.nn.generation import generate
+from bilinear_jax.store.checkpoint import add_checksums
 from bilinear_jax.store.documents import read_documents
 from bilinear_jax.store.files import atomic_file
 from bilinear_jax.store.tokens import open_tokens
@@ -85,6 +86,7 @@ if not corpus_file.exists():
 top_file = folder / "top-activations.safetensors"
 if not top_file.exists():
     save_top_activations(top_file, bj.top_activations(lm, saes, bj.load_corpus(folder), k=20))
+add_checksums(folder)  # of these two as well
 
 # %% [markdown]
 # ## The card

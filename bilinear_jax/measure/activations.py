@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bilinear_jax.language import LanguageModel, token_array
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE, SparseCodes
+from bilinear_jax.store import checksums
 from bilinear_jax.store.files import atomic_file
 from weights_convert.export import save_tensors
 
@@ -280,13 +281,15 @@ def load_top_activations(path: str | Path) -> dict[str, TopActivations | RankedR
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a file that is cut short, or for keys of neither kind.
+        ValueError: for a file that is cut short, for keys of neither kind, for arrays that are not top activations, or
+            if the ``config.json`` beside it says that the file has changed.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}: compute it with top_activations, or name another")
+    checksums.check_file(Path(path))
     try:
         arrays = load_file(path)
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -299,13 +302,24 @@ def load_top_activations(path: str | Path) -> dict[str, TopActivations | RankedR
         if _PUBLISHED_KEY.fullmatch(key) and arrays[key].ndim == 2:
             tops[key] = RankedRows(arrays[key].T)
         elif part == "values" and {f"{name}.rows", f"{name}.positions"} <= arrays.keys():
-            tops[name] = TopActivations(arrays[key], arrays[f"{name}.rows"], arrays[f"{name}.positions"])
+            tops[name] = _checked(path, name, *(arrays[f"{name}.{part}"] for part in ("values", "rows", "positions")))
         elif part not in ("rows", "positions") or f"{name}.values" not in arrays:
             raise ValueError(
                 f"{path} holds the key {key!r}, but top activations have the keys '<SAE name>.values', '.rows' and "
                 "'.positions', or the published '<layer>-<point>': give another file"
             )
     return tops
+
+
+def _checked(path: str | Path, name: str, values: np.ndarray, rows: np.ndarray, positions: np.ndarray):
+    whole = values.ndim == 2 and values.shape == rows.shape == positions.shape
+    whole = whole and jnp.issubdtype(values.dtype, jnp.floating) and bool(np.isfinite(values).all())
+    if not whole or any(part.dtype.kind not in "iu" or part.min(initial=0) < -1 for part in (rows, positions)):
+        raise ValueError(
+            f"{path} has no top activations of {name} (values, rows and positions [features, k], finite, rows and "
+            "positions whole numbers from -1): compute or download it again"
+        )
+    return TopActivations(values, rows, positions)
 
 
 def find_top(tops: Mapping[str, Any], sae: SAE, where: str) -> TopActivations | RankedRows:

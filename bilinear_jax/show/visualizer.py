@@ -245,7 +245,7 @@ def _chosen(lm: LanguageModel, sae: SAE, top) -> TopActivations | RankedRows:
         return find_top(top, sae, "the top activations given")
     path = Path(_source(lm) if top is None else top)
     if path.suffix != ".safetensors":
-        path = inside(folder_of(str(path), [TOP_FILE]), TOP_FILE)
+        path = inside(folder_of(str(path), [TOP_FILE, "config.json"]), TOP_FILE)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: pass tokens= to compute the top activations over them")
     return find_top(load_top_activations(path), sae, str(path))

@@ -3,20 +3,24 @@
 The folder of a model (it appears when it is complete):
 
     config.json             {"format": "bilinear_jax.transformer", "version": 1, "config": {...}, "origin": {...},
-                             "files": {"params/...": bytes}, "crc32": {"layers.mlp.w_p": checksum}}
+                             "files": {"params/...": bytes}, "crc32": {"layers.mlp.w_p": checksum},
+                             "contents": {"tokenizer.json": SHA-256}, "sha256": of all that is before}
     params/                 the params, an Orbax checkpoint, in the dtype in which they were saved
     tokenizer.json          and tokenizer_config.json; optional
     scope/<name>/           its SAEs: config.json ("bilinear_jax.sae") and params/; optional
     corpus.npy              [rows, n_ctx] token ids, uint16; optional
+    top-activations.safetensors    optional
 
-In memory, params are float32, whatever the dtype on disk.
+In memory, params are float32, whatever the dtype on disk. Whatever is loaded is compared with its checksum: values that
+changed are an error, and so are another config, corpus or top activations. Another tokenizer is a warning. Folders of
+earlier versions lack some checksums. They load, with a warning; ``add_checksums`` adds what they lack.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
-import zlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,14 +36,17 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.configs import typed
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
-from bilinear_jax.store.files import atomic_folder, read_json
+from bilinear_jax.store import checksums
+from bilinear_jax.store.files import atomic_folder, read_json, replace_file
 from bilinear_jax.store.sources import find_sae, folder_of, sae_configs, sae_folder
-from bilinear_jax.store.tokenizers import copy_tokenizer
+from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer
 from weights_convert.files import check_kinds, inside
 from weights_convert.weights import FLOATS
 
 MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
 VERSION = 1
+BESIDE = (*TOKENIZER_FILES, "corpus.npy", "top-activations.safetensors")
+"""The files beside the params whose SHA-256 is recorded, if they are there."""
 NOTHING_TO_MERGE = "Skipping merge of OCDBT checkpoints"
 """Orbax warns so when it saves, but only one process writes."""
 NO_DATA_FILES = "TensorStore data files not found"
@@ -157,9 +164,9 @@ def save_model(
     """
     arrays = _stored(Path(path), params, _abstract_transformer(config), dtype)
     with atomic_folder(path, force=force) as folder:
-        _write(folder, MODEL_FORMAT, config, arrays, origin)
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), folder)
+        _write(folder, MODEL_FORMAT, config, arrays, origin)
     return Path(path)
 
 
@@ -207,6 +214,7 @@ def trainings_of_saes(source: str | Path) -> dict[str, str]:
 def _training(path: Path) -> str:
     record = read_json(path) or {}
     check_kinds(path, record, _RECORD)
+    checksums.check_seal(path, record)
     text = (record.get("origin") or {}).get("text")
     if isinstance(text, Mapping):
         sources, *counts = (text.get(key, "?") for key in ("sources", "n_documents", "n_tokens"))
@@ -219,6 +227,33 @@ def _training(path: Path) -> str:
     return str(text)
 
 
+def add_checksums(folder: str | Path) -> None:
+    """Record the checksums of a folder that this library wrote, as the folder is now, and of the SAEs in its ``scope``.
+
+    Use it for a folder of a version that recorded none, and after you changed the config or replaced a file beside the
+    params. Only ``config.json`` is written. Make sure first that the folder is what it should be: what is wrong in it
+    will not be noticed later.
+
+    Raises:
+        ValueError, FileNotFoundError: if the folder is not of this library, or if its params do not match its config
+            or the checksums that it has.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    raw = read_json(path) or {}
+    if raw.get("format") == SAE_FORMAT:
+        config = _own_config(path, raw, SAE_FORMAT, SAEConfig)
+        params = _restore(folder, raw, _abstract_sae(config), sealed=False)
+    elif raw.get("format") == MODEL_FORMAT:
+        config = _own_config(path, raw, MODEL_FORMAT, TransformerConfig)
+        params = _restore(folder, raw, _abstract_transformer(config), sealed=False)
+    else:
+        raise ValueError(f"{path} is not of a model or an SAE that this library saved: name such a folder")
+    replace_file(path, _as_text(raw | {"crc32": checksums.of_params(params)} | _listed(folder)))
+    for name in weights_convert.sae_folders(folder / "scope"):
+        add_checksums(folder / "scope" / name)
+
+
 def _write(folder: Path, kind: str, config: Any, arrays: PyTree, origin: Origin) -> None:
     from orbax.checkpoint import v1 as ocp
 
@@ -227,19 +262,30 @@ def _write(folder: Path, kind: str, config: Any, arrays: PyTree, origin: Origin)
     context.array.saving.use_ocdbt = False  # only one process writes, so there is nothing to merge
     context.memory.deepcopy_host_arrays = False  # nothing changes them, because the save is waited for
     with ThreadPoolExecutor(1) as meanwhile, context, _without(NOTHING_TO_MERGE):
-        checksums = meanwhile.submit(_checksums, arrays)
+        crc32 = meanwhile.submit(checksums.of_params, arrays)
         ocp.save(str(folder.resolve() / "params"), arrays)
     (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it contains a path of this machine
-    files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
     record = {
         "format": kind,
         "version": VERSION,
         "config": dataclasses.asdict(config),
         "origin": dict(origin if isinstance(origin, Mapping) else origin()),
-        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
-        "crc32": checksums.result(),
+        "crc32": crc32.result(),
     }
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(_as_text(record | _listed(folder)), encoding="utf-8")
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a record says of the files of its folder: the sizes of those of the params, the SHA-256 of those beside."""
+    files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
+    return {
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        "contents": {name: checksums.of_file(folder / name) for name in BESIDE if (folder / name).is_file()},
+    }
+
+
+def _as_text(record: Mapping[str, Any]) -> str:
+    return json.dumps(checksums.sealed(record), indent=2) + "\n"
 
 
 @contextlib.contextmanager
@@ -257,8 +303,11 @@ def _without(text: str) -> Iterator[None]:
         logger.removeFilter(other)
 
 
-def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:
-    """The params of a folder in float32. Their structure and shapes must be those of ``abstract``."""
+def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree, *, sealed: bool = True) -> PyTree:
+    """The params of a folder in float32. Their structure and shapes must be those of ``abstract``.
+
+    ``sealed``: also compare the record with its own checksum, or warn if it has none.
+    """
     from orbax.checkpoint import v1 as ocp
 
     path = folder.resolve() / "params"
@@ -287,9 +336,16 @@ def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree) -> PyTree:
     except Exception as error:
         raise _damaged(path, error) from error
     _check_finite(folder, arrays)
-    found = _checksums(arrays)
-    if changed := sorted(key for key, checksum in (raw.get("crc32") or {}).items() if found.get(key) != checksum):
+    crc32, found = raw.get("crc32") or {}, checksums.of_params(arrays)
+    if changed := sorted(key for key, checksum in crc32.items() if found.get(key) != checksum):
         raise _damaged(path, f"these are not the values that were written: {', '.join(changed)}")
+    if sealed and not checksums.check_seal(folder / "config.json", raw):
+        lacking = "its config and the files beside it" if crc32 else "its params, its config and the files beside it"
+        warnings.warn(
+            f"{folder} was written by a version that recorded no checksums of {lacking}, so changes in them are not "
+            f"noticed. If you trust the folder, add them with {checksums.how_to_add(folder)}",
+            stacklevel=4,
+        )
     return jax.tree.map(jnp.asarray, arrays)
 
 
@@ -358,7 +414,10 @@ def _stored(folder: Path, params: PyTree, abstract: PyTree, dtype: Any) -> PyTre
 def _check_shapes(folder: Path, params: PyTree, abstract: PyTree) -> None:
     """Raise ``ValueError`` if names or shapes differ. The message lists both sides."""
     have, want = (
-        {jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape) for key, leaf in _leaves(tree)}
+        {
+            jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape)
+            for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
         for tree in (params, abstract)
     )
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
@@ -375,34 +434,14 @@ def _check_shapes(folder: Path, params: PyTree, abstract: PyTree) -> None:
 def _check_finite(folder: Path, params: PyTree, stored: str = "") -> None:
     bad = [
         jax.tree_util.keystr(key, simple=True, separator=".")
-        for key, leaf in _leaves(params)
-        if not all(np.isfinite(part).all() for part in _parts(np.asarray(leaf)))
+        for key, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not all(np.isfinite(part).all() for part in checksums.parts(np.asarray(leaf)))
     ]
     if bad:
         raise ValueError(
             f"the params of {folder} have NaN or infinite values{stored}: {', '.join(bad)}. Use an earlier checkpoint"
             + (", or a dtype with a larger range" if stored else "")
         )
-
-
-def _parts(array: np.ndarray) -> list[np.ndarray]:
-    """The numbers of an array in parts of a few million, so that a computation on each part takes little memory."""
-    return np.array_split(array.reshape(-1), 1 + array.size // 2**22)
-
-
-def _checksums(params: PyTree) -> dict[str, int]:
-    """The CRC-32 of every array, computed from its bytes in memory (float32, little-endian), not from those on disk."""
-    found = {}
-    for key, leaf in _leaves(params):
-        checksum = 0
-        for part in _parts(np.asarray(leaf)):
-            checksum = zlib.crc32(np.ascontiguousarray(part, "<f4").data, checksum)
-        found[jax.tree_util.keystr(key, simple=True, separator=".")] = checksum
-    return found
-
-
-def _leaves(tree: PyTree):
-    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _float32(array: np.ndarray) -> jax.Array:

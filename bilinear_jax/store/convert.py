@@ -1,7 +1,6 @@
 """Convert published torch files to checkpoints of this library, and back: ``convert`` and ``export``."""
 
 import dataclasses
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import weights_convert
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.store import checksums
 from bilinear_jax.store.checkpoint import config_of, load_model, load_sae, save_model, save_sae
 from bilinear_jax.store.files import atomic_folder, check_place
 from bilinear_jax.store.sources import folder_of, list_saes, sae_folder, sae_names
@@ -106,16 +106,9 @@ def _origin(source: Any, folder: Path) -> dict[str, Any]:
     files = [inside(folder, "config.json"), *weight_files(folder)]
     return {
         "source": str(source),
-        "files": {path.name: _sha256(path) for path in files},
+        "files": {path.name: checksums.of_file(path) for path in files},
         "written_by": f"weights_convert of bilinear-jax {library_version()}",
     }
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: put the file itself there")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export(

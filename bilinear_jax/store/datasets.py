@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bilinear_jax.store import checksums
 from bilinear_jax.store.sources import dataset_folder, folder_of
 from weights_convert.files import inside
 
@@ -176,9 +177,10 @@ def load_corpus(source: str | Path) -> np.ndarray:
         >>> load_corpus("ts-nano").shape[1]
         256
     """
-    path = inside(folder_of(source, ["corpus.npy"]), "corpus.npy")
+    path = inside(folder_of(source, ["corpus.npy", "config.json"]), "corpus.npy")
     if not path.is_file():
         raise FileNotFoundError(f"{source} has no corpus.npy: give your own token ids [rows, n_ctx]")
+    checksums.check_file(path)
     tokens = _saved(path)
     if tokens.dtype != np.uint16:
         raise ValueError(f"{path} holds {tokens.dtype}, but must hold uint16 [rows, n_ctx]: restore it")

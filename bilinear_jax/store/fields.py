@@ -12,10 +12,12 @@ class Rule(NamedTuple):
 
     says: str  # the words of the error: "must ..."
     fits: Callable[[Any], bool]  # whether a value satisfies the rule
+    most: float = math.inf  # the largest value
 
 
-COUNT = Rule("must be at least 1", lambda n: n >= 1)
-NOT_NEGATIVE = Rule("must be a number that is not negative", lambda x: 0 <= x < math.inf)
+LARGEST_COUNT = 2**31 - 1  # steps, and positions in an axis, are counted as int32
+COUNT = Rule("must be at least 1", lambda n: n >= 1, LARGEST_COUNT)
+NOT_NEGATIVE = Rule("must be a number that is not negative", lambda x: 0 <= x < math.inf, LARGEST_COUNT)
 SEED = Rule("must lie in 0 ... 2^32 - 1", lambda n: 0 <= n < 2**32)  # the seeds that JAX, NumPy and Grain all accept
 
 
@@ -31,7 +33,7 @@ def field_comments(cls: type) -> dict[str, str]:
 
 
 def check_fields(config: Any, rule: Rule, *names: str) -> None:
-    """Raise ``ValueError`` if a field breaks the rule. A field that is None passes.
+    """Raise ``ValueError`` if a field breaks the rule or is larger than it allows. A field that is None passes.
 
     Example:
         >>> from bilinear_jax.training.recipes import RunOptions
@@ -43,3 +45,5 @@ def check_fields(config: Any, rule: Rule, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not rule.fits(value):
             raise ValueError(f"{name} {rule.says}, got {value}")
+        if value is not None and rule.most < math.inf and value > rule.most:
+            raise ValueError(f"{name} must be at most {rule.most}, got {value}")

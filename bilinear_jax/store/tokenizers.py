@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import warnings
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bilinear_jax.store import checksums
 from bilinear_jax.store.documents import END_OF_TEXT
 from bilinear_jax.store.files import read_json, replace_file
 from bilinear_jax.store.sources import folder_of
@@ -91,6 +91,12 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
     if not path.is_file():
         made = ", made from its tokenizer.model by transformers," if (path.parent / "tokenizer.model").is_file() else ""
         raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put one there{made} or use token ids")
+    if changed := [found for name in TOKENIZER_FILES if (found := checksums.changed_file(path.with_name(name)))]:
+        warnings.warn(
+            f"{'; '.join(changed)}: text may become other token ids than those that the model was trained on. Restore "
+            f"the file; or, if you replaced it on purpose, run {checksums.how_to_add(path.parent)}",
+            stacklevel=3,
+        )
     tokenizer = _read_tokenizer(path)
     if known and known.begins:
         _begin_with(tokenizer, known.bos_token, name)
@@ -333,8 +339,7 @@ def plain_tokenizer(tokenizer):
 
 def tokenizer_hash(tokenizer) -> str:
     """The SHA-256 of a tokenizer's ``tokenizer.json``, with sorted keys and without padding and truncation settings."""
-    definition = json.loads(plain_tokenizer(tokenizer).to_str())
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+    return checksums.of_json(json.loads(plain_tokenizer(tokenizer).to_str()))
 
 
 def vocabulary_size(tokenizer) -> int:

@@ -1,14 +1,18 @@
 """Text as one flat, memory-mapped file of token ids.
 
 A token file is two files. ``NAME`` holds the token ids of all documents, one after another, as little-endian uint16 or
-uint32. ``NAME.json``, its sidecar, describes them.
+uint32. ``NAME.json``, its sidecar, describes them, with the SHA-256 of the token ids and of the text that they were
+made from. It is sealed, see ``store.checksums``.
 """
 
 import dataclasses
 import errno
+import functools
+import itertools
 import json
 import os
 import secrets
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,19 +20,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from bilinear_jax.store import checksums
 from bilinear_jax.store.documents import LARGEST_DOCUMENT, as_sources, is_hub, read_documents, too_few_documents
+from bilinear_jax.store.fields import Rule
 from bilinear_jax.store.files import locked_folder, put_file, read_json
 from bilinear_jax.store.tokenizers import clear_errors, plain_tokenizer, tokenizer_hash, vocabulary_size
 
 FORMAT, VERSION = "bilinear_jax.tokens", 1
 
-
-_COUNTS = ("version", "n_vocab", "n_documents", "n_tokens", "n_held_out")
-
-
-_RECORD = dict.fromkeys(_COUNTS, int) | {"dtype": str, "tokenizer_hash": str, "made_from": dict}
-
-
+_COUNT = Rule("must be a whole number in 1 ... 2^63 - 1", lambda value: type(value) is int and 0 < value < 2**63)
+_RULES = dict.fromkeys(("version", "n_vocab", "n_documents", "n_tokens"), _COUNT) | {
+    "n_held_out": Rule("must be a whole number that is not negative", lambda value: type(value) is int and value >= 0),
+    "dtype": Rule("must be uint16 or uint32", lambda value: value in ("uint16", "uint32")),
+    "tokenizer_hash": Rule("must be text", lambda value: isinstance(value, str)),
+    "made_from": Rule("must be a JSON object", lambda value: isinstance(value, dict)),
+}
 _CHARACTERS = 1 << 21  # encoded at once
 
 
@@ -42,7 +48,7 @@ class TokenFile:
     n_documents: int  # number of documents, with those held out
     n_vocab: int  # largest token id of the tokenizer, plus 1
     tokenizer_hash: str  # SHA-256 of the tokenizer, see tokenizer_hash
-    made_from: dict[str, Any]  # the sources (name and size of each), field, held-out documents, limit of tokens
+    made_from: dict[str, Any]  # sources (name and size of each), field, held-out documents, limit of tokens, content
 
 
 def tokenize(
@@ -62,6 +68,9 @@ def tokenize(
     grow with the text. A terminal shows a progress bar. The file appears at ``path`` when it is complete. A killed
     process leaves only hidden files ``.NAME.partial-...`` beside it, which can be deleted.
 
+    If the file exists, the sources are read again, because another text may have the same name and size: about 2 GB a
+    second, or with ``max_tokens`` only the documents that were tokenised. A hub dataset is known by its name alone.
+
     Args:
         sources, field, max_characters: as for ``read_documents``.
         tokenizer: a ``tokenizers.Tokenizer`` or a ``transformers.PreTrainedTokenizerFast``. Its padding and truncation
@@ -71,9 +80,9 @@ def tokenize(
         max_tokens: stop after the document that reaches this many tokens. None: read the sources to the end.
 
     Raises:
-        ValueError: if ``path`` holds another text or the tokens of another tokenizer, or is not a token file; if all
-            documents would be held out; if the tokenizer gives a token id outside its own vocabulary; and as
-            ``read_documents`` does.
+        ValueError: if ``path`` holds another text or the tokens of another tokenizer, is damaged, or is not a token
+            file; if all documents would be held out; if the tokenizer gives a token id outside its own vocabulary; and
+            as ``read_documents`` does.
         FileExistsError: if the sidecar's name belongs to another file; or, at the end, if something else appeared at
             ``path`` meanwhile. That stays as it is, and the message says where the new tokens are.
         OSError: if the file cannot be written, for instance on a full disk. No partial file is left.
@@ -100,7 +109,9 @@ def tokenize(
     if path.exists():
         there = open_tokens(path, tokenizer)
         before = there.made_from
-        changed = [f"{key}: {before[key]} there, {now} now" for key, now in made_from.items() if before[key] != now]
+        if "content" in before and all(before.get(key) == now for key, now in made_from.items()):
+            made_from["content"] = _content(found, field, max_tokens, there.n_documents)
+        changed = [f"{key}: {before.get(key)} there, {n} now" for key, n in made_from.items() if before.get(key) != n]
         if changed:
             raise ValueError(
                 f"{path} was made from another text ({'; '.join(changed)}): delete it, or name another file"
@@ -118,9 +129,11 @@ def tokenize(
             counts = _encode_into(file, dtype, n_vocab, encoder, documents, held_out, max_tokens)
             file.flush()
             os.fsync(file.fileno())
+        made_from["content"] = _content(found, field, max_tokens, counts["n_documents"])
         record = {"format": FORMAT, "version": VERSION, "tokenizer_hash": tokenizer_hash(tokenizer)}
         record |= {"n_vocab": n_vocab, "dtype": dtype.name} | counts | {"made_from": made_from}
-        _sidecar(partial).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record |= {"tokens_sha256": checksums.of_file(partial)}
+        _sidecar(partial).write_text(json.dumps(checksums.sealed(record), indent=2) + "\n", encoding="utf-8")
     except BaseException as error:
         partial.unlink(missing_ok=True)
         _sidecar(partial).unlink(missing_ok=True)
@@ -155,23 +168,27 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
             f"a token file needs both {path} and {sidecar.name} beside it; found: {there}. Tokenise the text again, to "
             "a new name, or delete this file first if it holds tokens"
         )
-    record = read_json(sidecar, fix=f"delete {path} and tokenise the text again") or {}
+    anew = _anew(path)
+    record = read_json(sidecar, fix=anew) or {}
     if record.get("format") != FORMAT:
         raise ValueError(f"{sidecar} does not describe a token file of this library: name another file")
-    missing = [name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)]
-    if missing:
-        raise ValueError(f"{sidecar} lacks {', '.join(missing)}: delete {path} and tokenise the text again")
+    for name, rule in _RULES.items():
+        if not rule.fits(record.get(name)):
+            raise ValueError(f"{sidecar} lacks {name}: {anew} ({name} {rule.says}, but is {record.get(name)!r:.100})")
     if record["version"] > VERSION:
         raise ValueError(
             f"{path} has format version {record['version']}, but this bilinear_jax reads {VERSION}: upgrade it"
         )
+    if checksums.intact(record) is False:
+        raise ValueError(f"{sidecar} is not what was written, so it is damaged: {anew}")
     dtype = np.dtype(record["dtype"]).newbyteorder("<")
     count, size = record["n_tokens"] + record["n_held_out"], path.stat().st_size
     if size != count * dtype.itemsize:
         raise ValueError(
             f"{path} has {size} bytes, but should have {count * dtype.itemsize} ({count} tokens of {dtype.name}): "
-            "it is cut short or damaged. Delete it and tokenise the text again"
+            f"it is cut short or damaged: {anew}"
         )
+    _check_ids(path, str(record.get("tokens_sha256")) if checksums.intact(record) else None, _stamp(path))
     if tokenizer is not None and record["tokenizer_hash"] != tokenizer_hash(tokenizer):
         raise ValueError(
             f"{path} has the tokens of another tokenizer, {record['tokenizer_hash'][:12]} with {record['n_vocab']} "
@@ -190,6 +207,39 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
         held_out=stream[record["n_tokens"] :],
         **{name: record[name] for name in ("n_documents", "n_vocab", "tokenizer_hash", "made_from")},
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _check_ids(path: Path, expected: str | None, stamp: tuple[int, ...]) -> None:
+    """Compare the token ids with their SHA-256, once per process for each state of the file."""
+    if expected is None:
+        warnings.warn(
+            f"{path} was written by a version that recorded no checksums, so changed token ids, or another text of the "
+            f"same name and size, are not noticed. To have them checked, {_anew(path)}",
+            stacklevel=3,
+        )
+    elif checksums.of_file(path) != expected:
+        raise ValueError(f"{path} is damaged, for these are not the token ids that were written: {_anew(path)}")
+
+
+def _anew(path: Path) -> str:
+    return f"delete {path} and tokenise the text again"
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _content(sources: list[str | Path], field: str, max_tokens: int | None, documents: int) -> list[str]:
+    """What identifies a text: the SHA-256 of each file, or of the documents that were read of it up to a limit.
+
+    There is none for a hub dataset, which would have to be downloaded again.
+    """
+    files = [Path(source) for source in sources if not is_hub(source)]
+    if max_tokens is None or len(files) < len(sources):
+        return [checksums.of_file(path) for path in files]
+    return [checksums.of_texts(itertools.islice(read_documents(sources, field), documents))]
 
 
 def _sidecar(path: Path) -> Path:

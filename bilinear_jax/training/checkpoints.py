@@ -6,16 +6,18 @@ training state, a record (JSON: the position in the data, the seconds of trainin
     sum over i of (2 i + 1) bits_i   mod 2^32        bits_i: the bits of number i as an unsigned integer
 
 The checksum is computed on the device where the array is, shard by shard, and again after loading. Orbax notices a
-file that was cut short, but it may not notice changed contents.
+file that was cut short, but it may not notice changed contents. The step, the record and the checksums are sealed
+together (see ``store.checksums``). A checkpoint of a version before seals is loaded with a warning.
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt32
 
+from bilinear_jax.store.checksums import intact, sealed
 from bilinear_jax.training.mesh import on_first_process
 
 _ORBAX_LOG = logging.getLogger("absl")
@@ -63,9 +66,21 @@ class Checkpoints:
         if self.keep_every is not None:
             kept.append(policies.EveryNSteps(self.keep_every))
         policy: Any = policies.AnyPreservationPolicy(kept)
-        self._orbax = ocp.training.Checkpointer(
-            str(self.directory / "checkpoints"), preservation_policy=policy, cleanup_tmp_directories=True
+        there = str(self.directory / "checkpoints")
+        opened = functools.partial(
+            ocp.training.Checkpointer, there, preservation_policy=policy, cleanup_tmp_directories=True
         )
+        try:
+            self._orbax = opened()
+        except Exception as error:  # Orbax lists no checkpoint if it cannot read the metadata of one
+            problems = self._unlisted()
+            if not problems:
+                raise
+            rest = set(self._steps()) - problems.keys()
+            if not rest or jax.process_count() > 1:  # only one process may move them
+                raise self._none_read(problems) from error
+            self._set_aside(problems, max(rest))
+            self._orbax = opened()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -94,7 +109,7 @@ class Checkpoints:
         if bad:
             raise self.not_finite(f"at step {step} these are not finite: {', '.join(bad)}")
         arrays = {name: _description(leaf) | {"checksum": int(checksums[name])} for name, leaf in leaves.items()}
-        metadata: Any = {"record": record, "arrays": arrays}
+        metadata: Any = sealed({"step": step, "record": record, "arrays": arrays})
         try:
             response = self._orbax.save_async(step, leaves, force=True, custom_metadata=metadata)
         except Exception as error:
@@ -111,13 +126,14 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(step, error) from error
 
-    def restore(self, state: PyTree) -> tuple[PyTree, dict] | None:
+    def restore(self, state: PyTree, fields: Sequence[str] = ()) -> tuple[PyTree, dict] | None:
         """The newest readable checkpoint, as ``(state, record)``. None if there are no checkpoints.
 
         A newer checkpoint that cannot be read is moved to ``damaged/<step>``, with a warning that names both.
 
         Args:
             state: arrays with the structure, shapes, dtypes and shardings of what to load.
+            fields: what the record must have. A checkpoint without them cannot be read.
 
         Raises:
             ValueError: if a checkpoint holds other arrays than ``state``, or if none can be read.
@@ -128,19 +144,16 @@ class Checkpoints:
         steps = sorted((checkpoint.step for checkpoint in self._orbax.checkpoints), reverse=True)
         for step in steps:
             try:
-                loaded, record = self._load(step, leaves)
+                loaded, record = self._load(step, leaves, fields)
             except _Damaged as problem:
                 problems[step] = str(problem)
                 continue
             self._set_aside(problems, step)
+            self._orbax.reload()
             return jax.tree.unflatten(jax.tree.structure(state), list(loaded.values())), record
         if not steps:
             return None
-        listing = "; ".join(f"{step} ({problem})" for step, problem in problems.items())
-        raise ValueError(
-            f"none of the checkpoints in {self.directory / 'checkpoints'} can be read: {listing}. "
-            "Restore one from a copy, or name another folder to train from the beginning"
-        )
+        raise self._none_read(problems)
 
     def not_finite(self, what: str) -> FloatingPointError:
         """The error for NaN or infinite values in a run. It names them, the last good checkpoint, and what to do."""
@@ -157,21 +170,55 @@ class Checkpoints:
         steps = [checkpoint.step for checkpoint in self._orbax.checkpoints if checkpoint.step != but]
         return f"of step {max(steps)}" if steps else "none"
 
-    def _load(self, step: int, leaves: dict[str, Array]) -> tuple[dict[str, Array], dict]:
+    def _load(self, step: int, leaves: dict[str, Array], fields: Sequence[str]) -> tuple[dict[str, Array], dict]:
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()
         }
         metadata: Any = self._read(lambda: self._orbax.checkpointables_metadata(step).custom_metadata)
-        if not metadata or metadata.keys() != {"record", "arrays"}:
-            raise _Damaged("its metadata is missing")
-        self._compare(step, metadata["arrays"], leaves)
+        seal = _check_metadata(step, metadata, fields)
+        try:
+            self._compare(step, metadata["arrays"], leaves)
+            saved = {name: metadata["arrays"][name]["checksum"] for name in leaves}
+        except (AttributeError, KeyError, TypeError) as error:  # only where there is no seal
+            raise _Damaged(f"its metadata is damaged: {error!r}") from error
         loaded: Any = self._read(lambda: self._orbax.load(step, abstract))
         loaded = {name: loaded[name] for name in leaves}
         checksums, _ = jax.device_get(_fingerprint(loaded))
-        changed = [name for name in leaves if int(checksums[name]) != metadata["arrays"][name]["checksum"]]
+        changed = [name for name in leaves if int(checksums[name]) != saved[name]]
         if changed:
             raise _Damaged(f"not what was saved: {', '.join(changed)}")
+        if not seal:
+            warnings.warn(
+                f"checkpoint {step} of {self.directory} was saved by a version that recorded no checksum of its place "
+                "in the data, so a change of it is not noticed: resuming from it as it is",
+                stacklevel=4,
+            )
         return loaded, metadata["record"]
+
+    def _steps(self) -> list[int]:
+        """The steps of the folders in ``checkpoints``, readable or not."""
+        folders = (self.directory / "checkpoints").glob("*")
+        return [int(path.name) for path in folders if path.name.isdecimal() and path.is_dir()]
+
+    def _unlisted(self) -> dict[int, str]:
+        """The checkpoints whose metadata Orbax cannot read, with the reasons."""
+        from orbax.checkpoint import v1 as ocp
+
+        problems = {}
+        for step in self._steps():
+            path = str(self.directory / "checkpoints" / str(step))
+            try:
+                self._read(functools.partial(ocp.checkpointables_metadata, path))
+            except _Damaged as problem:
+                problems[step] = str(problem)
+        return problems
+
+    def _none_read(self, problems: dict[int, str]) -> ValueError:
+        listing = "; ".join(f"{step} ({problem})" for step, problem in problems.items())
+        return ValueError(
+            f"none of the checkpoints in {self.directory / 'checkpoints'} can be read: {listing}. "
+            "Restore one from a copy, or name another folder to train from the beginning"
+        )
 
     def _read(self, action: Callable[[], Any]) -> Any:
         """The result of an Orbax action. Raises ``_Damaged`` with the reason if the action fails.
@@ -222,7 +269,6 @@ class Checkpoints:
                 (self.directory / "checkpoints" / str(step)).rename(goal)
 
         on_first_process(move)
-        self._orbax.reload()
         for step, problem in problems.items():
             warnings.warn(
                 f"checkpoint {step} of {self.directory} cannot be read ({problem}): resuming from checkpoint {loaded}. "
@@ -248,6 +294,20 @@ class _Damaged(Exception):
 
 class _Mismatch(ValueError):
     """A readable checkpoint of another run."""
+
+
+def _check_metadata(step: int, metadata: Any, fields: Sequence[str]) -> bool:
+    """Whether the metadata of a checkpoint are sealed. Raises ``_Damaged`` if ``save`` did not write them so."""
+    if not metadata:
+        raise _Damaged("its metadata is missing")
+    found = intact(metadata)
+    if found and metadata["step"] != step:
+        raise _Damaged(f"it is a copy of checkpoint {metadata['step']}")
+    older = metadata.keys() == {"record", "arrays"}
+    whole = found or (older and isinstance(metadata["record"], dict) and metadata["record"].keys() >= set(fields))
+    if not whole:
+        raise _Damaged("its metadata is not what was saved")
+    return not older
 
 
 def named_leaves(state: PyTree) -> dict[str, Array]:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from bilinear_jax.store.fields import LARGEST_COUNT
 from bilinear_jax.store.terminal import say
 from bilinear_jax.training import folder
 from bilinear_jax.training.checkpoints import Checkpoints
@@ -147,7 +148,7 @@ def fit(
 
     Raises:
         ValueError: if the folder has another config or a checkpoint of another run, if no checkpoint can be read, if
-            the data ends, or if a number of steps is below 1.
+            the data ends, or if a number of steps is below 1 or above 2^31 - 1.
         FileExistsError: if the folder is not of a run, but has files with the names of its files.
         FloatingPointError: if a metric or a parameter is not finite. The last good checkpoint stays.
         OSError: if the disk is full. The last good checkpoint stays.
@@ -165,9 +166,10 @@ def fit(
     from tqdm.auto import tqdm
 
     for count in (steps, save_every, keep_every, log_every, evaluate_every):
-        if count is not None and count < 1:
+        if count is not None and not 1 <= count <= LARGEST_COUNT:
             raise ValueError(
-                "steps, save_every, keep_every, log_every and evaluate_every must be at least 1, got "
+                "steps, save_every, keep_every, log_every and evaluate_every must be at least 1, "
+                f"and at most {LARGEST_COUNT}, got "
                 f"{steps}, {save_every}, {keep_every}, {log_every} and {evaluate_every}"
             )
     directory = Path(directory).resolve()
@@ -179,7 +181,7 @@ def fit(
         checkpoints = stack.enter_context(Checkpoints(directory, keep, keep_every))
         state = jax.tree.map(jnp.asarray, state)
         trained_before = 0.0
-        if (restored := checkpoints.restore(state)) is not None:
+        if (restored := checkpoints.restore(state, ("data", "seconds"))) is not None:
             jax.tree.map(lambda leaf: leaf.delete(), state)  # frees its memory, as donation would
             state, record = restored
             data.set_state(record["data"])

@@ -2,7 +2,7 @@
 
 What is in it:
 
-    config.json     the config that started the run
+    config.json     the config that started the run, with the SHA-256 of its data
     metrics.jsonl   one JSON object per line: step, seconds of training so far, metrics
     checkpoints/    see ``checkpoints.py``
     lock            locked while a process trains here; the lock ends with the process, however that ends
@@ -36,7 +36,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     import fcntl
 
-    with open(directory / "lock", "a+", encoding="utf-8") as file:
+    with open(directory / "lock", "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -56,8 +56,15 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
+DATA = "data_sha256"
+"""The key of a run's config for the SHA-256 of its data. Configs of earlier versions do not have it."""
+
+
 def claim(directory: Path, config: dict) -> None:
-    """Write ``config.json``. Raises ``ValueError`` with the changes if the folder has checkpoints of another config."""
+    """Write ``config.json``. Raises ``ValueError`` with the changes if the folder has checkpoints of another config.
+
+    A recorded config without ``DATA`` is not compared in it.
+    """
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     if not any(path.name.isdigit() for path in directory.glob("checkpoints/*")):  # so nothing is lost
         replace_file(directory / "config.json", text)
@@ -69,7 +76,8 @@ def claim(directory: Path, config: dict) -> None:
             "folder"
         )
     before, now = _flat(recorded), _flat(json.loads(text))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    known = before.keys() | (now.keys() - {DATA})
+    changed = sorted(key for key in known if before.get(key) != now.get(key))
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         raise ValueError(
@@ -99,7 +107,7 @@ def forget_after(path: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             late = json.loads(line)["step"] > step
-        except (ValueError, TypeError, KeyError):  # a line that a crash cut short, or foreign text
+        except (ValueError, TypeError, KeyError, RecursionError):  # a line that a crash cut short, or foreign text
             continue
         if not late:
             kept.append(line + "\n")

@@ -22,8 +22,10 @@ from jaxtyping import Array, Float, PyTree
 from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, unit_range
 from bilinear_jax.nn.transformer import run_module
+from bilinear_jax.store.checksums import of_arrays
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
 from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
+from bilinear_jax.training.folder import DATA
 from bilinear_jax.training.noise import pixel_noise
 
 TOGETHER = ("epochs", "batch_size")
@@ -94,7 +96,9 @@ def train_images(
     if len(data[0]) < first.batch_size:
         raise ValueError(f"a batch needs {first.batch_size} images, but there are {len(data[0])}: lower batch_size")
     start = image_state(config, chosen)
-    described = {"config": dataclasses.asdict(config), "recipes": [dataclasses.asdict(recipe) for recipe in chosen]}
+    described: dict = {"config": dataclasses.asdict(config), "recipes": [dataclasses.asdict(one) for one in chosen]}
+    if directory is not None:
+        described[DATA] = of_arrays(images, labels)
     with tempfile.TemporaryDirectory() as temporary:
         state = fit(
             update,

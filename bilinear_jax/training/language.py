@@ -25,6 +25,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.sites import loss as summed_loss
 from bilinear_jax.nn.transformer import REMAT, TransformerConfig
+from bilinear_jax.store.checksums import of_arrays
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
 from bilinear_jax.store.tokenizers import end_tokens, load_tokenizer, prompt_ids
 from bilinear_jax.training import folder
@@ -38,6 +39,7 @@ from bilinear_jax.training.fit import (
     fit,
     sum_over_rows,
 )
+from bilinear_jax.training.folder import DATA
 from bilinear_jax.training.mesh import OnMesh, on_first_process, one_copy, place, place_rows
 
 
@@ -295,6 +297,7 @@ def fit_language(
             "model": dataclasses.asdict(config),
             "recipe": dataclasses.asdict(recipe),
             "tokens": len(tokens),
+            DATA: of_arrays(tokens),
             "start": None if params is None else fingerprint(params),
         },
         evaluate=evaluate,

@@ -3,9 +3,9 @@
 What is in the folder OUT:
 
     OUT/tokenizer.json, tokenizer_config.json
-    OUT/tokens, tokens.json       the text, see store.tokens
+    OUT/tokens, tokens.json       the text, with checksums, see store.tokens
     OUT/language/, OUT/saes/      the runs: checkpoints, metrics.jsonl
-    OUT/model/                    the model, for ``bilinear_jax.load``
+    OUT/model/                    the model, for ``bilinear_jax.load``; scored only if it is as it was trained
     OUT/model/scope/              its SAEs; OUT/scope/ for SAEs of a model elsewhere
     OUT/model.json, saes.json     scores of the saved model or SAEs on the held-out documents
 """
@@ -47,6 +47,7 @@ from bilinear_jax.training.language import check_language_run, fit_language
 from bilinear_jax.training.mesh import make_mesh, on_first_process, one_copy
 from bilinear_jax.training.recipes import DataOptions, Recipe, RunOptions, read_recipe
 from bilinear_jax.training.sae import fit_saes
+from weights_convert.files import read_text
 
 _CHARACTERS = 1 << 26
 """With max_tokens, a new tokenizer is trained on this much text, or on 16 characters for each token if that is more."""
@@ -114,7 +115,9 @@ def train_language(
         if _is_free(folder):
             origin = _origin(plan, text) | ({} if model is None else {"start": str(model)})
             save_model(folder, config, params, tokenizer=out, origin=origin, dtype=jnp.dtype(plan.run.weights))
-        saved = _read_back(folder, lambda: load(folder), params, plan.run)
+        saved = _read_back(folder, lambda: load(folder), config, params, plan.run)
+        if tokenizer_hash(saved.tokenizer) != text.tokenizer_hash:
+            raise ValueError(f"{folder} has another tokenizer than this run: {_anew(folder)}")
         rows = _held_out(text, config.n_ctx, plan.run)
         scored = saved.mean_loss(rows, np.ones_like(rows))
         scores = {
@@ -189,7 +192,7 @@ def train_saes(
                 save_sae(scope / sae.name, sae, origin=origin, dtype=jnp.dtype(plan.run.weights))
             c = sae.config
             read = functools.partial(load_sae, scope, c.site, c.layer, c.expansion, c.k, c.tag)
-            saved.append(_read_back(scope / sae.name, read, sae.params, plan.run))
+            saved.append(_read_back(scope / sae.name, read, c, sae.params, plan.run))
         scores = evaluation.evaluate_saes(lm, saved, rows)
         replace_file(out / "saes.json", evaluation.to_json(scores) + "\n")
         say(f"{scope}, on {rows.size:,} held-out tokens:\n\n{evaluation.table(scores)}")
@@ -283,20 +286,26 @@ def _is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
-def _read_back(folder: Path, read: Callable[[], Any], params: Any, options: RunOptions) -> Any:
+def _read_back(folder: Path, read: Callable[[], Any], config: Any, params: Any, options: RunOptions) -> Any:
     """What is saved in a folder. Raises ``ValueError`` unless it is what was trained."""
-    anew = f"move {folder} away and run the same command, which saves it again"
     try:
         found = read()
     except (OSError, ValueError, UnknownNameError) as error:
-        raise ValueError(f"what was saved cannot be read ({error}): {anew}") from error
+        raise ValueError(f"what was saved cannot be read ({error}): {_anew(folder)}") from error
+    expected, there = dataclasses.asdict(config), dataclasses.asdict(found.config)
+    if changed := [f"{key}: {expected[key]!r} -> {there[key]!r}" for key in expected if expected[key] != there[key]]:
+        raise ValueError(f"{folder} has another config than this run ({', '.join(changed)}): {_anew(folder)}")
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(options.weights)), params)
     pairs = jax.tree.structure(rounded) == jax.tree.structure(found.params) and jax.tree.map(
         lambda one, other: np.array_equal(one.astype(np.float32), np.asarray(other, np.float32)), rounded, found.params
     )
     if not pairs or not all(jax.tree.leaves(pairs)):
-        raise ValueError(f"{folder} is not what was trained here, in {options.weights}: {anew}")
+        raise ValueError(f"{folder} is not what was trained here, in {options.weights}: {_anew(folder)}")
     return found
+
+
+def _anew(folder: Path) -> str:
+    return f"move {folder} away and run the same command, which saves it again"
 
 
 def _fit_options(plan: Recipe, log: Callable[[int, dict[str, Any]], None] | None) -> FitOptions:
@@ -347,5 +356,7 @@ def _wandb_log(
     if not name.exists():
         replace_file(name, secrets.token_hex(8))
     config = {"out": str(directory)} | dataclasses.asdict(plan)
-    run = package.init(project=project, id=name.read_text(), resume="allow", name=plan.name, config=config)
+    run = package.init(
+        project=project, id=read_text(name, limit=1000, fix="delete it"), resume="allow", name=plan.name, config=config
+    )
     return lambda step, metrics: run.log(metrics, step=step)

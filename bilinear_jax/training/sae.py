@@ -41,8 +41,9 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
 from bilinear_jax.nn.sites import capture
-from bilinear_jax.nn.sparse import FORMS, fastest_form
+from bilinear_jax.nn.sparse import FORMS, check_form, fastest_form
 from bilinear_jax.nn.transformer import run_module
+from bilinear_jax.store.checksums import of_arrays
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
 from bilinear_jax.training import folder
 from bilinear_jax.training.batches import batches
@@ -85,7 +86,8 @@ class SAERecipe:
 
     def __post_init__(self):
         check_types(self)
-        check_fields(self, COUNT, "steps", "batch_size", "buffer_tokens", "rows", "dead_after")
+        check_fields(self, COUNT, "steps", "batch_size", "rows")
+        check_fields(self, COUNT._replace(most=10**15), "buffer_tokens", "dead_after")  # memory and int32 allow less
         check_fields(self, NOT_NEGATIVE, "lr", "k_aux", "warmup", "aux_coefficient")
         check_fields(self, SEED, "seed")
         if not 0 <= self.final_lr <= self.lr:
@@ -289,7 +291,12 @@ def fit_saes(
         recipe,
         directory,
         means,
-        identity={"model": dataclasses.asdict(lm.config), "params": fingerprint(lm.params), "tokens": len(tokens)},
+        identity={
+            "model": dataclasses.asdict(lm.config),
+            "params": fingerprint(lm.params),
+            "tokens": len(tokens),
+            folder.DATA: of_arrays(tokens),
+        },
         mesh=mesh,
         evaluate=None if held_out is None else evaluate,
         evaluate_every=evaluate_every,
@@ -393,7 +400,10 @@ def _means(lm: LanguageModel, sites: Sequence[tuple[str, int]], rows) -> dict[tu
 
 
 def _recorded_form(directory: Path) -> str | None:
-    return (folder.read_config(directory) or {}).get("form")
+    form = (folder.read_config(directory) or {}).get("form")
+    if form is not None:
+        check_form(str(form))
+    return form
 
 
 def _measured_form(configs: Sequence[SAEConfig], recipe: SAERecipe, mesh: Mesh | None) -> str:

@@ -9,6 +9,7 @@ import published
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.activations import (
@@ -228,6 +229,27 @@ def test_a_damaged_or_foreign_file_is_told(tmp_path):
     save_file({"a.values": np.ones((4, 1))}, path)
     with pytest.raises(ValueError, match=r"holds the key 'a\.values'"):
         load_top_activations(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": np.zeros((5, 2), np.float32)},
+        {"rows": np.full((5, 2), -2)},
+        {"positions": np.zeros((5, 1), np.int32)},
+        {"values": np.zeros((5, 2), bool)},
+        {"values": np.full((5, 2), np.nan, np.float32)},
+        {name: np.zeros(5, np.int32) for name in ("rows", "positions")} | {"values": np.zeros(5, np.float32)},
+    ],
+    ids=range(6),
+)
+def test_arrays_of_nonsense_are_told(tmp_path, change):
+    arrays = {"values": np.ones((5, 2), np.float32), "rows": np.zeros((5, 2), int), "positions": np.ones((5, 2), int)}
+    save_file({f"a.{part}": array for part, array in arrays.items()}, tmp_path / "top.safetensors")
+    assert load_top_activations(tmp_path / "top.safetensors")["a"].rows.shape == (5, 2)
+    save_file({f"a.{part}": array for part, array in (arrays | change).items()}, tmp_path / "top.safetensors")
+    with pytest.raises(ValueError, match=r"top.safetensors has no top activations of a \(values, rows and positions"):
+        load_top_activations(tmp_path / "top.safetensors")
 
 
 def test_reads_the_published_rows_and_locates_their_activations(lm, tokens, tmp_path):

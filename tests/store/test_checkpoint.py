@@ -1,9 +1,12 @@
 """Checkpoints: what is saved comes back, what is damaged is refused, what was there is never lost."""
 
 import gc
+import hashlib
 import json
 import shutil
 import time
+import warnings
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,9 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store import checkpoint
+from bilinear_jax.store.checksums import sealed
+from bilinear_jax.store.sources import PRETRAINED
+from bilinear_jax.store.tokenizers import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
 from weights_convert.names import parse_sae_name
 
 CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11, bias=True, gate="silu")
@@ -347,3 +353,144 @@ def test_params_that_are_not_there(copy):
     shutil.rmtree(copy / "params")
     with pytest.raises(FileNotFoundError, match="has no params: the checkpoint is incomplete"):
         checkpoint.load_model(copy)
+
+
+# What changed after it was written is found.
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return [train_tokenizer([text], n_vocab=260) for text in ("the cat sat on the mat", "a dog ran and ran")]
+
+
+@pytest.fixture
+def whole(tokenizers, tmp_path):
+    """The folder of a model with a tokenizer and an SAE."""
+    save_tokenizer(tokenizers[0], tmp_path)
+    folder = checkpoint.save_model(tmp_path / "m", CONFIG, make_params(CONFIG), tokenizer=tmp_path, origin=ORIGIN)
+    sae = SAE.init(SAEConfig("mlp_in", 0, d_model=8, expansion=2, k=2), jax.random.key(0))
+    checkpoint.save_sae(folder / "scope" / sae.name, sae, origin=ORIGIN)
+    return folder
+
+
+def everything(folder):
+    """All that is loaded from a folder."""
+    load_tokenizer.cache_clear()
+    files = checkpoint.load_model(folder)
+    tokenizer = load_tokenizer(str(folder), None)
+    sae = checkpoint.load_sae(folder, "mlp_in")
+    origin = checkpoint.training_of(folder), checkpoint.training_of(folder, sae.name)
+    return files.config, files.params, sae.config, sae.params, tokenizer_hash(tokenizer), tokenizer.pad_token, origin
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks on its way out
+def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(whole):
+    """A warning is an error here. Each names the folder."""
+    expected = everything(whole)
+    random = np.random.default_rng(0)
+    found = 0
+    files = sorted(path for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
+    params = [path for path in files if "params" in path.parts]
+    for path in [*sorted(set(files) - set(params)) * 3, *random.permutation(params)[:8]]:
+        content = path.read_bytes()
+        bit = random.integers(8 * len(content))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert all(jax.tree.leaves(jax.tree.map(np.array_equal, everything(whole), expected)))
+        except (ValueError, OSError, UserWarning) as error:
+            assert str(whole) in str(error), (path, bit)
+            found += 1
+        path.write_bytes(content)
+    assert found > 8
+    gc.collect()
+
+
+def test_an_edited_config_is_named_with_what_to_do(whole):
+    config = json.loads((whole / "config.json").read_text())["config"]
+    edit_config(whole, config=config | {"attn_scale": 0.51})
+    message = r"m/config.json is not what was written: it is damaged, or was edited\. .*add_checksums\('.*m'\)"
+    for read in (checkpoint.load_model, checkpoint.training_of):
+        with pytest.raises(ValueError, match=message):
+            read(whole)
+    checkpoint.add_checksums(whole)
+    assert checkpoint.load_model(whole).config.attn_scale == 0.51
+    sae = whole / "scope" / "0-mlp-in-x2-k2"
+    edit_config(sae, origin={"text": "another"})
+    with pytest.raises(ValueError, match=r"k2/config.json is not what was written"):
+        checkpoint.load_sae(whole, "mlp_in")
+
+
+def test_another_tokenizer_is_a_warning_until_it_is_recorded(whole, tokenizers, tmp_path):
+    save_tokenizer(tokenizers[1], whole)
+    with pytest.warns(
+        UserWarning, match=r"m/tokenizer.json is not the file that was saved .*other token ids .*on purpose"
+    ):
+        assert tokenizer_hash(load_tokenizer(str(whole), None)) == tokenizer_hash(tokenizers[1])
+    checkpoint.add_checksums(whole)
+    everything(whole)
+    (whole / "tokenizer_config.json").unlink()
+    load_tokenizer.cache_clear()
+    with pytest.warns(UserWarning, match=r"m/tokenizer_config.json is missing"):
+        load_tokenizer(str(whole), None)
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (("sha256", "contents"), "of its config and the"),
+        (("sha256", "contents", "crc32", "files"), "of its params, its"),
+    ],
+)
+def test_a_folder_of_an_earlier_version_loads_with_a_warning(whole, without, said):
+    expected = checkpoint.load_model(whole).params
+    for folder in (whole, whole / "scope" / "0-mlp-in-x2-k2"):
+        record = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({key: record[key] for key in record if key not in without}))
+    with pytest.warns(UserWarning, match=rf"recorded no checksums {said} .*add them with .*add_checksums\('.*m'\)"):
+        assert same(checkpoint.load_model(whole).params, expected)
+    with pytest.warns(UserWarning, match=rf"recorded no checksums {said}"):
+        checkpoint.load_sae(whole, "mlp_in")
+    checkpoint.add_checksums(whole)
+    everything(whole)
+
+
+def test_checksums_are_not_added_to_what_is_damaged(whole, tmp_path):
+    path = whole / "params" / "state" / "layers.mlp.w_l" / "c" / "0" / "0" / "0"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    before = snapshot(whole)
+    with pytest.raises(ValueError, match=r"not the values that were written: layers\.mlp\.w_l\)"):
+        checkpoint.add_checksums(whole)
+    assert snapshot(whole) == before
+    with pytest.raises(ValueError, match="not of a model or an SAE that this library saved"):
+        checkpoint.add_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ts-nano"])
+def test_all_that_ships_has_checksums(name):
+    folder = PRETRAINED / name
+    scopes = sorted(path.parent for path in folder.glob("scope/*/config.json"))
+    assert [path.name for path in PRETRAINED.iterdir() if path.is_dir()] == [name]
+    assert len(scopes) == 3
+    with warnings.catch_warnings(action="error"):
+        loaded = [checkpoint.load_model(folder).params]
+        for path in scopes:
+            layer, first, second, expansion, k = path.name.split("-")
+            loaded.append(
+                checkpoint.load_sae(folder, f"{first}-{second}", int(layer), int(expansion[1:]), int(k[1:])).params
+            )
+    for place, params in zip([folder, *scopes], loaded, strict=True):
+        record = json.loads((place / "config.json").read_text())
+        assert record == sealed(record)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        assert record["crc32"] == {
+            ".".join(key.key for key in path): zlib.crc32(np.asarray(leaf, "<f4").tobytes()) for path, leaf in leaves
+        }
+        files = [path for path in place.rglob("*") if path.is_file() and path.relative_to(place).parts[0] != "scope"]
+        names = {path.relative_to(place).as_posix(): path for path in files}
+        beside = names.keys() - record["files"].keys() - {"config.json", "card.md"}
+        assert record["contents"] == {key: hashlib.sha256(names[key].read_bytes()).hexdigest() for key in beside}
+        assert all(names[key].stat().st_size == size for key, size in record["files"].items())

@@ -19,9 +19,11 @@ from published import same
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.measure.activations import load_top_activations
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store import checkpoint, sources
 from bilinear_jax.store.datasets import load_corpus
+from bilinear_jax.store.sources import PRETRAINED
 from bilinear_jax.store.tokenizers import load_tokenizer
 
 
@@ -101,6 +103,22 @@ def test_corpus_is_read_from_disk(tmp_path):
     np.save(copy / "corpus.npy", tokens.astype(np.int64))
     with pytest.raises(ValueError, match="must hold uint16"):
         load_corpus(copy)
+
+
+@pytest.mark.parametrize("name", ["corpus.npy", "top-activations.safetensors"])
+def test_a_changed_corpus_or_ranking_is_named(tmp_path, name):
+    """By the config.json beside it; one of your own, which is not listed there, is taken as it is."""
+    shutil.copyfile(PRETRAINED / "ts-nano" / "config.json", tmp_path / "config.json")
+    content = bytearray((PRETRAINED / "ts-nano" / name).read_bytes())
+    (tmp_path / name).write_bytes(content)
+    read = {"corpus.npy": lambda: load_corpus(tmp_path)}.get(name, lambda: load_top_activations(tmp_path / name))
+    assert len(read())
+    content[-5] ^= 4
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is not the file that was saved with the model: restore it; or,"):
+        read()
+    (tmp_path / "config.json").unlink()
+    assert len(read())
 
 
 # The hub's cache, without the hub.

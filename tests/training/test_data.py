@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -277,6 +278,81 @@ class TestTokenFile:
         side_car.write_text(json.dumps(json.loads(side_car.read_text()) | change))
         with pytest.raises(ValueError, match=rf"tokens.json lacks {next(iter(change))}: delete .*tokens and tokenise"):
             open_tokens(tmp_path / "tokens")
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"n_documents": 16}, r"tokens.json is not what was written, so it is damaged: delete .*tokens and tok"),
+            ({"made_from": {}}, "tokens.json is not what was written"),
+            ({"tokens_sha256": None}, "tokens.json is not what was written"),
+            ({"n_tokens": True}, "must be a whole number in 1"),
+            ({"n_tokens": -3}, "must be a whole number in 1"),
+            ({"n_tokens": 10**30}, "must be a whole number in 1"),
+            ({"n_held_out": -1}, "must be a whole number that is not negative, but is -1"),
+            ({"n_vocab": "x" * 10**6}, "lacks n_vocab"),
+            ({"dtype": "float64"}, "must be uint16 or uint32, but is 'float64'"),
+            ({"dtype": "nonsense"}, "must be uint16 or uint32"),
+            ({"tokenizer_hash": 3}, "must be text, but is 3"),
+            ({"sha256": [1]}, "tokens.json is not what was written"),
+        ],
+    )
+    def test_a_side_car_of_nonsense_is_one_line(self, tokenizer, text_file, tmp_path, change, reason):
+        tokenize(text_file, tokenizer, tmp_path / "tokens")
+        side_car = tmp_path / "tokens.json"
+        side_car.write_text(json.dumps(json.loads(side_car.read_text()) | change))
+        with pytest.raises(ValueError, match=reason) as error:
+            tokenize(text_file, tokenizer, tmp_path / "tokens")
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 1000
+
+    def test_a_changed_token_is_found(self, tokenizer, text_file, tmp_path):
+        path = tokenize(text_file, tokenizer, tmp_path / "tokens").path
+        content = bytearray(path.read_bytes())
+        content[40] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"tokens is damaged, for these are not the token ids that were written: del"
+        ):
+            open_tokens(path)
+
+    def test_the_ids_are_hashed_once_a_process(self, tokenizer, text_file, tmp_path, monkeypatch):
+        path = tokenize(text_file, tokenizer, tmp_path / "tokens").path
+        monkeypatch.setattr("bilinear_jax.store.checksums.of_file", None)
+        open_tokens(path)
+
+    @pytest.mark.parametrize("limit", [None, 10**6])
+    def test_another_text_of_the_same_name_and_size_is_another_text(self, tokenizer, text_file, tmp_path, limit):
+        stat = text_file.stat()
+        tokenize(text_file, tokenizer, tmp_path / "tokens", max_tokens=limit)
+        assert tokenize(text_file, tokenizer, tmp_path / "tokens", max_tokens=limit).n_documents == 15
+        text_file.write_text(text_file.read_text().replace("cat", "cow"))
+        os.utime(text_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert text_file.stat().st_size == stat.st_size
+        with pytest.raises(
+            ValueError, match=r"made from another text \(content: \['\w{64}'\] there, \['\w{64}'\] now\)"
+        ):
+            tokenize(text_file, tokenizer, tmp_path / "tokens", max_tokens=limit)
+
+    def test_with_a_limit_no_more_is_read_to_know_a_text_again(self, tokenizer, tmp_path, monkeypatch):
+        """Here the second line is not JSON, and is never reached."""
+        monkeypatch.setattr(token_files, "_CHARACTERS", 1)
+        (tmp_path / "a.jsonl").write_text('{"text": "one cat"}\n{')
+        first = tokenize(tmp_path / "a.jsonl", tokenizer, tmp_path / "tokens", max_tokens=1)
+        again = tokenize(tmp_path / "a.jsonl", tokenizer, tmp_path / "tokens", max_tokens=1)
+        assert again.tokens.tolist() == first.tokens.tolist() == ids(tokenizer, ["one cat"])
+
+    def test_a_token_file_of_an_earlier_version_is_opened_with_a_warning(self, tokenizer, text_file, tmp_path):
+        tokens = tokenize(text_file, tokenizer, tmp_path / "tokens").tokens.tolist()
+        record = json.loads((tmp_path / "tokens.json").read_text())
+        del record["sha256"], record["tokens_sha256"], record["made_from"]["content"]
+        (tmp_path / "tokens.json").write_text(json.dumps(record))
+        message = (
+            r"tokens was written by a version that recorded no checksums.* To have them checked, delete .*tokens and t"
+        )
+        with pytest.warns(UserWarning, match=message):
+            assert tokenize(text_file, tokenizer, tmp_path / "tokens").tokens.tolist() == tokens
+        with pytest.raises(ValueError, match="made from another text"):  # the warning comes once
+            tokenize(text_file, tokenizer, tmp_path / "tokens", held_out=1)
 
     def test_a_full_disk_leaves_nothing_and_says_so(self, tokenizer, text_file, tmp_path):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -126,6 +126,7 @@ def test_saes_and_their_buffer_go_on_where_a_kill_left_them(tmp_path):
         """Checksums of all arrays, and where the buffer is; the seconds left out."""
         saved = json.loads((directory / "checkpoints" / "40" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
         assert saved["record"].pop("seconds") > 0
+        assert len(saved.pop("sha256")) == 64  # of the seconds too
         return saved
 
     finish(runs.train_saes_on_a_model, tmp_path / "whole")

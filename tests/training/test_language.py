@@ -197,6 +197,21 @@ def test_samples_go_on_without_the_end_that_the_tokenizer_puts_after_texts(tmp_p
     assert lines(tmp_path / "samples.jsonl") == [{"step": 1, "text": expected}]
 
 
+def test_another_text_of_the_same_length_is_another_run(tmp_path, monkeypatch):
+    known = []
+
+    def fit(*_, config, **options):
+        known.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr("bilinear_jax.training.language.fit", fit)
+    for tokens in (TRAINING, TRAINING.copy(), TRAINING[::-1]):
+        with pytest.raises(InterruptedError):
+            fit_language(CONFIG, LanguageRecipe(steps=1, batch_size=2), tokens, HELD_OUT, tmp_path)
+    assert known[0] == known[1]
+    assert {key for key in known[0] if known[0][key] != known[2][key]} == {"data_sha256"}
+
+
 def test_samples_are_written_once_each_whatever_was_there(two_runs):
     """At every evaluation; what a run that was cut short wrote for a later step is written again, not twice."""
     one, mesh = (lines(folder / "samples.jsonl") for folder in two_runs)

@@ -12,6 +12,7 @@ import bilinear_jax as bj
 from bilinear_jax.commands.main import main
 from bilinear_jax.explain.tracer import mlp_tensor
 from bilinear_jax.measure.evaluation import evaluate_saes, to_json
+from bilinear_jax.store.checkpoint import add_checksums
 from bilinear_jax.store.sources import sae_names
 from bilinear_jax.store.tokenizers import save_tokenizer, train_tokenizer
 from bilinear_jax.store.tokens import open_tokens
@@ -149,6 +150,30 @@ class TestLanguageModel:
         model.mkdir()
         train_language("ts-nano", text, tmp_path / "run", overrides=given)
         assert (tmp_path / "run" / "model.json").read_bytes() == (run / "model.json").read_bytes()
+
+    @pytest.mark.parametrize("sealed_again", [False, True])
+    def test_a_model_whose_config_was_edited_is_not_scored(self, run, text, tmp_path, sealed_again):
+        """Not even if its checksums were made anew."""
+        shutil.copytree(run, tmp_path / "run")
+        path, given = tmp_path / "run" / "model" / "config.json", TINY | RUN | NO_SAMPLES
+        before = (tmp_path / "run" / "model.json").read_bytes()
+        record = json.loads(path.read_text())
+        record["config"]["attn_scale"] = 0.25
+        path.write_text(json.dumps(record))
+        message = r"what was saved cannot be read \(.*config.json is not what was written.*: move .*model away"
+        if sealed_again:
+            add_checksums(path.parent)
+            message = r"model has another config than this run \(attn_scale: 0\.7\d* -> 0\.25\): move .*model away"
+        with pytest.raises(ValueError, match=message):
+            train_language("ts-nano", text, tmp_path / "run", overrides=given)
+        assert (tmp_path / "run" / "model.json").read_bytes() == before
+
+    def test_a_model_with_another_tokenizer_is_not_scored(self, run, text, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        save_tokenizer(train_tokenizer(["other words"], 260), tmp_path / "run" / "model")
+        add_checksums(tmp_path / "run" / "model")
+        with pytest.raises(ValueError, match=r"model has another tokenizer than this run: move .*model away"):
+            train_language("ts-nano", text, tmp_path / "run", overrides=TINY | RUN | NO_SAMPLES)
 
     @pytest.mark.parametrize("place", ["model", "model/x", "language", "language/checkpoints/3", "tokens", "tokens/x"])
     def test_no_run_within_another(self, run, text, place):
@@ -334,6 +359,12 @@ class TestFiles:
             ({"run.mesh": "-1,-1"}, "mesh must be two numbers of at least 1"),
             ({"data.held_out": "0"}, "held_out must be at least 1, got 0"),
             ({"data.max_tokens": "-5"}, "max_tokens must be at least 1, got -5"),
+            ({"recipe.steps": str(10**30)}, f"ts.toml: steps must be at most 2147483647, got 1{'0' * 30}"),
+            ({"recipe.steps": str(2**31)}, "steps must be at most 2147483647, got 2147483648"),
+            ({"recipe.lr": "1e300"}, "lr must be at most 2147483647, got 1e[+]300"),
+            ({"recipe.warmup": str(10**30)}, "warmup must be at most 2147483647"),
+            ({"run.save_every": str(10**30)}, "save_every must be at most 2147483647"),
+            ({"data.max_tokens": str(10**30)}, f"max_tokens must be at most {2**63 - 1}, got 10"),
         ],
     )
     def test_what_does_not_fit_is_named(self, overrides, message):

@@ -76,7 +76,58 @@ def empty(checkpoint: Path) -> None:
     checkpoint.mkdir()
 
 
-@pytest.mark.parametrize("damage", [cut_short, change_a_byte, without_arrays, without_record, empty])
+def edit(checkpoint: Path, change) -> None:
+    """``change`` is given the metadata, and changes it or returns other ones."""
+    path = checkpoint / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(change(metadata) or metadata))
+
+
+def own(change):
+    """A change of what this library wrote into the metadata."""
+    return lambda checkpoint: edit(checkpoint, lambda metadata: change(metadata["custom_metadata"]))
+
+
+def another_batch(checkpoint: Path) -> None:
+    own(lambda saved: saved["record"]["data"].update(step=7))(checkpoint)
+
+
+def renamed_field(checkpoint: Path) -> None:
+    own(lambda saved: saved["record"].update(dater=saved["record"].pop("data")))(checkpoint)
+
+
+def another_dtype(checkpoint: Path) -> None:
+    own(lambda saved: saved["arrays"]["step"].update(dtype="int64"))(checkpoint)
+
+
+def arrays_of_another_type(checkpoint: Path) -> None:
+    own(lambda saved: saved.update(arrays=[1]))(checkpoint)
+
+
+def metadata_of_another_type(checkpoint: Path) -> None:
+    """Of which Orbax cannot list a single checkpoint of the folder."""
+    edit(checkpoint, lambda metadata: metadata | {"custom_metadata": [1]})
+
+
+def a_list_as_metadata(checkpoint: Path) -> None:
+    edit(checkpoint, lambda metadata: [1])
+
+
+def brackets(checkpoint: Path) -> None:
+    (checkpoint / "_CHECKPOINT_METADATA").write_text("[" * 200_000)
+
+
+def the_one_before(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("6"), checkpoint)
+
+
+DAMAGES = [cut_short, change_a_byte, without_arrays, without_record, empty]
+DAMAGES += [another_batch, renamed_field, another_dtype, arrays_of_another_type]
+DAMAGES += [metadata_of_another_type, a_list_as_metadata, brackets, the_one_before]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_left_for_the_one_before(finished, tmp_path, damage):
     directory, state = finished
     shutil.copytree(directory, tmp_path / "run")
@@ -88,6 +139,66 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(finished, tmp_path, dam
     assert (tmp_path / "run" / "damaged" / "8").is_dir()
     with warnings.catch_warnings(action="error"):
         run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("to", ["10", "1000"])
+def test_a_copy_under_another_number_is_no_checkpoint(finished, tmp_path, to):
+    """Else the run would say that the disk is full, or lose the checkpoint of that step."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "8", tmp_path / "run" / "checkpoints" / to)
+    with pytest.warns(
+        UserWarning, match=rf"checkpoint {to} .*\(it is a copy of checkpoint 8\): resuming from checkpoint 8"
+    ):
+        state = run(tmp_path / "run", steps=10)
+    assert int(state.step) == 10
+    assert complete(tmp_path / "run") == {"8", "10"}
+    assert (tmp_path / "run" / "damaged" / to).is_dir()
+
+
+def without_seal(checkpoint: Path) -> None:
+    """As versions before seals wrote it."""
+    own(lambda saved: [saved.pop(key) for key in ("step", "sha256")] and None)(checkpoint)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    without_seal(tmp_path / "run" / "checkpoints" / "6")
+    with pytest.warns(UserWarning, match=r"checkpoint 6 of .* recorded no checksum of its place in the data"):
+        jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "run"), finished[1])
+    assert not (tmp_path / "run" / "damaged").exists()
+
+
+@pytest.mark.parametrize("damage", [renamed_field, another_dtype, arrays_of_another_type])
+def test_a_damaged_checkpoint_of_an_earlier_version_is_left_or_refused(finished, tmp_path, damage):
+    shutil.copytree(finished[0], tmp_path / "run")
+    without_seal(tmp_path / "run" / "checkpoints" / "8")
+    damage(tmp_path / "run" / "checkpoints" / "8")
+    if damage is another_dtype:
+        with pytest.raises(ValueError, match=r"step \(\(\), 'int64'\), expected \(\(\), 'int32'\)"):
+            run(tmp_path / "run")
+        return
+    with pytest.warns(UserWarning, match=r"checkpoint 8 of .*cannot be read.*resuming from checkpoint 6"):
+        jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "run"), finished[1])
+
+
+def test_if_no_metadata_can_be_read_all_stay(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("6", "8"):
+        metadata_of_another_type(tmp_path / "run" / "checkpoints" / name)
+    with pytest.raises(ValueError, match=r"none of the checkpoints .* 6 \(.*another folder"):
+        run(tmp_path / "run")
+    assert complete(tmp_path / "run") == {"6", "8"}
+
+
+def test_other_data_of_the_same_size_is_another_run(tmp_path):
+    """A config of an earlier version, which does not know its data, is not compared in them."""
+    config = {"tokens": 9, folder.DATA: "one"}
+    run(tmp_path, config=config)
+    with pytest.raises(ValueError, match=r"another config \(data_sha256: 'one' -> 'other'\)"):
+        run(tmp_path, config=config | {folder.DATA: "other"})
+    (tmp_path / "config.json").write_text('{"tokens": 9}')
+    run(tmp_path, config=config)
 
 
 def test_no_checkpoint_that_can_be_read_is_an_error_and_all_stay(finished, tmp_path):
@@ -263,7 +374,7 @@ def test_a_damaged_config_is_an_error_and_the_checkpoints_stay(finished, tmp_pat
 def test_what_is_no_line_of_metrics_is_dropped(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
-        file.write(b'[1]\n3\n{}\n{"step": "x"}\n\xff\xfe\n{"step": 7')
+        file.write(b"[" * 100_000 + b'\n[1]\n3\n{}\n{"step": "x"}\n\xff\xfe\n{"step": 7')
     run(tmp_path / "run")
     assert metrics(tmp_path / "run") == metrics(finished[0])
 
@@ -294,6 +405,12 @@ def test_another_config_may_follow_a_run_that_saved_nothing(tmp_path):
 def test_a_number_of_steps_is_at_least_one(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name}.* must be at least 1"):
         run(tmp_path, **{name: 0})
+
+
+@pytest.mark.parametrize("count", [2**31, 10**30])
+def test_a_number_of_steps_is_counted_in_32_bits(tmp_path, count):
+    with pytest.raises(ValueError, match=rf"at most 2147483647, got .*{count}"):
+        run(tmp_path, steps=count)
 
 
 def test_metrics_are_handed_on(tmp_path):

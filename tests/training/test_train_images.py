@@ -96,6 +96,8 @@ def test_an_interrupted_run_goes_on(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, whole, other)
     with pytest.raises(ValueError, match="another"):
         train_images(CONFIG, dataclasses.replace(RECIPE, seed=5), images, labels, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another config \(data_sha256: "):
+        train_images(CONFIG, RECIPE, images, labels[::-1], tmp_path / "run")
 
 
 def test_what_is_refused():

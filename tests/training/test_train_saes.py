@@ -343,6 +343,9 @@ def test_training_on_text_goes_on_with_the_same_bits(lm, tmp_path):
         assert mine.w_dec.shape == (D_MODEL, 24)
         for name, leaf in other.params.items():
             np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)
+    tokens[1000] = (tokens[1000] + 1) % 10
+    with pytest.raises(ValueError, match=r"another config \(data_sha256: '\w{64}' -> '\w{64}'\)"):
+        run("whole")
 
 
 @pytest.mark.parametrize(
@@ -363,6 +366,20 @@ def test_what_cannot_be_trained_on_is_named(lm, tmp_path, change, message):
     given = {"configs": configs_of()[:1], "tokens": np.zeros(3000, np.int32)} | change
     with pytest.raises(ValueError, match=message):
         fit_saes(lm, recipe=recipe, directory=tmp_path, **given)
+
+
+@pytest.mark.parametrize("form", [3, "fast", [1]])
+def test_a_form_of_nonsense_in_the_runs_config_is_named(lm, tmp_path, form):
+    (tmp_path / "config.json").write_text(json.dumps({"form": form}))
+    (tmp_path / "lock").touch()
+    with pytest.raises(ValueError, match=r"unknown form .* of the sparse products; choose one of"):
+        fit_saes(
+            lm,
+            configs_of()[:1],
+            SAERecipe(steps=1, batch_size=32, rows=4, buffer_tokens=96, form="fastest"),
+            np.zeros(3000, int),
+            tmp_path,
+        )
 
 
 def test_a_buffer_larger_than_the_memory_names_the_mend(lm, tmp_path):
@@ -414,6 +431,8 @@ def test_the_optimisers_state_has_one_count_and_two_moments():
     [
         (dict(steps=0), "steps must be at least 1, got 0"),
         (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(steps=10**30), "steps must be at most 2147483647, got 10{30}$"),
+        (dict(k_aux=2**31), "k_aux must be at most 2147483647, got 2147483648"),
         (dict(k_aux=-1), "k_aux must be a number that is not negative, got -1"),
         (dict(aux_coefficient=float("nan")), "aux_coefficient must be a number that is not negative"),
         (dict(lr=float("inf")), "lr must be a number that is not negative, got inf"),

@@ -45,7 +45,8 @@ class DataOptions:
 
     def __post_init__(self):
         check_types(self)
-        check_fields(self, COUNT, "held_out", "max_tokens", "max_characters")
+        check_fields(self, COUNT, "held_out")
+        check_fields(self, COUNT._replace(most=2**63 - 1), "max_tokens", "max_characters")
 
 
 @dataclasses.dataclass(frozen=True)
