@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bilinear_jax.nn import generation, views
 from bilinear_jax.nn import sites as sites_module
-from bilinear_jax.nn.sites import NO_EDITS, Captured, check_token_mask, default_token_mask
+from bilinear_jax.nn.sites import NO_EDITS, Captured, check_token_mask, default_token_mask, token_array
 from bilinear_jax.nn.transformer import SITES, Edit, Site, Transformer, TransformerConfig
 from bilinear_jax.store.fields import SEED
 from bilinear_jax.store.terminal import visible_lines
@@ -48,29 +48,6 @@ class MeanLoss(NamedTuple):
 
     loss: float  # mean cross entropy, in nats a token
     tokens: int  # how many tokens were predicted
-
-
-def token_array(tokens: Any) -> Any:
-    """The tokens as an array: arrays, also memory-mapped ones, as they are, and rows of integers in lists as NumPy's.
-
-    Raises:
-        ValueError: if they are neither, or the rows are of unequal length.
-    """
-    if hasattr(tokens, "ndim"):
-        return tokens
-    try:
-        array = np.asarray(tokens)
-    except ValueError:
-        lengths = sorted({len(row) for row in tokens})
-        raise ValueError(
-            f"rows of {', '.join(map(str, lengths[:5]))} tokens are no array [rows, seq]: fill them up to one length, "
-            "and give a token_mask that is False there"
-        ) from None
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"tokens are {tokens!r:.60}, but they must be integers [rows, seq]: for a text, use lm.encode(text)"
-        )
-    return array
 
 
 def not_finite(where: str) -> ValueError:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.language import LanguageModel, token_array
+from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE, SparseCodes
 from bilinear_jax.store import checksums
@@ -182,7 +182,7 @@ def row_codes(lm: LanguageModel, sae: SAE, tokens, rows, batch_size: int = 8) ->
     Raises:
         ValueError: for a row that the dataset does not have, or if a value is not finite.
     """
-    rows, tokens = np.asarray(rows), token_array(tokens)
+    rows, tokens = np.asarray(rows), sites.token_array(tokens)
     outside = rows[(rows < 0) | (rows >= len(tokens))]
     if outside.size:
         raise ValueError(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from bilinear_jax.explain.spectra import top_eigh
 from bilinear_jax.explain.tracer import Tracer, encoder_rows
-from bilinear_jax.language import LanguageModel, token_array
+from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
@@ -202,7 +202,7 @@ def _inputs_and_codes(lm: LanguageModel, sae: SAE, tokens: Int[Array, "batch seq
 
 
 def _stream(lm: LanguageModel, tensor: BilinearTensor, out: SAE, tokens, token_mask, batch_size: int) -> "_Stream":
-    tokens = token_array(tokens)
+    tokens = sites.token_array(tokens)
     batches = lm.batches(tokens, token_mask, batch_size, description="activations")
     most, k = len(tokens) * tokens.shape[1], out.config.k
     x = np.empty((most, tensor.n_in), np.float32)  # memory pages that are not filled are never allocated

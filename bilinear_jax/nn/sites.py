@@ -197,6 +197,29 @@ def default_token_mask(tokens: Int[Array, "batch seq"], pad_id: int | None) -> B
     return counted & (padding == 0)
 
 
+def token_array(tokens: Any) -> Any:
+    """The tokens as an array: arrays, also memory-mapped ones, as they are, and rows of integers in lists as NumPy's.
+
+    Raises:
+        ValueError: if they are neither, or the rows are of unequal length.
+    """
+    if hasattr(tokens, "ndim"):
+        return tokens
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        lengths = sorted({len(row) for row in tokens})
+        raise ValueError(
+            f"rows of {', '.join(map(str, lengths[:5]))} tokens are no array [rows, seq]: fill them up to one length, "
+            "and give a token_mask that is False there"
+        ) from None
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"tokens are {tokens!r:.60}, but they must be integers [rows, seq]: for a text, use lm.encode(text)"
+        )
+    return array
+
+
 def check_token_mask(tokens: Any, token_mask: Any) -> None:
     """Raises ``ValueError`` unless the mask has the shape of the tokens and holds only True and False, or 1 and 0."""
     if token_mask.shape != tokens.shape:

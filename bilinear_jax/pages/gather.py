@@ -9,9 +9,9 @@ from scipy import sparse
 from bilinear_jax.explain.logits import logit_effects_of
 from bilinear_jax.explain.overview import feature_weights
 from bilinear_jax.explain.tracer import Tracer
-from bilinear_jax.language import token_array
 from bilinear_jax.measure.cofiring import Observed, observe_all
 from bilinear_jax.measure.pairs import PairMeasurer
+from bilinear_jax.nn.sites import token_array
 from bilinear_jax.pages.activity import Codes, Texts, activities, significant
 from bilinear_jax.pages.facts import Feeds, InputFeature, OutputFeature, Site
 from bilinear_jax.pages.options import PageOptions

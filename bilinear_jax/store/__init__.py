@@ -4,6 +4,7 @@
     checkpoint    save and load models and SAEs       convert     published files to checkpoints, and back
     tokenizers    find, train, save and hash          documents   text files and hub datasets, one document at a time
     tokens        text as one file of token ids       datasets    rows of token ids
+    params        the arrays of a checkpoint          checksums   of files, arrays and records
     files         folders that appear when complete; JSON
     fields        the fields of configs as options    version     of the library
     terminal      what is printed, made safe

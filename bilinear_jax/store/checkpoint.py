@@ -16,13 +16,9 @@ changed are an error, and so are another config, corpus or top activations. Anot
 earlier versions lack some checksums. They load, with a warning; ``add_checksums`` adds what they lack.
 """
 
-import contextlib
 import dataclasses
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,20 +34,15 @@ from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.store import checksums
 from bilinear_jax.store.files import atomic_folder, read_json, replace_file
+from bilinear_jax.store.params import restore_params, stored_params, write_params
 from bilinear_jax.store.sources import find_sae, folder_of, sae_configs, sae_folder
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer
 from weights_convert.files import check_kinds, inside
-from weights_convert.weights import FLOATS
 
 MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
 VERSION = 1
 BESIDE = (*TOKENIZER_FILES, "corpus.npy", "top-activations.safetensors")
 """The files beside the params whose SHA-256 is recorded, if they are there."""
-NOTHING_TO_MERGE = "Skipping merge of OCDBT checkpoints"
-"""Orbax warns so when it saves, but only one process writes."""
-NO_DATA_FILES = "TensorStore data files not found"
-"""Orbax warns so when it loads, because it looks for files of zarr 2 and these are of zarr 3. Files that are missing
-are found by their record in ``config.json``, or when they are read."""
 Origin = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
@@ -91,7 +82,7 @@ def load_model(source: str | Path, *, attn_scale: float | int | None = None) -> 
         config = _own_config(path, raw, MODEL_FORMAT, TransformerConfig)
         if attn_scale is not None:
             config = dataclasses.replace(config, attn_scale=float(attn_scale))
-        params = _restore(folder, raw, _abstract_transformer(config))
+        params = restore_params(folder, raw, _abstract_transformer(config))
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return ModelFiles(config, params, str(source), str(folder) if has_tokenizer else None)
 
@@ -131,7 +122,7 @@ def load_sae(
         config = _own_config(path, raw, SAE_FORMAT, SAEConfig)
         if config.name != folder.name:
             raise ValueError(f"{path} is that of an SAE {config.name}: rename the folder, or correct it")
-        return SAE(_restore(folder, raw, _abstract_sae(config)), config)
+        return SAE(restore_params(folder, raw, _abstract_sae(config)), config)
     values, arrays = weights_convert.read_sae(folder)
     return SAE(jax.tree.map(_float32, arrays), config_of(SAEConfig, values, path))
 
@@ -162,7 +153,7 @@ def save_model(
         ValueError: if the params do not match the config, have another dtype, or are not finite in ``dtype``. Nothing
             is written then.
     """
-    arrays = _stored(Path(path), params, _abstract_transformer(config), dtype)
+    arrays = stored_params(Path(path), params, _abstract_transformer(config), dtype)
     with atomic_folder(path, force=force) as folder:
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), folder)
@@ -177,7 +168,7 @@ def save_sae(path: str | Path, sae: SAE, *, origin: Mapping[str, Any], force: bo
     """
     if Path(path).name != sae.name:
         raise ValueError(f"the folder of an SAE must have its name, but is {path}: save it to {Path(path) / sae.name}")
-    arrays = _stored(Path(path), sae.params, _abstract_sae(sae.config), dtype)
+    arrays = stored_params(Path(path), sae.params, _abstract_sae(sae.config), dtype)
     with atomic_folder(path, force=force) as folder:
         _write(folder, SAE_FORMAT, sae.config, arrays, origin)
     return Path(path)
@@ -243,10 +234,10 @@ def add_checksums(folder: str | Path) -> None:
     raw = read_json(path) or {}
     if raw.get("format") == SAE_FORMAT:
         config = _own_config(path, raw, SAE_FORMAT, SAEConfig)
-        params = _restore(folder, raw, _abstract_sae(config), sealed=False)
+        params = restore_params(folder, raw, _abstract_sae(config), sealed=False)
     elif raw.get("format") == MODEL_FORMAT:
         config = _own_config(path, raw, MODEL_FORMAT, TransformerConfig)
-        params = _restore(folder, raw, _abstract_transformer(config), sealed=False)
+        params = restore_params(folder, raw, _abstract_transformer(config), sealed=False)
     else:
         raise ValueError(f"{path} is not of a model or an SAE that this library saved: name such a folder")
     replace_file(path, _as_text(raw | {"crc32": checksums.of_params(params)} | _listed(folder)))
@@ -255,22 +246,13 @@ def add_checksums(folder: str | Path) -> None:
 
 
 def _write(folder: Path, kind: str, config: Any, arrays: PyTree, origin: Origin) -> None:
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # it makes weights 7 % smaller, but takes three times as long
-    context.array.saving.use_ocdbt = False  # only one process writes, so there is nothing to merge
-    context.memory.deepcopy_host_arrays = False  # nothing changes them, because the save is waited for
-    with ThreadPoolExecutor(1) as meanwhile, context, _without(NOTHING_TO_MERGE):
-        crc32 = meanwhile.submit(checksums.of_params, arrays)
-        ocp.save(str(folder.resolve() / "params"), arrays)
-    (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it contains a path of this machine
+    crc32 = write_params(folder, arrays)
     record = {
         "format": kind,
         "version": VERSION,
         "config": dataclasses.asdict(config),
         "origin": dict(origin if isinstance(origin, Mapping) else origin()),
-        "crc32": crc32.result(),
+        "crc32": crc32,
     }
     (folder / "config.json").write_text(_as_text(record | _listed(folder)), encoding="utf-8")
 
@@ -286,72 +268,6 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _as_text(record: Mapping[str, Any]) -> str:
     return json.dumps(checksums.sealed(record), indent=2) + "\n"
-
-
-@contextlib.contextmanager
-def _without(text: str) -> Iterator[None]:
-    """Leave out this one warning of Orbax, which does not hold. All other warnings stay."""
-    logger = logging.getLogger("absl")
-
-    def other(record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
-
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
-
-
-def _restore(folder: Path, raw: Mapping[str, Any], abstract: PyTree, *, sealed: bool = True) -> PyTree:
-    """The params of a folder in float32. Their structure and shapes must be those of ``abstract``.
-
-    ``sealed``: also compare the record with its own checksum, or warn if it has none.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    path = folder.resolve() / "params"
-    if not path.is_dir():
-        raise FileNotFoundError(f"{folder} has no params: the checkpoint is incomplete. Convert or download it again")
-    for entry in (path, *path.rglob("*")):
-        inside(folder, entry.relative_to(folder.resolve()).as_posix())
-    for name, size in (raw.get("files") or {}).items():
-        there = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if there != size:
-            raise _damaged(
-                path, f"{name} should have {size} bytes, but {'is missing' if there is None else f'has {there}'}"
-            )
-    try:
-        with _without(NO_DATA_FILES):
-            stored = ocp.metadata(str(path)).metadata
-    except Exception as error:
-        raise _damaged(path, error) from error
-    if stored is None:  # Orbax logs why
-        raise _damaged(path, "its metadata cannot be read")
-    _check_shapes(folder, stored, abstract)
-    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
-    try:
-        with _without(NO_DATA_FILES):
-            arrays = ocp.load(str(path), target)
-    except Exception as error:
-        raise _damaged(path, error) from error
-    _check_finite(folder, arrays)
-    crc32, found = raw.get("crc32") or {}, checksums.of_params(arrays)
-    if changed := sorted(key for key, checksum in crc32.items() if found.get(key) != checksum):
-        raise _damaged(path, f"these are not the values that were written: {', '.join(changed)}")
-    if sealed and not checksums.check_seal(folder / "config.json", raw):
-        lacking = "its config and the files beside it" if crc32 else "its params, its config and the files beside it"
-        warnings.warn(
-            f"{folder} was written by a version that recorded no checksums of {lacking}, so changes in them are not "
-            f"noticed. If you trust the folder, add them with {checksums.how_to_add(folder)}",
-            stacklevel=4,
-        )
-    return jax.tree.map(jnp.asarray, arrays)
-
-
-def _damaged(path: Path, error: Exception | str) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return ValueError(f"{path} cannot be read ({reason}): the checkpoint is damaged. Convert or download it again")
 
 
 _RECORD = {"config": dict, "origin": dict, "files": dict, "crc32": dict}
@@ -395,53 +311,6 @@ def _abstract_transformer(config: TransformerConfig) -> PyTree:
 def _abstract_sae(config: SAEConfig) -> PyTree:
     x = jax.ShapeDtypeStruct((1, config.d_model), jnp.float32)
     return jax.eval_shape(TopKSAE(config).init, jax.random.key(0), x)["params"]
-
-
-def _stored(folder: Path, params: PyTree, abstract: PyTree, dtype: Any) -> PyTree:
-    """The params as they will be on disk: in C order, and in ``dtype``. Raises ``ValueError`` if they cannot be."""
-    _check_shapes(folder, params, abstract)
-    dtypes = jax.tree.map(lambda leaf: np.dtype(leaf.dtype if dtype is None else dtype).newbyteorder("="), params)
-    if other := sorted({each.name for each in jax.tree.leaves(dtypes)} - set(FLOATS)):
-        raise ValueError(
-            f"the params of {folder} cannot be stored as {', '.join(other)}: give dtype as one of {', '.join(FLOATS)}"
-        )
-    with np.errstate(over="ignore"):
-        arrays = jax.tree.map(lambda leaf, kind: np.asarray(leaf, kind, order="C"), params, dtypes)
-    _check_finite(folder, arrays, "" if dtype is None else f" as {np.dtype(dtype).name}")
-    return arrays
-
-
-def _check_shapes(folder: Path, params: PyTree, abstract: PyTree) -> None:
-    """Raise ``ValueError`` if names or shapes differ. The message lists both sides."""
-    have, want = (
-        {
-            jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape)
-            for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (params, abstract)
-    )
-    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    wrong = [f"{key} {have[key]}, expected {want[key]}" for key in sorted(have.keys() & want) if have[key] != want[key]]
-    if missing or extra or wrong:
-        raise ValueError(
-            f"the params of {folder} do not match its config. In the model but not in the checkpoint: "
-            f"{', '.join(missing) or 'nothing'}; in the checkpoint but not in the model: "
-            f"{', '.join(extra) or 'nothing'}; shapes: {'; '.join(wrong) or 'as expected'}. "
-            "Check that the params and the config belong together"
-        )
-
-
-def _check_finite(folder: Path, params: PyTree, stored: str = "") -> None:
-    bad = [
-        jax.tree_util.keystr(key, simple=True, separator=".")
-        for key, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not all(np.isfinite(part).all() for part in checksums.parts(np.asarray(leaf)))
-    ]
-    if bad:
-        raise ValueError(
-            f"the params of {folder} have NaN or infinite values{stored}: {', '.join(bad)}. Use an earlier checkpoint"
-            + (", or a dtype with a larger range" if stored else "")
-        )
 
 
 def _float32(array: np.ndarray) -> jax.Array:

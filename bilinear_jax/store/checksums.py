@@ -130,4 +130,4 @@ def check_file(path: Path) -> None:
 
 def how_to_add(folder: Path) -> str:
     """What to type so that the checksums of a folder are those of what is in it now."""
-    return f"bilinear_jax.store.checkpoint.add_checksums({str(folder)!r})"
+    return f'python -c "from bilinear_jax.store.checkpoint import add_checksums; add_checksums({str(folder)!r})"'
