@@ -4,8 +4,9 @@
     checkpoint    save and load models and SAEs       convert     published files to checkpoints, and back
     tokenizers    find, train, save and hash          documents   text files and hub datasets, one document at a time
     tokens        text as one file of token ids       datasets    rows of token ids
-    params        the arrays of a checkpoint          checksums   of files, arrays and records
+    params        the arrays of a checkpoint
     files         folders that appear when complete; JSON
+    checksums     of files, arrays, texts and JSON records
     fields        the fields of configs as options    version     of the library
     terminal      what is printed, made safe
 

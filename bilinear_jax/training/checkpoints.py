@@ -73,14 +73,12 @@ class Checkpoints:
         try:
             self._orbax = opened()
         except Exception as error:  # Orbax lists no checkpoint if it cannot read the metadata of one
-            problems = self._unlisted()
-            if not problems:
+            try:
+                self._without_unlisted(error)
+                self._orbax = opened()
+            except BaseException:
+                _ORBAX_LOG.setLevel(self._log_level)
                 raise
-            rest = set(self._steps()) - problems.keys()
-            if not rest or jax.process_count() > 1:  # only one process may move them
-                raise self._none_read(problems) from error
-            self._set_aside(problems, max(rest))
-            self._orbax = opened()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -200,8 +198,8 @@ class Checkpoints:
         folders = (self.directory / "checkpoints").glob("*")
         return [int(path.name) for path in folders if path.name.isdecimal() and path.is_dir()]
 
-    def _unlisted(self) -> dict[int, str]:
-        """The checkpoints whose metadata Orbax cannot read, with the reasons."""
+    def _without_unlisted(self, error: Exception) -> None:
+        """Set the checkpoints aside whose metadata Orbax cannot read. Raises the error if that does not help."""
         from orbax.checkpoint import v1 as ocp
 
         problems = {}
@@ -211,7 +209,14 @@ class Checkpoints:
                 self._read(functools.partial(ocp.checkpointables_metadata, path))
             except _Damaged as problem:
                 problems[step] = str(problem)
-        return problems
+        rest = set(self._steps()) - problems.keys()
+        if not problems:
+            raise error
+        if not rest:
+            raise self._none_read(problems) from error
+        if jax.process_count() > 1:  # some may have failed, and others not
+            raise ValueError(f"checkpoints of {self.directory} cannot be read: {problems}. Move them away") from error
+        self._set_aside(problems, max(rest))
 
     def _none_read(self, problems: dict[int, str]) -> ValueError:
         listing = "; ".join(f"{step} ({problem})" for step, problem in problems.items())
