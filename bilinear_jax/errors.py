@@ -1,6 +1,24 @@
-"""The one error for the name of a feature, an SAE, a site or a layer that does not exist."""
+"""The error for a name that does not exist, and the check of a number of things, which all rooms share."""
 
+import operator
 from collections.abc import Iterable
+from typing import Any
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise ``ValueError`` unless the value is a whole number of at least ``least``.
+
+    Example:
+        >>> check_count("k", 2.5)
+        Traceback (most recent call last):
+        ValueError: k must be a whole number, got 2.5
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r:.60}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 class UnknownNameError(LookupError):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.nn import generation, views
 from bilinear_jax.nn import sites as sites_module
 from bilinear_jax.nn.sites import NO_EDITS, Captured, check_token_mask, default_token_mask, token_array
@@ -267,8 +268,7 @@ class LanguageModel:
         if token_mask is not None:
             token_mask = token_mask if hasattr(token_mask, "ndim") else np.asarray(token_mask)
             check_token_mask(tokens, token_mask)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
         return self._batches(tokens, token_mask, min(batch_size, len(tokens)), description, allow_no_token)
 
     def _batches(self, tokens, token_mask, size: int, description: str | None, allow_no_token: bool):

@@ -23,11 +23,13 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Shaped
+
+from bilinear_jax.linalg.scale import as_floats, shift, unit_scale
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -172,18 +174,21 @@ class BilinearTensor:
             >>> bool(jnp.allclose(x @ tensor.interaction(u)[0] @ x, u[0] @ tensor.apply(x), rtol=1e-4))
             True
         """
-        gates = self._gates(directions)
+        unit, gates, exponents = self._unit_gates(directions)
+        exponents = exponents[:, :, None]
         if basis is None:
-            return _quadratic_forms(gates, self.left, self.right, symmetric)
+            return shift(_quadratic_forms(gates, unit.left, unit.right, symmetric), exponents)
         _check_width("basis", basis.T, "in", self.n_in)
+        basis, at_basis = unit_scale(basis)
+        exponents = exponents + 2 * at_basis
         (number, hidden), (inputs, new) = gates.shape, basis.shape
         build_first = number * inputs * (hidden * inputs + new * (inputs + new))
         factors_first = 2 * hidden * inputs * new + number * hidden * new * new
         if factors_first < build_first:
-            return _quadratic_forms(gates, self.left @ basis, self.right @ basis, symmetric)
-        q = _quadratic_forms(gates, self.left, self.right, symmetric)
+            return shift(_quadratic_forms(gates, unit.left @ basis, unit.right @ basis, symmetric), exponents)
+        q = _quadratic_forms(gates, unit.left, unit.right, symmetric)
         q = jnp.einsum("uik,kj->uij", jnp.einsum("ki,ukj->uij", basis, q), basis)
-        return _symmetrised(q) if symmetric else q  # again, because the two products round differently
+        return shift(_symmetrised(q) if symmetric else q, exponents)  # again, as the two products round differently
 
     def matvec(
         self, directions: Float[Array, "U out"], v: Float[Array, "U in"] | Float[Array, " in"]
@@ -229,7 +234,7 @@ class BilinearTensor:
         with jax.default_matmul_precision("highest"):
             cross = left @ right.T
             gram = ((left @ left.T) * (right @ right.T) + cross * cross.T) / 2
-        return jnp.ldexp(gram, 2 * (at_left + at_right))
+        return shift(gram, 2 * (at_left + at_right))
 
     def traces(self, directions: Float[Array, "U out"]) -> Float[Array, " U"]:
         """``trace Q_u = sum_m g[m] (left_m . right_m)``: the mean of u . y over inputs of unit covariance.
@@ -240,7 +245,8 @@ class BilinearTensor:
             [5.0, -10.0]
         """
         with jax.default_matmul_precision("highest"):
-            return self._gates(directions) @ jnp.sum(self.left * self.right, axis=-1)
+            unit, gates, exponents = self._unit_gates(directions)
+            return shift(gates @ jnp.sum(unit.left * unit.right, axis=-1), exponents[:, 0])
 
     def unit(self) -> tuple["BilinearTensor", Int[Array, ""], Int[Array, ""]]:
         """The tensor with its factors divided by powers of two, and the exponents: of ``left right``, and of ``down``.
@@ -262,8 +268,9 @@ class BilinearTensor:
     ) -> Float[Array, " U"]:
         """Frobenius norms ``|Q_u| = sqrt(sum_ij Q_u[i, j]^2) = sqrt(g K g^T)``.
 
-        Pass ``gram`` if you have already computed ``K = gram()``. Otherwise K is computed, or, for a few directions,
-        the matrices Q_u are built, because that is cheaper. The gradient is 0 where the norm is 0.
+        Pass ``gram`` if you have already computed ``K = gram()``. Outside ``jit``, ``ValueError`` is raised if entries of
+        K left the range of its dtype. Otherwise K is computed, or, for a few directions, the matrices Q_u are built,
+        because that is cheaper. The gradient is 0 where the norm is 0.
 
         Accuracy: let eps be that of the dtype, and ``s = sqrt(sum_m g[m]^2 K[m, m])``, the norm if the hidden units did
         not interfere. If Q_u is built, the error is a few ``eps s``. With K it is a few ``eps s^2 / |Q_u|``, and at
@@ -279,7 +286,7 @@ class BilinearTensor:
             >>> tensor.norms(jnp.array([[-2.0], [0.0]])).tolist()
             [2.0, 0.0]
         """
-        self._check_directions(directions)
+        directions = self._rows(directions)
         (hidden, inputs), number = self.left.shape, len(directions)
         unit, at_inputs, at_down = self.unit()
 
@@ -304,7 +311,7 @@ class BilinearTensor:
                 batch = min(max(number, 1), 1024)
                 squares = jax.lax.map(lambda row: jnp.sum((row @ form) * row), rows, batch_size=batch)
         zero = squares <= 0
-        return jnp.ldexp(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), exponents[:, 0])
+        return shift(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), exponents[:, 0])
 
     def cosines(
         self, directions: Float[Array, "U out"], gram: Float[Array, "hidden hidden"] | None = None
@@ -322,11 +329,9 @@ class BilinearTensor:
             >>> tensor.cosines(jnp.array([[2.0], [4.0], [0.0]])).tolist()
             [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
         """
-        self._check_directions(directions)
-        unit, at_inputs, _ = self.unit()
         with jax.default_matmul_precision("highest"):
-            gates = unit_scale(unit._gates(unit_scale(directions, axis=1)[0]), axis=1)[0]
-            gram = self._unit_gram(unit, at_inputs, gram)
+            unit, gates, _ = self._unit_gates(directions)
+            gram = self._unit_gram(unit, self.unit()[1], gram)
             inner = gates @ gram @ gates.T
             noise = 16 * jnp.finfo(inner.dtype).eps * (gates**2 @ jnp.diagonal(gram))
         inner = (inner + inner.T) / 2
@@ -336,76 +341,43 @@ class BilinearTensor:
 
     def _gates(self, directions: Float[Array, "U out"]) -> Float[Array, "U hidden"]:
         """``g = directions down``: how much of each hidden unit every direction reads."""
-        self._check_directions(directions)
-        return directions @ self.down
+        return self._rows(directions) @ self.down
 
-    def _check_directions(self, directions: Array) -> None:
+    def _rows(self, directions: Shaped[Array, "U out"]) -> Float[Array, "U out"]:
+        """The directions as floats. Raises ``ValueError`` unless they fit."""
+        directions = as_floats("directions", directions)
         if directions.ndim != 2:
             raise ValueError(
                 f"directions have shape {directions.shape}, but they must be rows [U, out]: write u[None] for one"
             )
         _check_width("directions", directions, "out", self.n_out)
+        return directions
+
+    def _unit_gates(self, directions: Array) -> tuple["BilinearTensor", Float[Array, "U hidden"], Int[Array, "U 1"]]:
+        """``unit()``, the gates of the directions with the largest of each near 1, and the exponents of Q_u."""
+        unit, at_inputs, at_down = self.unit()
+        rows, at_rows = unit_scale(self._rows(directions), axis=1)
+        gates, at_gates = unit_scale(unit._gates(rows), axis=1)
+        return unit, gates, at_inputs + at_down + at_rows + at_gates
 
     def _unit_gram(self, unit: "BilinearTensor", at_inputs, gram: Array | None) -> Float[Array, "hidden hidden"]:
         """``unit.gram()``; from the ``gram()`` of this tensor if it is given and fits."""
         hidden = self.left.shape[0]
         if gram is not None and gram.shape != (hidden, hidden):
             raise ValueError(f"gram has shape {gram.shape}, but it must be gram() of this tensor, {(hidden, hidden)}")
-        return unit.gram() if gram is None else jnp.ldexp(gram, -2 * at_inputs)
+        if gram is None:
+            return unit.gram()
+        form, largest = shift(gram, -2 * at_inputs), jnp.max(jnp.abs(gram), initial=0)
+        if not isinstance(largest, Tracer):
+            sides = jnp.stack([jnp.max(jnp.abs(side)) for side in (unit.left, unit.right)])
+            if jnp.all((sides > 0) & jnp.isfinite(sides)) and not 1e-24 <= largest < jnp.inf:
+                raise ValueError(f"the entries of gram, up to {float(largest):.2g}, leave {gram.dtype}: leave gram out")
+        return form
 
 
 def with_constant(x: Float[Array, "*batch in"]) -> Float[Array, "*batch extended"]:
     """``[x, 1]``: the input of a tensor with biases (``BilinearTensor.from_mlp``)."""
     return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
-
-
-def as_floats(name: str, x: Any) -> Float[Array, "..."]:
-    """``x`` as float32, or as float64 if it is that; integers would wrap around, and half floats overflow early.
-
-    Raises:
-        ValueError: if x does not hold real numbers.
-
-    Example:
-        >>> as_floats("left", jnp.array([100], jnp.int8))
-        Array([100.], dtype=float32)
-    """
-    x = jnp.asarray(x)
-    if x.dtype in (jnp.float32, jnp.float64):
-        return x
-    if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
-        raise ValueError(f"{name} has the dtype {x.dtype}, but must hold real numbers: give it as float32")
-    return x.astype(jnp.float32)
-
-
-def unit_scale(
-    x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None
-) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
-    """``(x / 2^e, e)``, with the largest ``|x / 2^e|`` along the axis, or of all, between 1/2 and 1.
-
-    The quotient has the digits of x. Its squares stay in the range of floats, which end at 1e-38 and 3e38 in float32.
-    In derivatives, e is constant. It is 0 if all x are 0, or one is not finite.
-
-    Example:
-        >>> scaled, exponent = unit_scale(jnp.array([6.0, -12.0]))  # 12 = 0.75 * 2^4
-        >>> scaled.tolist(), int(exponent)
-        ([0.375, -0.75], 4)
-    """
-    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axis, keepdims=axis is not None, initial=0)
-    exponents = jnp.frexp(largest)[1]
-    return jnp.ldexp(x, jnp.broadcast_to(-exponents, x.shape)), exponents
-
-
-def lengths(x: Float[Array, "..."], axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
-    """``sqrt(sum x^2)`` along the axes, also where the squares would leave the range of floats.
-
-    Example:
-        >>> lengths(jnp.array([3.0, 4.0]) * 2.0**-120).item() == 5 * 2.0**-120
-        True
-    """
-    scaled, exponents = unit_scale(x, axis)
-    squares = jnp.sum(scaled**2, axis=axis)
-    zero = squares <= 0
-    return jnp.ldexp(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), exponents.reshape(squares.shape))
 
 
 def _quadratic_forms(gates, left, right, symmetric: bool) -> Float[Array, "U in in"]:

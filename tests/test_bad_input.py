@@ -131,9 +131,9 @@ def test_a_model_that_gives_nan(lm, tracer):
         lambda: bj.top_activations(broken, tracer.out, TOKENS),
         lambda: row_codes(broken, tracer.out, TOKENS, [0]),
     ):
-        with pytest.raises(ValueError, match=r"not finite in rows 0 \.\.\. 0: check its parameters"):
+        with pytest.raises(ValueError, match=r"not finite in rows 0 \.\.\. 0: check their parameters"):
             run()
-    with pytest.raises(ValueError, match="not finite as logits: check its parameters"):
+    with pytest.raises(ValueError, match="not finite as logits: check their parameters"):
         broken.generate("Once")
     found = bj.account(bj.Tracer(broken, 2, tracer.inp, tracer.out), TOKENS, 7)
     assert np.isnan(found.preactivation).all()

@@ -3,10 +3,11 @@
 import pickle
 
 import jax
+import jaxtyping
 import pytest
 
 import bilinear_jax as bj
-from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.errors import UnknownNameError, check_count
 from bilinear_jax.nn.sae import SAE, SAEConfig
 
 
@@ -58,3 +59,19 @@ def test_an_sae_checks_its_features():
         assert (error.kind, error.given, error.known) == ("feature", feature, "0 ... 7")
     with pytest.raises(ValueError, match=r"feature is 1\.5, but a feature of SAE 0-mlp-out-x2-k1 must be an int"):
         sae.check_feature(1.5)
+
+
+def test_a_count_is_a_whole_number(monkeypatch):
+    """What is not an int failed in NumPy or JAX, far from the argument."""
+    for given in (2.5, "3", None, float("nan")):
+        with pytest.raises(ValueError, match=r"k must be a whole number, got"):
+            check_count("k", given)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        check_count("k", 0)
+    check_count("k", 0, least=0)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users call it without type checks
+    lm = bj.load("ts-nano")
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number, got 2\.5"):
+        lm.mean_loss([[1, 2]], batch_size=2.5)
+    with pytest.raises(ValueError, match=r"k must be a whole number, got 2\.5"):
+        bj.logit_effects(lm, bj.load_sae("ts-nano", site="mlp_out", layer=2), 3, k=2.5)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from bilinear_jax.explain.similarity import cosine_similarity, plain_gram, plain_product
-from bilinear_jax.tensor import BilinearTensor, lengths
+from bilinear_jax.linalg.scale import lengths, shift
+from bilinear_jax.tensor import BilinearTensor
 
 PENALTIES = (None, "l1", "hoyer")
 
@@ -185,7 +186,7 @@ def normalised(tensor: BilinearTensor, found: BilinearTensor) -> CP:
     left, left_length = _unit_rows(found.left)
     right, right_length = _unit_rows(found.right)
     down = found.down * (scale * left_length * right_length)[None, :]
-    down = jnp.ldexp(down, sum(exponents))
+    down = shift(down, sum(exponents, jnp.int32(0)))
     weights = lengths(down, axis=0)
     order = jnp.argsort(-weights)
     ordered = BilinearTensor(left[order], right[order], down[:, order])

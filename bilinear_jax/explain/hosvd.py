@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bilinear_jax.linalg.scale import shift
 from bilinear_jax.tensor import BilinearTensor
 
 
@@ -79,5 +80,5 @@ def hosvd(tensor: BilinearTensor, n: int | None = None) -> HOSVD:
         singular_values, directions = singular_values[largest], directions[largest]
         leading = jnp.take_along_axis(directions, jnp.argmax(jnp.abs(directions), axis=1, keepdims=True), axis=1)
         directions = jnp.where(leading < 0, -directions, directions)
-        singular_values = jnp.ldexp(singular_values, at_inputs + at_down)
+        singular_values = shift(singular_values, at_inputs + at_down)
         return HOSVD(singular_values, directions, tensor.out_basis(directions))

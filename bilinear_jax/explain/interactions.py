@@ -23,8 +23,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.explain.spectra import top_eigh
-from bilinear_jax.tensor import BilinearTensor, lengths
+from bilinear_jax.linalg.scale import lengths
+from bilinear_jax.tensor import BilinearTensor
 
 
 @functools.partial(
@@ -272,8 +274,7 @@ def _check(tensor: BilinearTensor, directions, basis, n: int, batch_size: int, t
             f"{len(directions)} directions"
         )
     for name, given in (("batch_size", batch_size), ("tile", tile)):
-        if given < 1:
-            raise ValueError(f"{name} must be at least 1, got {given}")
+        check_count(name, given)
     arrays = {"left": tensor.left, "right": tensor.right, "down": tensor.down}
     for name, array in (arrays | {"directions": directions, "basis": basis}).items():
         if not bool(jnp.isfinite(array).all()):

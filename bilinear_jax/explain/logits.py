@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
 
@@ -59,8 +60,7 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
 
     Source: the "logit lens" of a decoder direction, as feature dashboards show it (Bricken et al. 2023).
     """
-    if k < 0:
-        raise ValueError(f"k is {k}, but the number of tokens on either side must be at least 0")
+    check_count("k", k, least=0)
     if not isinstance(feature, Tracer):
         feature = sae.check_feature(feature)
     return _ranked(direct_effects(lm, sae, feature), k)

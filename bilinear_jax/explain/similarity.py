@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bilinear_jax.linalg.scale import shift
 from bilinear_jax.tensor import BilinearTensor
 
 
@@ -25,7 +26,7 @@ def cross_gram(a: BilinearTensor, b: BilinearTensor) -> Float[Array, "hidden oth
     Cost: ``8 hidden other in`` flops. Memory: four times the result.
     """
     (a, at_a, _), (b, at_b, _) = a.unit(), b.unit()
-    return jnp.ldexp(plain_gram(a, b), at_a + at_b)
+    return shift(plain_gram(a, b), at_a + at_b)
 
 
 def plain_gram(a: BilinearTensor, b: BilinearTensor) -> Float[Array, "hidden other"]:
@@ -48,7 +49,7 @@ def inner_product(a: BilinearTensor, b: BilinearTensor) -> Float[Array, ""]:
     """
     _check_alike(a, b)
     (a, *at_a), (b, *at_b) = a.unit(), b.unit()
-    return jnp.ldexp(plain_product(a, b), sum(at_a + at_b))
+    return shift(plain_product(a, b), sum(at_a + at_b, jnp.int32(0)))
 
 
 def plain_product(a: BilinearTensor, b: BilinearTensor) -> Float[Array, ""]:

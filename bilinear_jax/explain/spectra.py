@@ -19,11 +19,13 @@ from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.linalg.basis import factor_basis
 from bilinear_jax.linalg.devices import spread
 from bilinear_jax.linalg.eigenpairs import top_eigenpairs
 from bilinear_jax.linalg.eigenvalues import eigvalsh
-from bilinear_jax.tensor import BilinearTensor, as_floats, unit_scale
+from bilinear_jax.linalg.scale import as_floats, shift, unit_scale
+from bilinear_jax.tensor import BilinearTensor
 
 ENDS = ("magnitude", "positive", "negative")
 
@@ -72,8 +74,7 @@ def eigh(
         >>> [round(abs(float(v)), 3) for v in spectrum.vectors[0, :, 1]]
         [0.707, 0.707]
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_count("batch_size", batch_size)
 
     def decompose(tensor, directions):
         def one(direction):
@@ -195,7 +196,7 @@ def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_s
             exponents = exponents + 2 * at_root + at_inputs
         directions, at_directions = unit_scale(directions, axis=1)
         gates, at_gates = unit_scale(tensor.out_basis(directions).down, axis=1)
-        norms = jnp.ldexp(tensor.norms(directions), -at_gates[:, 0])
+        norms = shift(tensor.norms(directions), -at_gates[:, 0])
         exponents = exponents + at_directions + at_gates
 
         def solve(shared, rows):
@@ -207,7 +208,7 @@ def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_s
         vectors = top.vectors if isometry is None else jnp.einsum("ni,uki->ukn", isometry, top.vectors)
         explained = _ratio(jnp.sum(top.values**2, axis=-1), norms**2)
     exponents = jnp.broadcast_to(exponents, top.values.shape)
-    values, residuals, bounds = (jnp.ldexp(part, exponents) for part in (top.values, top.residuals, top.bounds))
+    values, residuals, bounds = (shift(part, exponents) for part in (top.values, top.residuals, top.bounds))
     return TopSpectrum(values, vectors, residuals, bounds, top.converged, top.steps, explained)
 
 
@@ -232,8 +233,8 @@ def _check_request(tensor: BilinearTensor, directions, basis, k, which, rtol, ma
     if not smallest <= rtol < 1:
         raise ValueError(f"rtol is {rtol}, but it must be between {smallest:.1e} (what {dtype} can hold) and 1")
     for name, number in (("block_size", block_size), ("max_steps", max_steps)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        if number is not None:
+            check_count(name, number)
     given = {"left": tensor.left, "right": tensor.right, "down": tensor.down, "directions": directions, "basis": basis}
     for name, array in given.items():
         if array is None or isinstance(array, JaxTracer):

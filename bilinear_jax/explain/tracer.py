@@ -22,13 +22,14 @@ from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
-from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.errors import UnknownNameError, check_count
 from bilinear_jax.explain.interactions import Interactions, top_interactions
 from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread, spread
+from bilinear_jax.linalg.scale import shift, unit_scale
 from bilinear_jax.nn.sae import SAE, site_name, unit_columns
-from bilinear_jax.tensor import BilinearTensor, unit_scale
+from bilinear_jax.tensor import BilinearTensor
 
 INPUT_SITES = ("mlp_in", "resid_mid")
 OUTPUT_SITES = ("mlp_out",)
@@ -224,8 +225,7 @@ class Tracer:
         """
         from tqdm import tqdm
 
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
         total, size = self.n_features, min(batch_size, self.n_features)
 
         @jax.jit
@@ -343,7 +343,7 @@ def _submatrix(tensor: BilinearTensor, direction, basis, features: np.ndarray) -
         whole = jnp.sum(product * product.T)
     matrix = (matrix + matrix.T) / 2
     explained = jnp.where(whole > 0, jnp.sum(matrix**2) / jnp.where(whole > 0, whole, 1), 0)
-    return Submatrix(jnp.ldexp(matrix, at_q + 2 * at_basis), features, explained)
+    return Submatrix(shift(matrix, at_q + 2 * at_basis), features, explained)
 
 
 def _resolve_sae(argument: str, given, sites: tuple[str, ...], lm: LanguageModel, layer: int, source) -> SAE:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.nn.image import check_labels
 from bilinear_jax.show.drawing import COLOURS, NEGATIVE, POSITIVE, WRITTEN_OUT, finite, new_figure, short
 
@@ -53,8 +54,7 @@ def eigenspectrum(values: Any, patterns: Any, shape: tuple[int, int], k: int = 3
     """
     values, patterns = finite("values", values), facing(patterns)
     _check_patterns(values, patterns, shape, 1)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_count("k", k)
     order = np.argsort(-values)
     values, patterns = values[order], patterns[order]
     ranks = np.arange(1, len(values) + 1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE, SparseCodes
@@ -88,8 +89,7 @@ def top_activations(
     """
     saes = (saes,) if isinstance(saes, SAE) else tuple(saes)
     check_names(saes)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_count("k", k)
     best = tuple(_nothing(sae.config.n_features, k) for sae in saes)
     for batch in lm.batches(tokens, token_mask, batch_size, description="top activations"):
         best, finite = _merge_batch(lm, saes, best, batch.tokens, batch.mask, batch.first, one_per_row=one_per_row)

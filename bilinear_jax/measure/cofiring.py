@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy import sparse
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.explain.account import InputParts, encoder_constant, input_parts, reads_before_norm, site_pair
 from bilinear_jax.explain.overview import pair_weights
 from bilinear_jax.explain.tracer import Tracer
@@ -102,8 +103,7 @@ def strongest_pairs(tracer: Tracer, found: CoFiring, feature: int, n: int = 50) 
         >>> strongest_pairs(tracer, found, 7, n=3).shape
         (3, 2)
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_count("n", n)
     size = magnitudes(found, pair_weights(tracer.q(feature), tracer.basis, found.pairs))
     return found.pairs[largest(size, n)]
 
@@ -248,7 +248,8 @@ def _batches(tracer: Tracer, tokens, outputs, token_mask, batch_size: int, descr
         got = jax.device_get(_of_tokens(lm, tracer.tensor, inp, outputs, batch.tokens, batch.mask, normed=normed))
         sums = {name: got.pop(name)[: batch.rows] for name in ("terms", "magnitude") if name in got}
         got = {name: array[: batch.rows].reshape(-1, *array.shape[2:]) for name, array in got.items()}
-        if not all(np.isfinite(array[got["counts"]]).all() for array in got.values()):
+        counted = [*sums.values(), *(array[got["counts"]] for array in got.values())]
+        if not all(np.isfinite(array).all() for array in counted):
             raise batch.not_finite()
         yield got | sums
 
@@ -281,7 +282,7 @@ def _terms(tensor: BilinearTensor, inp: SAE, directions, parts: InputParts) -> F
     They are computed without Q: ``a^T Q b = g . ((L a) * (R b) + (R a) * (L b)) / 2``, with the gates ``g = down^T u``.
     """
     gates = (directions @ tensor.down).T
-    bias = parts.bias[0, 0] / parts.scale[0, 0]  # the same at every token, except for the scale
+    bias = jnp.pad(inp.decoder_bias, (0, tensor.n_in - inp.config.d_model))  # without the scale of each token
     left, right = ((bias @ factor.T)[:, None] for factor in (tensor.left, tensor.right))
     q_bias = (tensor.left.T @ (right * gates) + tensor.right.T @ (left * gates)) / 2  # [in, U]
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.explain.spectra import top_eigh
 from bilinear_jax.explain.tracer import Tracer, encoder_rows
 from bilinear_jax.language import LanguageModel
@@ -139,8 +140,7 @@ def sae_correlation(
         out: the output SAE, at ``mlp_out``; its encoder must be linear.
     """
     ks = _checked_ks(ks, tensor.n_in)
-    if min_count < 1:
-        raise ValueError(f"min_count must be at least 1, got {min_count}")
+    check_count("min_count", min_count)
     directions = encoder_rows(out)
     x, codes, code_features = _stream(lm, tensor, out, tokens, token_mask, batch_size)
     # The active codes, sorted by feature.

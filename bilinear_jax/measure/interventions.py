@@ -378,6 +378,7 @@ def steer(
         raise ValueError(f"{'add' if to is None else 'to'} must be finite, got {add if to is None else to}")
     if not isinstance(feature, JaxTracer):
         feature = sae.check_feature(feature)
+    where = None if where is None else jnp.asarray(where)
 
     def edit(x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
         wide = x.astype(jnp.float32)

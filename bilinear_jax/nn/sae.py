@@ -73,6 +73,8 @@ class SAEConfig:
         check_sizes(self, "d_model", "expansion", "n_features")
         if not 1 <= self.k <= self.n_features:
             raise ValueError(f"k is {self.k}, but it must be between 1 and {self.n_features} (the number of features)")
+        if len(set(self.passthrough)) < len(self.passthrough):
+            raise ValueError(f"passthrough is {list(self.passthrough)}, but each coordinate can be named only once")
         outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
         if outside:
             raise ValueError(f"passthrough coordinates {outside} lie outside 0 ... {self.d_model - 1}")
@@ -296,6 +298,7 @@ class SAE:
     def encode(self, x: Float[Array, "... d_model"], *, sparse: bool) -> Any: ...
     def encode(self, x, *, sparse: bool = False):
         """The codes of ``x``: dense ``[..., features]``, or ``SparseCodes`` with ``sparse=True``."""
+        x = jnp.asarray(x)
         self._check(x)
         codes = self._apply("encode_sparse", x)
         return codes if sparse else codes.dense()

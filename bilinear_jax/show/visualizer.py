@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.explain.logits import logit_effects
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.activations import (
@@ -153,8 +154,7 @@ class Visualizer:
 
     def contexts(self, *features: SupportsIndex, k: int = 5, window: int = 10) -> dict[int, list[Context]]:
         """The ``k`` largest activations of each feature, with ``window`` tokens on either side; [] if it is dead."""
-        if k < 1:
-            raise ValueError(f"k (contexts to show) must be at least 1, got {k}")
+        check_count("k (contexts to show)", k)
         if window < 0:
             raise ValueError(f"window (tokens on either side) must be at least 0, got {window}")
         numbers = list(dict.fromkeys(self.sae.check_feature(feature) for feature in features))

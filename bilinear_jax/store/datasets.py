@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bilinear_jax.errors import check_count
 from bilinear_jax.store import checksums
 from bilinear_jax.store.sources import dataset_folder, folder_of
 from weights_convert.files import inside
@@ -52,8 +53,8 @@ def load_token_rows(source: str | Path, length: int | None = None, rows: int | N
         (2, 4)
     """
     for name, limit in (("length", length), ("rows", rows)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} must be at least 1, got {limit}")
+        if limit is not None:
+            check_count(name, limit)
     path = Path(source).expanduser()
     if path.suffix == ".npy":
         if not path.is_file():

@@ -110,7 +110,7 @@ def test_wrong_use(words, message, capsys):
         (["trace", "--layer", 2, "--feature", 3, "--k", 257], "--k is 257, but each feature has 256 eigenvalues"),
         (
             ["trace", "--layer", 2, "--feature", 3, "--attn-scale", 1e38, "--text", "a cat"],
-            "not finite at the tokens of the text",
+            "not finite at these tokens",
         ),
         (
             ["generate", "--prompt", "a cat", "--attn-scale", 1e38],

@@ -58,7 +58,7 @@ def test_what_is_refused(lm):
     sae = sae_at("mlp_out")
     with pytest.raises(UnknownNameError, match=r"no feature 32 in SAE 0-mlp-out-x4-k2: choose one of 0 \.\.\. 31"):
         logit_effects(lm, sae, 32)
-    with pytest.raises(ValueError, match="k is -1, but the number of tokens on either side must be at least 0"):
+    with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         logit_effects(lm, sae, 3, k=-1)
     traced = jax.jit(lambda feature: logit_effects(lm, sae, feature, 2).raised)(jnp.int32(5))
     assert traced.tolist() == logit_effects(lm, sae, 5, 2).raised.tolist()

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from bilinear_jax.explain import cp, interactions, overview, similarity, spectra
 from bilinear_jax.explain.hosvd import hosvd
+from bilinear_jax.linalg.scale import lengths
 from bilinear_jax.nn.sae import unit_columns
-from bilinear_jax.tensor import BilinearTensor, lengths
+from bilinear_jax.tensor import BilinearTensor
 
 RNG = np.random.default_rng(0)
 FACTORS = [RNG.normal(size=shape) for shape in ((12, 8), (12, 8), (6, 12))]
@@ -69,6 +70,65 @@ def test_top_eigenpairs_of_scaled_directions_in_a_scaled_basis(scale):
     expected = np.take_along_axis(values, np.argsort(-abs(values), axis=1)[:, :2], axis=1)
     close(top.values, expected)
     close(top.explained, (expected**2).sum(axis=1) / (projected**2).sum(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("power", [0, -80, 60])
+def test_derivatives_at_zeros_and_at_every_scale(power):
+    """Of norms and of the largest eigenvalue, by differences in float64. Most entries are 0."""
+    left, right, down = np.eye(3, 4), np.eye(3, 4)[:, ::-1], np.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
+    factors = [jnp.asarray(f, jnp.float32) for f in (left, right, down)]
+    factors[0] = factors[0] * 2.0**power
+
+    def form(left, right, down):
+        q = np.einsum("m,mi,mj->ij", down[0], left, right)
+        return (q + q.T) / 2
+
+    def check(ours, exact):
+        for place in range(3):
+            found = jax.grad(lambda f, p=place: ours([*factors[:p], f, *factors[p + 1 :]]))(factors[place])
+            given = [np.asarray(f, np.float64) for f in factors]
+            size, step = 2.0 ** (power if place == 0 else 0), 1e-4
+            for index in [(0, 0), (0, 1), (1, 0), (1, 2)]:
+                ends = []
+                for sign in (1, -1):
+                    moved = [f.copy() for f in given]
+                    moved[place][index] += sign * step * size
+                    ends.append(exact(*moved) / 2.0**power)
+                slope = (ends[0] - ends[1]) / (2 * step)
+                np.testing.assert_allclose(float(found[index]) * size / 2.0**power, slope, rtol=1e-3, atol=1e-3)
+
+    u = jnp.array([[1.0, 0.0]])
+    check(lambda f: BilinearTensor(*f).norms(u)[0], lambda *f: np.sqrt((form(*f) ** 2).sum()))
+    check(
+        lambda f: spectra.top_eigh(BilinearTensor(*f), u, k=1, which="positive").values[0, 0],
+        lambda *f: np.linalg.eigvalsh(form(*f))[-1],
+    )
+
+
+@pytest.mark.parametrize(
+    "scales", [(1e-25, 1e-25, 1e30, 1), (1e-22, 1e-22, 1e22, 1e22), (1e25, 1e-30, 1, 1e5), (1e18, 1e19, 1e-35, 1)]
+)
+def test_products_of_extreme_factors(scales):
+    """The value is near 1, but a product of two of its factors leaves float32."""
+    *factors, u = (jnp.asarray(f * s, jnp.float32) for f, s in zip((*FACTORS, DIRECTIONS), scales, strict=True))
+    tensor, size = BilinearTensor(*factors), float(np.prod(scales))
+    basis = jnp.asarray(BASIS, jnp.float32)
+    projected = np.einsum("ia,uij,jb->uab", BASIS, FORMS, BASIS)
+    close(tensor.interaction(u), FORMS, size)
+    close(tensor.interaction(u, basis), projected, size, rtol=1e-3)
+    close(tensor.interaction(u, basis[:, :3]), projected[:, :3, :3], size, rtol=1e-3)
+    close(tensor.traces(u), np.trace(FORMS, axis1=1, axis2=2), size, rtol=1e-3)
+    close(spectra.eigh(tensor, u).values, np.linalg.eigvalsh(FORMS), size)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_a_gram_that_leaves_float32_is_refused(scale):
+    tensor, _ = made((scale, scale, 1))
+    u = jnp.asarray(DIRECTIONS, jnp.float32)
+    for method in (tensor.norms, tensor.cosines):
+        with pytest.raises(ValueError, match=r"the entries of gram, up to .*, leave float32: leave gram out"):
+            method(u, tensor.gram())
+        method(u)
 
 
 @each_scale

@@ -1,5 +1,8 @@
 """One encoder row whose pre-activations are not finite: every measuring function raises, also for other features."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import published
@@ -13,7 +16,7 @@ from bilinear_jax.measure.correlation import low_rank_correlation
 from bilinear_jax.measure.evaluation import evaluate_saes
 from bilinear_jax.measure.interventions import ablate_pairs
 from bilinear_jax.measure.pairs import pair_summaries
-from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.sae import SAE, SAEConfig
 
 ASKED, BROKEN, K = 3, 5, 6
 
@@ -84,3 +87,26 @@ def test_a_tracer_is_not_measured(tracer, tokens, name, side):
     for kind in ("NaN with the sign bit", "-inf"):
         with pytest.raises(ValueError, match="the model or an SAE gives values that are not finite"):
             measure(Tracer(tracer.lm, 1, **saes | {side: broken(saes[side], kind)}), tokens)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 1e25])
+def test_what_a_masked_token_holds_changes_nothing(golden, odd):
+    """The account of a batch read the bias of its first token, also if that does not count."""
+    lm = golden.lm
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, lm.config.n_vocab, (4, 12))
+    tokens[0] = 3
+    mask = np.ones(tokens.shape, bool)
+    mask[0] = mask[:, 0] = False
+    broken = dataclasses.replace(lm, params=lm.params | {"w_e": lm.params["w_e"].at[3].set(odd)})
+    saes = (published_sae("resid_mid"), published_sae("mlp_out"))
+    right, found = (
+        pair_summaries(Tracer(one, 1, *saes), tokens, PAIRS, token_mask=mask)[ASKED] for one in (lm, broken)
+    )
+    for name, value in right.terms.items():
+        np.testing.assert_allclose(found.terms[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def published_sae(site: str) -> SAE:
+    sae = SAE.init(SAEConfig(site, 1, d_model=32, expansion=4, k=6), jax.random.key(1))
+    return SAE(sae.params | {"b_dec": jnp.full(32, 0.1)}, sae.config)

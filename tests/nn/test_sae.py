@@ -114,6 +114,7 @@ def test_names_are_the_published_ones():
         (dict(k=0), "k is 0, but it must be between 1 and 8"),
         (dict(k=9), "k is 9, but it must be between 1 and 8"),
         (dict(passthrough=(4,)), r"passthrough coordinates \[4\] lie outside 0 ... 3"),
+        (dict(passthrough=(1, 1)), r"passthrough is \[1, 1\], but each coordinate can be named only once"),
         (dict(tag=""), "tag is '', but it must be None or a part of a folder's name, without '/'"),
         (dict(tag="../v1"), r"tag is '\.\./v1'"),
         (dict(tag="a\nb"), r"tag is 'a\\nb', but .* characters that cannot be printed"),

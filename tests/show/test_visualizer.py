@@ -163,7 +163,7 @@ def test_a_feature_out_of_range_is_told(vis, lm, sae):
 def test_windows_and_lists_of_negative_length(vis):
     with pytest.raises(ValueError, match=r"window \(tokens on either side\) must be at least 0, got -5"):
         vis.text(NOT, window=-5)
-    with pytest.raises(ValueError, match="k is -1, but the number of tokens on either side must be at least 0"):
+    with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         vis.text(NOT, logits=-1)
 
 
