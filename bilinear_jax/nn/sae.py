@@ -78,10 +78,10 @@ class SAEConfig:
         outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
         if outside:
             raise ValueError(f"passthrough coordinates {outside} lie outside 0 ... {self.d_model - 1}")
-        if self.tag is not None and (not self.tag or "/" in self.tag or not self.tag.isprintable()):
+        if self.tag is not None and (not self.tag or {*"/\\"} & {*self.tag} or not self.tag.isprintable()):
             raise ValueError(
-                f"tag is {self.tag!r}, but it must be None or a part of a folder's name, without '/' and characters "
-                "that cannot be printed"
+                f"tag is {self.tag!r}, but it must be None or a part of a folder's name, without '/', a backslash and "
+                "characters that cannot be printed"
             )
         single = jnp.finfo(jnp.float32)
         if self.normalize is not None and not abs(self.normalize) <= float(single.max):

@@ -117,6 +117,7 @@ def test_names_are_the_published_ones():
         (dict(passthrough=(1, 1)), r"passthrough is \[1, 1\], but each coordinate can be named only once"),
         (dict(tag=""), "tag is '', but it must be None or a part of a folder's name, without '/'"),
         (dict(tag="../v1"), r"tag is '\.\./v1'"),
+        (dict(tag="a\\b"), r"tag is 'a\\\\b', but .* without '/', a backslash and"),
         (dict(tag="a\nb"), r"tag is 'a\\nb', but .* characters that cannot be printed"),
         (dict(tag="\x1b[2J"), r"tag is '\\x1b\[2J'"),
         (dict(tag="\u202ev"), r"tag is '\\u202ev'"),
