@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         out="the folder to write",
         scope="convert SAEs too, into OUT/scope",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT, if it is a checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace OUT, if it is a model of this library")
     common.add_json(parser)
 
 

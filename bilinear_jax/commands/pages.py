@@ -52,9 +52,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from bilinear_jax.pages import gather, neuronpedia, site
     from bilinear_jax.store.files import check_place
 
-    out, batches = check_place(options.out, force=options.force, record=site.RECORD), None  # before minutes of work
+    out = check_place(options.out, replace=site.KIND if options.force else None)  # before minutes of work
+    batches = None
     if options.neuronpedia is not None:
-        batches = check_place(options.neuronpedia, force=options.force, record=neuronpedia.RECORD)
+        batches = check_place(options.neuronpedia, replace=neuronpedia.KIND if options.force else None)
         if out.path.is_relative_to(batches.path) or batches.path.is_relative_to(out.path):
             raise common.WrongUse("--out and --neuronpedia must be two folders, neither inside the other")
     lm = common.load_model(options)

@@ -40,10 +40,11 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.pages.activity import significant
 from bilinear_jax.pages.facts import Activity, ContextGroup, TokenEffect
-from bilinear_jax.store.files import Place, atomic_folder, check_place
+from bilinear_jax.store.files import Kind, Place, atomic_folder, check_place
 
 FORMAT = "bilinear_jax neuronpedia/1"
 RECORD = "neuronpedia.json"
+KIND = Kind(RECORD, FORMAT)
 LOGIT_BARS = 50  # bars of the histogram of logits, as in SAEDashboard
 EMPTY = (
     *(f"neuron_alignment_{part}" for part in ("indices", "values", "l1")),
@@ -124,7 +125,7 @@ def export(
     of_dataset = {"n_prompts_total": rows, "n_tokens_in_prompt": tokens_per_row, "dataset": dataset}
     source = {"model_id": model_id, "layer": sae.config.layer, "sae_set": set_name, "sae_id_suffix": None}
 
-    place = check_place(out, force=force, record=RECORD)
+    place = check_place(out, replace=KIND if force else None)
     with (
         atomic_folder(place) as folder,
         tqdm(total=len(activities), desc="Neuronpedia", disable=None) as bar,

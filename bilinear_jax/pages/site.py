@@ -8,10 +8,11 @@ from typing import Any
 from bilinear_jax.pages import render
 from bilinear_jax.pages.facts import Site
 from bilinear_jax.show.html import static, style
-from bilinear_jax.store.files import Place, atomic_folder, check_place
+from bilinear_jax.store.files import Kind, Place, atomic_folder, check_place
 
 FORMAT = "bilinear_jax pages/1"
 RECORD = "site.json"
+KIND = Kind(RECORD, FORMAT)
 
 
 def write_site(site: Site, out: Path | str | Place, *, force: bool = False) -> Path:
@@ -48,7 +49,7 @@ def write_site(site: Site, out: Path | str | Place, *, force: bool = False) -> P
     """
     from tqdm.auto import tqdm
 
-    target = check_place(out, force=force, record=RECORD)
+    target = check_place(out, replace=KIND if force else None)
     with atomic_folder(target) as folder:
         for name in ("output", "input", "data", "static"):
             (folder / name).mkdir()

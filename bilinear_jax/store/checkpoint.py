@@ -33,7 +33,7 @@ from bilinear_jax.nn.configs import typed
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.store import checksums
-from bilinear_jax.store.files import atomic_folder, read_json, replace_file
+from bilinear_jax.store.files import Kind, Place, atomic_folder, check_place, read_json, replace_file
 from bilinear_jax.store.params import restore_params, stored_params, write_params
 from bilinear_jax.store.sources import find_sae, folder_of, sae_configs, sae_folder
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer
@@ -41,6 +41,7 @@ from weights_convert.files import check_kinds, inside
 
 MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
 VERSION = 1
+MODEL, SAE_FOLDER = Kind("config.json", MODEL_FORMAT), Kind("config.json", SAE_FORMAT)
 BESIDE = (*TOKENIZER_FILES, "corpus.npy", "top-activations.safetensors")
 """The files beside the params whose SHA-256 is recorded, if they are there."""
 Origin = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
@@ -144,32 +145,43 @@ def save_model(
         tokenizer: a ``tokenizer.json``, or a folder with one. It is copied.
         origin: where the params come from, as JSON, or a function that returns this after the params are written.
             It is kept in ``config.json``.
-        force: replace an older checkpoint. The old one stays until the new one is complete.
+        force: replace an older model. The old one stays until the new one is complete.
         dtype: the dtype on disk, float32, float16 or bfloat16. None: as the params are, if they are one of these.
 
     Raises:
-        FileExistsError: if the folder is not empty and ``force`` is False, if it is not a checkpoint, or if it changed
+        FileExistsError: if the folder is not empty and ``force`` is False, if it is not a model, or if it changed
             meanwhile, as ``atomic_folder``.
-        ValueError: if the params do not match the config, have another dtype, or are not finite in ``dtype``. Nothing
-            is written then.
+        OSError: if nothing can be written there.
+        ValueError: if the params do not match the config, have another dtype, or are not finite in ``dtype``; or if
+            ``force`` would delete SAEs in the folder. Nothing is written then.
     """
+    place = check_place(path, replace=MODEL if force else None)
+    check_keeps_saes(place, f"move {place.path / 'scope'} away first, or name another folder")
     arrays = stored_params(Path(path), params, _abstract_transformer(config), dtype)
-    with atomic_folder(path, force=force) as folder:
+    with atomic_folder(place) as folder:
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), folder)
         _write(folder, MODEL_FORMAT, config, arrays, origin)
     return Path(path)
 
 
+def check_keeps_saes(place: Place, fix: str) -> None:
+    """Raise ``ValueError`` if a new model at this place would delete the SAEs of the older one."""
+    scope = place.path / "scope"
+    if place.older is not None and scope.is_dir() and any(scope.iterdir()):
+        raise ValueError(f"{place.path} holds SAEs, which would be deleted: {fix}")
+
+
 def save_sae(path: str | Path, sae: SAE, *, origin: Mapping[str, Any], force: bool = False, dtype: Any = None) -> Path:
     """Write the folder of an SAE, ``<folder of the model>/scope/<sae.name>``. Its last part must be ``sae.name``.
 
-    The other arguments and the errors are those of ``save_model``.
+    The other arguments and the errors are those of ``save_model``. ``force`` replaces an older SAE.
     """
     if Path(path).name != sae.name:
         raise ValueError(f"the folder of an SAE must have its name, but is {path}: save it to {Path(path) / sae.name}")
+    place = check_place(path, replace=SAE_FOLDER if force else None)
     arrays = stored_params(Path(path), sae.params, _abstract_sae(sae.config), dtype)
-    with atomic_folder(path, force=force) as folder:
+    with atomic_folder(place) as folder:
         _write(folder, SAE_FORMAT, sae.config, arrays, origin)
     return Path(path)
 

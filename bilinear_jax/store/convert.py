@@ -13,8 +13,8 @@ import weights_convert
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store import checksums
-from bilinear_jax.store.checkpoint import config_of, load_model, load_sae, save_model, save_sae
-from bilinear_jax.store.files import atomic_folder, check_place
+from bilinear_jax.store.checkpoint import MODEL, check_keeps_saes, config_of, load_model, load_sae, save_model, save_sae
+from bilinear_jax.store.files import atomic_folder, check_name, check_place
 from bilinear_jax.store.sources import folder_of, list_saes, sae_folder, sae_names
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer, load_tokenizer, tokenizer_hash
 from bilinear_jax.store.version import library_version
@@ -36,20 +36,21 @@ def convert(
         out: the folder to write. It appears when it is complete.
         scope: a folder or a hub name with SAEs of this model. None: no SAEs.
         attn_scale: the factor on the attention's output. It replaces the value in the files. None: use the files.
-        force: replace an older checkpoint at ``out``.
+        force: replace an older model at ``out``.
 
     Returns:
         The names of the SAEs.
 
     Raises:
         FileNotFoundError: if the source does not exist, or if ``scope`` holds no SAEs.
-        FileExistsError: if ``out`` is not empty and ``force`` is False, or if it is not a checkpoint.
+        FileExistsError: if ``out`` is not empty and ``force`` is False, or if it is not a model of this
+            library.
         ValueError: if the source is already a checkpoint of this library, if an SAE does not fit the model, if
             ``force`` would delete SAEs, or if a file is damaged.
     """
-    place = check_place(out, force=force)
-    if force and scope is None and (place.path / "scope").is_dir():
-        raise ValueError(f"{out} holds SAEs, which would be deleted: convert them too with --scope, or delete it first")
+    place = check_place(out, replace=MODEL if force else None)
+    if scope is None:
+        check_keeps_saes(place, "convert them too with --scope, or delete it first")
     names = [] if scope is None else sae_names(scope)
     if scope is not None and not names:
         raise FileNotFoundError(f"{scope} has no SAEs: give --scope a folder or a hub name with SAEs")
@@ -140,9 +141,9 @@ def export(
         ValueError: if the published layout cannot describe the model or an SAE: see
             ``weights_convert.write_transformer`` and ``write_sae``.
     """
-    out = Path(out).expanduser().resolve()
+    out = check_name(out)
     paths = [out] if scope is None else [out, out.parent / f"{out.name}-scope"]
-    for path in paths:
+    for path in map(check_name, paths):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise FileExistsError(f"{path} already exists: name another OUT, or move it away")
     places = [check_place(path) for path in paths]

@@ -7,11 +7,22 @@ import os
 import secrets
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from weights_convert import files
+
+NAME_LIMIT = 255
+"""The most bytes in the name of a file or a folder, on all usual file systems."""
+
+
+class Kind(NamedTuple):
+    """What shows that this library wrote a folder, and what it holds."""
+
+    record: str  # a JSON file in it
+    format: str  # the value of ``format`` there
 
 
 class Place(NamedTuple):
@@ -21,22 +32,48 @@ class Place(NamedTuple):
     older: dict[str, tuple[int, ...]] | None  # the files and folders that force replaces; None: there are none
 
 
-def check_place(path: str | Path | Place, *, force: bool = False, record: str = "config.json") -> Place:
+def check_name(path: str | Path) -> Path:
+    """The absolute path, without links. Raises ``OSError`` if its names are such that nothing can be written there.
+
+    Orbax reads a backslash as "/", and a folder "gs:" as the start of an address. Its arrays would go elsewhere.
+    """
+    shown = str(path).encode("utf-8", "backslashreplace").decode()
+    try:
+        path = Path(path).expanduser().resolve()
+        parts = [part.encode() for part in path.parts]
+        if any(len(part) > NAME_LIMIT for part in parts):
+            raise ValueError(f"a name may have up to {NAME_LIMIT} bytes")
+        if any(b"\\" in part or part in (b"gs:", b"s3:", b"az:", b"hf:") for part in parts):
+            raise ValueError(r"a folder's name may not have \ in it, nor be gs:, s3:, az: or hf:")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+        return path
+    except UnicodeEncodeError:
+        reason = "it has characters that are not UTF-8"
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, or no such home
+        reason = getattr(error, "strerror", None) or str(error)
+    raise OSError(f"{shown} cannot be written ({reason}): name another place")
+
+
+def check_place(path: str | Path | Place, *, replace: Kind | None = None) -> Place:
     """The place where ``atomic_folder`` will write. Raises ``OSError`` if it is clear that it could not.
 
     ``atomic_folder`` replaces only what was found here. A ``Place`` is returned as it is.
     """
     if isinstance(path, Place):
         return path
-    path = Path(path).expanduser().resolve()
+    path = check_name(path)
     occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if occupied and not force:
+    if occupied and replace is None:
         raise FileExistsError(f"{path} already exists: name another folder, or replace it with force (--force)")
-    if occupied and "format" not in (read_json(path / record) or {}):
-        raise FileExistsError(
-            f"{path} has no {record} of this library, so force does not replace it: move it away, or name another "
-            "folder"
-        )
+    if occupied and replace is not None:
+        there = read_json(path / replace.record)
+        if there is None or there.get("format") != replace.format:
+            found = "no such file" if there is None else f"format {there.get('format')!r:.100}"
+            raise FileExistsError(
+                f"{path} is not what force may replace here: a folder with a {replace.record} of format "
+                f"{replace.format!r}. It has {found}: move it away, or name another folder"
+            )
     older = _contents(path) if occupied else None
     check_writable(path)
     if path.exists():
@@ -46,7 +83,8 @@ def check_place(path: str | Path | Place, *, force: bool = False, record: str = 
 
 def check_writable(path: Path) -> None:
     """Raise ``OSError`` unless something can be made in the lowest folder above ``path`` that exists. This is tried."""
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    path = check_name(path)
+    above = next(folder for folder in path.parents if folder.exists())
     trial = _beside(above / path.name, "partial")
     try:
         trial.mkdir()
@@ -82,7 +120,7 @@ def _check_movable(path: Path, occupied: bool) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path | Place, *, force: bool = False, record: str = "config.json") -> Iterator[Path]:
+def atomic_folder(path: str | Path | Place, *, replace: Kind | None = None) -> Iterator[Path]:
     """Give a temporary folder beside ``path``. It takes the place of ``path`` if the block ends without an error.
 
     If the process is killed, ``path`` is as it was before. The hidden temporary folder ``.<name>.partial-...`` may be
@@ -90,16 +128,15 @@ def atomic_folder(path: str | Path | Place, *, force: bool = False, record: str 
 
     Args:
         path: the folder to write, or a place that ``check_place`` returned earlier.
-        force: replace an older folder of the same kind. It is moved aside when the new one is complete, and deleted
-            when the new one is in its place.
-        record: the JSON file whose ``format`` shows that a folder is of this kind.
+        replace: replace an older folder of this kind. It is moved aside when the new one is complete, and deleted
+            when the new one is in its place. If it cannot be deleted, a warning says where it is.
 
     Raises:
         OSError: as ``check_place``, before the block.
         FileExistsError: after the block, if ``path`` is no longer what it was: something appeared there, or the older
             folder was changed. That stays as it is. The message says where the complete temporary folder is.
     """
-    place, complete = check_place(path, force=force, record=record), False
+    place, complete = check_place(path, replace=replace), False
     place.path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(place.path, "partial")
     try:
@@ -130,12 +167,21 @@ def _put(partial: Path, place: Place) -> None:
         if not isinstance(error, OSError):
             raise
         moved = f" What was there before is in {old}." if os.path.lexists(old) else ""
+        written = f"complete in {partial}: give that another name"
+        if not partial.is_dir():
+            written = f"no longer in {path.parent}: look for {partial.name} where that folder was moved, or do it again"
         raise FileExistsError(
             f"{path} is no longer what it was when this began ({error.strerror}), so it stays as it is.{moved} What "
-            f"was written is complete in {partial}: give that another name"
+            f"was written is {written}"
         ) from error
     if old.exists():
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            warnings.warn(
+                f"{path} is complete, but what it replaced could not be deleted ({error.strerror}): delete {old}",
+                stacklevel=5,
+            )
 
 
 def _contents(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -143,14 +189,15 @@ def _contents(folder: Path) -> dict[str, tuple[int, ...]]:
     found = {}
     for path in (folder, *folder.rglob("*")):
         entry = path.lstat()
-        size_and_time = () if stat.S_ISDIR(entry.st_mode) else (entry.st_size, entry.st_mtime_ns)
-        found[path.relative_to(folder).as_posix()] = (entry.st_dev, entry.st_ino, *size_and_time)
+        found[path.relative_to(folder).as_posix()] = (entry.st_dev, entry.st_ino)
+        if not stat.S_ISDIR(entry.st_mode):  # a folder's own times change when it is moved
+            found[path.relative_to(folder).as_posix()] += (entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns)
     return found
 
 
 def _beside(path: Path, what: str) -> Path:
-    """A hidden name beside ``path`` that nothing else has."""
-    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+    """A hidden name beside ``path`` that nothing else has. Of a long name it has the start, so that it fits."""
+    return path.with_name(f".{path.name[:50]}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def put_file(partial: Path, path: Path) -> None:

@@ -49,6 +49,8 @@ def write_params(folder: Path, arrays: PyTree) -> dict[str, int]:
     with ThreadPoolExecutor(1) as meanwhile, context, _without(NOTHING_TO_MERGE):
         crc32 = meanwhile.submit(checksums.of_params, arrays)
         ocp.save(str(folder.resolve() / "params"), arrays)
+    if len(list((folder / "params").rglob("zarr.json"))) != len(jax.tree.leaves(arrays)):
+        raise OSError(f"Orbax did not write all arrays into {folder / 'params'}: name another folder")
     (folder / "params" / "commit_success.txt").unlink(missing_ok=True)  # it contains a path of this machine
     return crc32.result()
 

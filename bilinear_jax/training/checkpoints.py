@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt32
 
 from bilinear_jax.store.checksums import intact, sealed
+from bilinear_jax.store.files import check_name
 from bilinear_jax.training.mesh import on_first_process
 
 _ORBAX_LOG = logging.getLogger("absl")
@@ -52,7 +53,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, the newest checkpoint, got {keep}")
-        self.directory = Path(directory).resolve()
+        self.directory = check_name(Path(directory).absolute())
         self.keep, self.keep_every = keep, keep_every
         self._pending: tuple[int, Any] | None = None
 

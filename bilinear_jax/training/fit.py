@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from bilinear_jax.store.fields import LARGEST_COUNT
+from bilinear_jax.store.files import check_name
 from bilinear_jax.store.terminal import say
 from bilinear_jax.training import folder
 from bilinear_jax.training.checkpoints import Checkpoints
@@ -151,7 +152,7 @@ def fit(
             the data ends, or if a number of steps is below 1 or above 2^31 - 1.
         FileExistsError: if the folder is not of a run, but has files with the names of its files.
         FloatingPointError: if a metric or a parameter is not finite. The last good checkpoint stays.
-        OSError: if the disk is full. The last good checkpoint stays.
+        OSError: if nothing can be written in the folder, or if the disk is full. The last good checkpoint stays.
         RuntimeError: if another process trains in the folder.
 
     Example:
@@ -172,7 +173,7 @@ def fit(
                 f"and at most {LARGEST_COUNT}, got "
                 f"{steps}, {save_every}, {keep_every}, {log_every} and {evaluate_every}"
             )
-    directory = Path(directory).resolve()
+    directory = check_name(Path(directory).absolute())
     metrics_path = directory / "metrics.jsonl"
     first = jax.process_index() == 0
     _data_state(data)

@@ -31,7 +31,7 @@ from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.measure import evaluation
 from bilinear_jax.store.checkpoint import load_sae, save_model, save_sae
 from bilinear_jax.store.documents import as_sources, read_documents, up_to, without_last
-from bilinear_jax.store.files import finite_or_null, replace_file
+from bilinear_jax.store.files import check_name, finite_or_null, replace_file
 from bilinear_jax.store.terminal import say
 from bilinear_jax.store.tokenizers import (
     load_tokenizer,
@@ -204,6 +204,7 @@ def train_saes(
 def _run_folder(out: str | Path) -> Path:
     """The folder of the run. Raises ``OSError`` or ``ValueError`` if it cannot be there or would damage another run."""
     path = Path(out).absolute()
+    check_name(path)
     lineage = [path, *path.parents]
     there = next(folder for folder in lineage if folder.exists())
     if not there.is_dir():

@@ -290,6 +290,7 @@ def test_odd_places_are_refused_before_anything_is_loaded(capsys, tmp_path, monk
 
     for name in ("file", "file.txt"):
         (tmp_path / name).write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("bilinear_jax.language.load", loaded)
@@ -310,12 +311,21 @@ def test_odd_places_are_refused_before_anything_is_loaded(capsys, tmp_path, monk
             ("/", "/ already exists"),
             ("../file", "file already exists"),
             ("../file/new", "file is not a folder with write permission (Not a directory)"),
+            ("a\\b", r"a folder's name may not have \ in it"),
+            ("gs:/a", "nor be gs:"),
+            ("n" * 300, "a name may have up to 255 bytes"),
+            ("caf\udce9", r"caf\udce9 cannot be written (it has characters that are not UTF-8)"),
+            ("../loop", "cannot be written ("),
         ):
             assert message in failed([place if word == "OUT" else word for word in words], capsys), (words, place)
     assert "name another folder with --out" in failed(["tour", "--out", "../file"], capsys)
     assert "name another folder with --out" in failed(["tour", "--out", "../file/new"], capsys)
     train = ["train", "sae", "ts-nano", "--data", "../file.txt", "--out", "../file"]
     assert "is a file: name a folder for this run as --out" in failed(train, capsys)
+    for name in ("a\\b", "gs:/a", "n" * 300, "caf\udce9", "../loop"):
+        assert "cannot be written (" in failed([*train[:-1], name], capsys), name
+        assert "cannot be written (" in failed(["tour", "--out", name], capsys), name
+    assert not list((tmp_path / "here").iterdir())
     assert snapshot(tmp_path) == {"file": b"", "file.txt": b""} and not list((tmp_path / "here").iterdir())
 
 

@@ -63,7 +63,7 @@ def test_a_folder_of_another_kind_is_left_for_neuronpedias_files_too(words, tmp_
     (tmp_path / "batches" / "batch-0.json").write_text("the only copy")
     before = snapshot(tmp_path)
     assert main([*words, "--force", "--neuronpedia", str(tmp_path / "batches")]) == 1
-    assert "has no neuronpedia.json of this library" in capsys.readouterr().err
+    assert "a folder with a neuronpedia.json of format" in capsys.readouterr().err
     assert snapshot(tmp_path) == before
 
 
@@ -79,7 +79,7 @@ def test_not_even_force_replaces_what_is_no_site(words, tmp_path, capsys):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "thesis.txt").write_text("the only copy")
     assert main([*words, "--force"]) == 1
-    assert "has no site.json of this library" in capsys.readouterr().err
+    assert "a folder with a site.json of format" in capsys.readouterr().err
     assert (tmp_path / "site" / "thesis.txt").read_text() == "the only copy"
 
 

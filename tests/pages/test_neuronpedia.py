@@ -166,6 +166,10 @@ def test_same_facts_same_bytes_and_whole_or_not_at_all(made, tmp_path):
     (other / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="move it away"):
         export(*made, [DEAD], other, force=True, **DATASET)
+    (other / "neuronpedia.json").write_text('{"format": "png"}')
+    with pytest.raises(FileExistsError, match=r"neuronpedia/1'\. It has format 'png': move it away"):
+        export(*made, [DEAD], other, force=True, **DATASET)
+    assert len(list(other.iterdir())) == 2
 
 
 def test_what_is_refused(made, tmp_path):

@@ -183,8 +183,12 @@ def test_a_site_replaces_a_site_and_nothing_else(tmp_path):
     assert not (site / "output" / "999.html").exists()
     other.mkdir()
     (other / "config.json").write_text('{"format": "a model"}')
-    with pytest.raises(FileExistsError, match="force does not replace it"):
+    with pytest.raises(FileExistsError, match="not what force may replace here"):
         write_site(made.site(), other, force=True)
+    (other / "site.json").write_text('{"format": "bilinear_jax neuronpedia/1"}')
+    with pytest.raises(FileExistsError, match=r"site\.json of format .*pages/1'\. It has format .*neuronpedia/1'"):
+        write_site(made.site(), other, force=True)
+    assert len(list(other.iterdir())) == 2
 
 
 def test_a_site_that_fails_leaves_nothing(tmp_path):

@@ -39,6 +39,10 @@ def saved(tmp_path_factory):
     return folder, params
 
 
+def make_sae() -> SAE:
+    return SAE.init(SAEConfig("mlp_out", 1, d_model=8, expansion=4, k=3), jax.random.key(1))
+
+
 @pytest.fixture
 def copy(saved, tmp_path):
     return shutil.copytree(saved[0], tmp_path / "copy")
@@ -240,9 +244,55 @@ def test_refuses_to_overwrite_without_force(saved, copy):
 def test_force_replaces_nothing_but_checkpoints(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="force does not replace it"):
+    with pytest.raises(FileExistsError, match="not what force may replace here"):
         checkpoint.save_model(tmp_path / "thesis", CONFIG, make_params(CONFIG), origin=ORIGIN, force=True)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_force_replaces_a_model_by_a_model_and_an_sae_by_an_sae(copy, tmp_path):
+    sae = make_sae()
+    folder = checkpoint.save_sae(tmp_path / sae.name, sae, origin=ORIGIN)
+    before = snapshot(folder)
+    with pytest.raises(FileExistsError, match=r"format 'bilinear_jax.transformer'. It has format 'bilinear_jax.sae'"):
+        checkpoint.save_model(folder, CONFIG, make_params(CONFIG), origin=ORIGIN, force=True)
+    assert snapshot(folder) == before
+    checkpoint.save_sae(folder, sae, origin=ORIGIN, force=True)
+    (tmp_path / "other").mkdir()
+    model = copy.rename(tmp_path / "other" / sae.name)
+    before = snapshot(model)
+    with pytest.raises(FileExistsError, match=r"format 'bilinear_jax.sae'. It has format 'bilinear_jax.transformer'"):
+        checkpoint.save_sae(model, sae, origin=ORIGIN, force=True)
+    assert snapshot(model) == before
+
+
+def test_force_does_not_delete_the_saes_of_a_model(copy):
+    sae = make_sae()
+    checkpoint.save_sae(copy / "scope" / sae.name, sae, origin=ORIGIN)
+    before = snapshot(copy)
+    with pytest.raises(ValueError, match=f"holds SAEs, which would be deleted: move {copy / 'scope'} away first"):
+        checkpoint.save_model(copy, CONFIG, make_params(CONFIG), origin=ORIGIN, force=True)
+    assert snapshot(copy) == before
+    (copy / "scope").rename(copy.parent / "scope")
+    (copy / "scope").mkdir()
+    checkpoint.save_model(copy, CONFIG, make_params(CONFIG, seed=1), origin=ORIGIN, force=True)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "gs:/b", "caf\udce9"])
+def test_a_name_where_the_arrays_would_go_elsewhere_is_refused(tmp_path, name):
+    """Orbax would write them to another folder, and saving would seem to succeed."""
+    with pytest.raises(OSError, match="cannot be written"):
+        checkpoint.save_model(tmp_path / name, CONFIG, make_params(CONFIG), origin=ORIGIN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_that_orbax_writes_elsewhere_are_noticed(tmp_path, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    save = ocp.save
+    monkeypatch.setattr(ocp, "save", lambda path, arrays: save(path, {"w_e": arrays["w_e"]}))
+    with pytest.raises(OSError, match="did not write all arrays"):
+        checkpoint.save_model(tmp_path / "m", CONFIG, make_params(CONFIG), origin=ORIGIN)
+    assert not list(tmp_path.iterdir())
 
 
 def test_params_that_do_not_fit_their_config_are_not_saved(tmp_path):

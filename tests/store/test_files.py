@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,16 +13,18 @@ import pytest
 from published import snapshot
 
 from bilinear_jax.store.files import (
+    Kind,
     Place,
     atomic_file,
     atomic_folder,
+    check_name,
     check_place,
     check_writable,
     put_file,
     replace_file,
 )
 
-RECORD = '{"format": "test"}'
+RECORD, TEST = '{"format": "test"}', Kind("config.json", "test")
 
 
 def write(folder: Path, text: str) -> None:
@@ -79,7 +82,7 @@ def a_link(out: Path) -> None:
 @pytest.mark.parametrize("appears", [another_writer, a_folder, a_file, a_link])
 def test_what_appeared_meanwhile_stays(out, appears, force):
     with pytest.raises(FileExistsError, match="no longer what it was when this began") as error:  # noqa: SIM117
-        with atomic_folder(out, force=force) as folder:
+        with atomic_folder(out, replace=TEST if force else None) as folder:
             write(folder, "new")
             appears(out)
             there = snapshot(out), out.is_symlink()
@@ -135,12 +138,28 @@ def a_file_took_its_place(out: Path) -> None:
     a_file(out)
 
 
+def a_file_was_changed_in_secret(out: Path) -> None:
+    """As a tool that writes in place and puts the time back."""
+    before = (out / "text").stat()
+    while (out / "text").stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system has steps
+        (out / "text").write_text("OLD")
+        os.utime(out / "text", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (out / "text").stat().st_mtime_ns == before.st_mtime_ns
+
+
 @pytest.mark.parametrize(
-    "change", [moved_and_another_came, a_file_was_added, a_file_was_changed, a_file_took_its_place]
+    "change",
+    [
+        moved_and_another_came,
+        a_file_was_added,
+        a_file_was_changed,
+        a_file_was_changed_in_secret,
+        a_file_took_its_place,
+    ],
 )
 def test_force_does_not_replace_what_changed(older, change):
     with pytest.raises(FileExistsError, match=r"it was changed\), so it stays as it is\. What was written") as error:  # noqa: SIM117
-        with atomic_folder(older, force=True) as folder:
+        with atomic_folder(older, replace=TEST) as folder:
             write(folder, "new")
             change(older)
             there = older.is_file() or snapshot(older)
@@ -150,10 +169,46 @@ def test_force_does_not_replace_what_changed(older, change):
 
 @pytest.mark.parametrize("change", [lambda out: None, shutil.rmtree])
 def test_force_replaces_what_is_the_same_or_gone(older, change):
-    with atomic_folder(older, force=True) as folder:
+    with atomic_folder(older, replace=TEST) as folder:
         write(folder, "new")
         change(older)
     assert snapshot(older) == {"config.json": RECORD.encode(), "text": b"new"} and not hidden(older)
+
+
+def test_what_cannot_be_deleted_is_named(older, monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.warns(UserWarning, match=r"out is complete, .* \(Permission denied\): delete ") as warned:  # noqa: SIM117
+        with atomic_folder(older, replace=TEST) as folder:
+            write(folder, "new")
+            monkeypatch.setattr(shutil, "rmtree", refuse)
+    aside = Path(str(warned[0].message).rpartition("): delete ")[2])
+    assert [aside.name] == hidden(older) and (aside / "text").read_text() == "old"
+    assert snapshot(older) == {"config.json": RECORD.encode(), "text": b"new"}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_work_is_not_said_to_be_where_it_is_not(tmp_path, gone):
+    """The folder above is moved or deleted meanwhile."""
+    out = tmp_path / "above" / "out"
+    with pytest.raises(FileExistsError, match=f"no longer in {out.parent}: look for ") as error:  # noqa: SIM117
+        with atomic_folder(out) as folder:
+            write(folder, "new")
+            out.parent.rename(tmp_path / "moved")
+            if gone:
+                shutil.rmtree(tmp_path / "moved")
+    assert f"look for {folder.name} where" in str(error.value) and "is complete in" not in str(error.value)
+    assert gone or (tmp_path / "moved" / folder.name / "text").read_text() == "new"
+
+
+@pytest.mark.parametrize("there", ['{"format": "png"}', '{"format": null}', '{"format": ["test"]}', "{}"])
+def test_force_replaces_only_its_own_kind(older, there):
+    (older / "config.json").write_text(there)
+    before = snapshot(older)
+    with pytest.raises(FileExistsError, match=r"a folder with a config\.json of format 'test'\. It has format "):
+        check_place(older, replace=TEST)
+    assert snapshot(older) == before
 
 
 def test_what_cannot_be_put_back_is_named(older, monkeypatch):
@@ -166,7 +221,7 @@ def test_what_cannot_be_put_back_is_named(older, monkeypatch):
             a_folder(older)
 
     with pytest.raises(FileExistsError, match="What was there before is in ") as error:  # noqa: SIM117
-        with atomic_folder(older, force=True) as folder:
+        with atomic_folder(older, replace=TEST) as folder:
             write(folder, "new")
             monkeypatch.setattr(os, "rename", and_then)
     assert snapshot(older) == {"thesis": b"three years of work"}
@@ -186,7 +241,7 @@ def test_an_interrupt_at_the_end_leaves_what_was_there(older, monkeypatch, fails
             raise KeyboardInterrupt
         rename(source, target)
 
-    with contextlib.suppress(KeyboardInterrupt), atomic_folder(older, force=True) as folder:
+    with contextlib.suppress(KeyboardInterrupt), atomic_folder(older, replace=TEST) as folder:
         write(folder, "new")
         monkeypatch.setattr(os, "rename", interrupted)
     assert snapshot(older) == before and not hidden(older)
@@ -194,10 +249,10 @@ def test_an_interrupt_at_the_end_leaves_what_was_there(older, monkeypatch, fails
 
 def test_a_place_is_what_was_found_at_first(older):
     """``check_place`` long before the writer begins: what changes in between counts too."""
-    place = check_place(older, force=True)
+    place = check_place(older, replace=TEST)
     assert check_place(place) is place and place.path == older
     a_file_was_added(older)
-    with pytest.raises(FileExistsError, match="it was changed"), atomic_folder(place, force=True) as folder:
+    with pytest.raises(FileExistsError, match="it was changed"), atomic_folder(place, replace=TEST) as folder:
         write(folder, "new")
     assert (older / "scope" / "mine").exists()
 
@@ -212,7 +267,7 @@ def test_the_working_folder_is_refused(older, monkeypatch):
         with pytest.raises(
             OSError, match=f"^{held} cannot be replaced, because it holds the working folder: name a new"
         ):
-            check_place(place, force=force)
+            check_place(place, replace=TEST if force else None)
     assert check_place("new") == Place(older / "scope" / "new", None)
     assert not hidden(older) and not list((older / "scope").iterdir())
 
@@ -230,7 +285,7 @@ def test_a_folder_that_the_system_does_not_move(tmp_path, older, monkeypatch, nu
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(OSError, match=f"{path} cannot be replaced .*Name a new folder in it"):  # noqa: SIM117
-        with atomic_folder(path, force=force):
+        with atomic_folder(path, replace=TEST if force else None):
             raise AssertionError("the work has begun")
     assert not hidden(older)
 
@@ -250,7 +305,7 @@ def test_an_empty_folder_in_a_layer_of_a_container(older, tmp_path, monkeypatch)
         write(folder, "new")
     assert (tmp_path / "empty" / "text").read_text() == "new"
     with pytest.raises(OSError, match=r"cannot be replaced \(Invalid cross-device link\)"):
-        check_place(older, force=True)
+        check_place(older, replace=TEST)
 
 
 def test_a_parent_where_one_may_not_write(tmp_path, monkeypatch):
@@ -274,21 +329,58 @@ def test_a_parent_where_one_may_not_write(tmp_path, monkeypatch):
 
 
 def test_other_names(older, tmp_path):
-    assert check_place(older / "scope" / "..", force=True) == check_place(older, force=True)
+    assert check_place(older / "scope" / "..", replace=TEST) == check_place(older, replace=TEST)
     with pytest.raises(FileExistsError, match="already exists"):
         check_place(older / "..")
     with pytest.raises(FileExistsError, match="/ already exists"):
         check_place("/")
     with pytest.raises(FileExistsError, match="text already exists"):
         check_place(older / "text")
-    with pytest.raises(FileExistsError, match=r"has no config\.json of this library"):
-        check_place(older / "text", force=True)
+    with pytest.raises(
+        FileExistsError,
+        match=r"force may replace here: a folder with a config\.json of format 'test'\. It has no such file",
+    ):
+        check_place(older / "text", replace=TEST)
     with pytest.raises(OSError, match=r"text is not a folder with write permission \(Not a directory\)"):
         check_place(older / "text" / "new")
-    with pytest.raises(OSError, match="File name too long"):
-        check_place(tmp_path / ("n" * 250))
     (tmp_path / "link").symlink_to(older / "scope")
     assert check_place(tmp_path / "link") == Place(older / "scope", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\\b", r"may not have \\ in it"),
+        ("a\\b/new", r"may not have \\ in it"),
+        ("gs:/new", "nor be gs:"),
+        ("s3:", "nor be gs:"),
+        ("caf\udce9", r"caf\\udce9 cannot be written \(it has characters that are not UTF-8\)"),
+        ("n" * 256, "up to 255 bytes"),
+        ("é" * 128 + "/new", "up to 255 bytes"),
+        ("new/" + "n" * 256, "up to 255 bytes"),
+        ("n/" * 2500, "File name too long"),
+        ("loop", "[Ll]oop|symbolic links"),
+        ("loop/new", "[Ll]oop|symbolic links"),
+        ("a\0b", "null byte"),
+    ],
+)
+def test_names_that_cannot_be_written(tmp_path, name, message):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for check in (check_name, check_place, check_writable):
+        with pytest.raises(OSError, match=r"cannot be written .*name another place") as error:
+            check(tmp_path / name)
+        assert re.search(message, str(error.value))
+    assert os.listdir(tmp_path) == ["loop"]
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "😀" * 63, "gs", "a:b", "ab:", " "])
+def test_names_that_can_be_written(tmp_path, name):
+    with atomic_folder(tmp_path / name) as folder:
+        write(folder, "old")
+    with atomic_folder(tmp_path / name, replace=TEST) as folder:
+        write(folder, "new")
+    replace_file(tmp_path / name / name, "file")
+    assert snapshot(tmp_path).keys() == {f"{name}/config.json", f"{name}/text", f"{name}/{name}"}
 
 
 # Files

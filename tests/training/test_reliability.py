@@ -46,6 +46,18 @@ def finished(tmp_path_factory):
     return directory, jax.tree.map(np.asarray, run(directory))
 
 
+@pytest.mark.parametrize("name", ["a\\b", "gs:", "caf\udce9", "n" * 256])
+def test_a_folder_where_no_checkpoint_could_be_is_refused_before_the_first_step(tmp_path, name):
+    def never(step):
+        raise AssertionError("the run has begun")
+
+    with pytest.raises(OSError, match=r"cannot be written .*name another place"):
+        run(tmp_path / name, never)
+    with pytest.raises(OSError, match=r"cannot be written .*name another place"):
+        Checkpoints(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def largest_file(checkpoint: Path) -> Path:
     return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
