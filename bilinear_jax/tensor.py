@@ -268,9 +268,11 @@ class BilinearTensor:
     ) -> Float[Array, " U"]:
         """Frobenius norms ``|Q_u| = sqrt(sum_ij Q_u[i, j]^2) = sqrt(g K g^T)``.
 
-        Pass ``gram`` if you have already computed ``K = gram()``. Outside ``jit``, ``ValueError`` is raised if entries of
-        K left the range of its dtype. Otherwise K is computed, or, for a few directions, the matrices Q_u are built,
-        because that is cheaper. The gradient is 0 where the norm is 0.
+        Pass ``gram`` if you have already computed ``K = gram()``. Otherwise K is computed, or, for a few directions,
+        the matrices Q_u are built, because that is cheaper. The gradient is 0 where the norm is 0.
+
+        Raises:
+            ValueError: outside ``jit``, if entries of ``gram`` left the range of its dtype.
 
         Accuracy: let eps be that of the dtype, and ``s = sqrt(sum_m g[m]^2 K[m, m])``, the norm if the hidden units did
         not interfere. If Q_u is built, the error is a few ``eps s``. With K it is a few ``eps s^2 / |Q_u|``, and at
