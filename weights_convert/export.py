@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from weights_convert import sae, transformer
+from weights_convert.files import expanded
 from weights_convert.names import SAEName, parse_sae_name
 from weights_convert.weights import FLOATS, differences
 
@@ -63,7 +64,7 @@ def write_transformer(
     dtype = _check(state, transformer.expected_shapes(config), params)
     rotary = transformer.rotary_frequencies(config["d_model"] // config["n_head"]).astype(np.float32)
     state |= {f"transformer.h.{i}.attn.rotary.inv_freq": rotary.copy() for i in range(config["n_layer"])}
-    _write(Path(folder), raw | {"torch_dtype": dtype}, state, {"format": "pt"})
+    _write(expanded(folder), raw | {"torch_dtype": dtype}, state, {"format": "pt"})
 
 
 def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
@@ -81,7 +82,7 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
         ValueError: for ``apply_normalize``, which the layout cannot describe; for a folder that does not have the name
             of the SAE; and for params as in ``write_transformer``. Nothing is written then.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if config.get("apply_normalize"):
         raise ValueError(
             "the published layout has no apply_normalize: divide w_enc by normalize, multiply "

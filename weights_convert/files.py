@@ -34,6 +34,14 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` or ``~user`` as the home folder. Raises ``FileNotFoundError`` if that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"the home folder in {path} is not known: write the whole path, without ~") from error
+
+
 FIX = "correct it, or download it again"
 
 

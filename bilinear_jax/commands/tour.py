@@ -7,6 +7,7 @@ from typing import Any
 
 from bilinear_jax.commands import common
 from bilinear_jax.store.terminal import say
+from weights_convert.files import expanded
 
 HELP = "explain a feature of a language model from its weights, step by step"
 EXAMPLES = """examples:
@@ -46,7 +47,7 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     from bilinear_jax.show.visualizer import top_tokens
     from bilinear_jax.store.files import check_writable
 
-    out = Path(out)
+    out = expanded(out)
     try:
         check_writable(out / "spectrum.png")
     except OSError as error:

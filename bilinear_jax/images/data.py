@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilinear_jax.store.files import atomic_folder
+from weights_convert.files import expanded
 
 FOLDER_VARIABLE = "BILINEAR_JAX_DATA"
 """The environment variable with the folder in which datasets are searched, and to which they are downloaded."""
@@ -122,7 +123,7 @@ def load_images(name: str = "digits", folder: str | Path | None = None, *, downl
             f"no folder is given for the IDX files of {name}: pass folder=, or set the environment variable "
             f"{FOLDER_VARIABLE}"
         )
-    base = Path(given).expanduser()
+    base = expanded(given)
     places = [place for place in (base / name, base) if _found(place, "train_images")]
     if not places and download:
         _download(name, base / name)

@@ -21,6 +21,7 @@ from bilinear_jax.nn.sae import SAE, SparseCodes
 from bilinear_jax.store import checksums
 from bilinear_jax.store.files import atomic_file
 from weights_convert.export import save_tensors
+from weights_convert.files import expanded
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "rows", "positions"], meta_fields=[])
@@ -254,7 +255,7 @@ def save_top_activations(path: str | Path, tops: Mapping[str, TopActivations]) -
         >>> load_top_activations(path)["2-mlp-out-x4-k16"].values.shape
         (4, 2)
     """
-    path = Path(path)
+    path = expanded(path)
     arrays = {}
     for name, top in tops.items():
         for part, dtype in (("values", np.float32), ("rows", np.int32), ("positions", np.int32)):
@@ -287,9 +288,10 @@ def load_top_activations(path: str | Path) -> dict[str, TopActivations | RankedR
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: compute it with top_activations, or name another")
-    checksums.check_file(Path(path))
+    checksums.check_file(path)
     try:
         arrays = load_file(path)
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -37,7 +37,7 @@ from bilinear_jax.store.files import Kind, Place, atomic_folder, check_place, re
 from bilinear_jax.store.params import restore_params, stored_params, write_params
 from bilinear_jax.store.sources import find_sae, folder_of, sae_configs, sae_folder
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer
-from weights_convert.files import check_kinds, inside
+from weights_convert.files import check_kinds, expanded, inside
 
 MODEL_FORMAT, SAE_FORMAT = "bilinear_jax.transformer", "bilinear_jax.sae"
 VERSION = 1
@@ -75,7 +75,7 @@ def load_model(source: str | Path, *, attn_scale: float | int | None = None) -> 
     if raw is None or "format" not in raw:
         if raw is None and weights_convert.sae_folders(folder):
             raise FileNotFoundError(f"{source} holds SAEs but no model: load their model, or one SAE with load_sae")
-        name = None if Path(source).expanduser().is_dir() else str(source)
+        name = None if expanded(source).is_dir() else str(source)
         values, arrays = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
         config = config_of(TransformerConfig, values, path)
         params = jax.tree.map(_float32, arrays)
@@ -162,7 +162,7 @@ def save_model(
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), folder)
         _write(folder, MODEL_FORMAT, config, arrays, origin)
-    return Path(path)
+    return expanded(path)
 
 
 def check_keeps_saes(place: Place, fix: str) -> None:
@@ -183,7 +183,7 @@ def save_sae(path: str | Path, sae: SAE, *, origin: Mapping[str, Any], force: bo
     arrays = stored_params(Path(path), sae.params, _abstract_sae(sae.config), dtype)
     with atomic_folder(place) as folder:
         _write(folder, SAE_FORMAT, sae.config, arrays, origin)
-    return Path(path)
+    return expanded(path)
 
 
 def training_of(source: str | Path, sae: str | None = None) -> str:
@@ -241,7 +241,7 @@ def add_checksums(folder: str | Path) -> None:
         ValueError, FileNotFoundError: if the folder is not of this library, or if its params do not match its config
             or the checksums that it has.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     path = folder / "config.json"
     raw = read_json(path) or {}
     if raw.get("format") == SAE_FORMAT:

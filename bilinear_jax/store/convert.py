@@ -18,7 +18,7 @@ from bilinear_jax.store.files import atomic_folder, check_name, check_place
 from bilinear_jax.store.sources import folder_of, list_saes, sae_folder, sae_names
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer, load_tokenizer, tokenizer_hash
 from bilinear_jax.store.version import library_version
-from weights_convert.files import inside, weight_files
+from weights_convert.files import expanded, inside, weight_files
 
 
 def convert(
@@ -71,7 +71,7 @@ def _convert_model(source: str | Path, out: Path, attn_scale: float | None) -> A
     folder = folder_of(source)
     if (folder / "params").is_dir():
         raise ValueError(f"{source} is already a checkpoint of this library: load it as it is")
-    name = None if Path(source).expanduser().is_dir() else str(source)
+    name = None if expanded(source).is_dir() else str(source)
     tokenizer_files = [inside(folder, file) for file in TOKENIZER_FILES]
     tokenizer = folder if tokenizer_files[0].is_file() else None
     with ThreadPoolExecutor(1) as meanwhile:

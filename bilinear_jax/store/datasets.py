@@ -10,7 +10,7 @@ import numpy as np
 from bilinear_jax.errors import check_count
 from bilinear_jax.store import checksums
 from bilinear_jax.store.sources import dataset_folder, folder_of
-from weights_convert.files import inside
+from weights_convert.files import expanded, inside
 
 COLUMN = "input_ids"
 LONGEST_ROW = 1 << 20
@@ -55,7 +55,7 @@ def load_token_rows(source: str | Path, length: int | None = None, rows: int | N
     for name, limit in (("length", length), ("rows", rows)):
         if limit is not None:
             check_count(name, limit)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix == ".npy":
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}: name token ids [rows, seq] in a file of numpy.save")

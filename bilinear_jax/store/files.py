@@ -39,7 +39,7 @@ def check_name(path: str | Path) -> Path:
     """
     shown = str(path).encode("utf-8", "backslashreplace").decode()
     try:
-        path = Path(path).expanduser().resolve()
+        path = files.expanded(path).resolve()
         parts = [part.encode() for part in path.parts]
         if any(len(part) > NAME_LIMIT for part in parts):
             raise ValueError(f"a name may have up to {NAME_LIMIT} bytes")
@@ -50,7 +50,7 @@ def check_name(path: str | Path) -> Path:
         return path
     except UnicodeEncodeError:
         reason = "it has characters that are not UTF-8"
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, or no such home
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
         reason = getattr(error, "strerror", None) or str(error)
     raise OSError(f"{shown} cannot be written ({reason}): name another place")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.files import read_json
-from weights_convert.files import inside, weight_files
+from weights_convert.files import expanded, inside, weight_files
 from weights_convert.names import SAEName, sae_folders, sae_names_among
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -151,7 +151,7 @@ def _local(source: str | Path) -> Path | None:
     """The folder of a built-in name or of a path. None for a hub name. Raises an error if it is neither."""
     if isinstance(source, str) and source in builtin_names():
         return PRETRAINED / source
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source == "":
         raise FileNotFoundError(f"the name of the model is empty. {_what_there_is()}")
     if path.is_dir():

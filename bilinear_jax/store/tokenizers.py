@@ -13,7 +13,7 @@ from bilinear_jax.store import checksums
 from bilinear_jax.store.documents import END_OF_TEXT
 from bilinear_jax.store.files import read_json, replace_file
 from bilinear_jax.store.sources import folder_of
-from weights_convert.files import inside, read_text
+from weights_convert.files import expanded, inside, read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -80,7 +80,7 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
                 f"one of {', '.join(_TOKENIZERS)}: put a tokenizer.json into the model's folder, or use token ids"
             )
         tokenizer_source = known.repository
-    path = Path(tokenizer_source).expanduser()
+    path = expanded(tokenizer_source)
     if not path.is_file():
         try:
             path = inside(folder_of(tokenizer_source, TOKENIZER_FILES), TOKENIZER_FILES[0])
@@ -314,7 +314,7 @@ def save_tokenizer(tokenizer, folder: str | Path) -> None:
     For a ``transformers`` tokenizer these are its own tokens. For a ``tokenizers.Tokenizer`` all three are
     ``<|endoftext|>``. Each file is written completely or not at all. Raises ``OSError`` with the path if that fails.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     names = ("bos_token", "eos_token", "pad_token")
     special = {name: getattr(tokenizer, name, END_OF_TEXT) for name in names}
     given = {name: token for name, token in special.items() if token is not None}

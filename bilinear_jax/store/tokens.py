@@ -25,6 +25,7 @@ from bilinear_jax.store.documents import LARGEST_DOCUMENT, as_sources, is_hub, r
 from bilinear_jax.store.fields import Rule
 from bilinear_jax.store.files import locked_folder, put_file, read_json
 from bilinear_jax.store.tokenizers import clear_errors, plain_tokenizer, tokenizer_hash, vocabulary_size
+from weights_convert.files import expanded
 
 FORMAT, VERSION = "bilinear_jax.tokens", 1
 
@@ -81,10 +82,11 @@ def tokenize(
 
     Raises:
         ValueError: if ``path`` holds another text or the tokens of another tokenizer, is damaged, or is not a token
-            file; if all documents would be held out; if the tokenizer gives a token id outside its own vocabulary; and
-            as ``read_documents`` does.
-        FileExistsError: if the sidecar's name belongs to another file; or, at the end, if something else appeared at
-            ``path`` meanwhile. That stays as it is, and the message says where the new tokens are.
+            file; if all documents would be held out; if the tokenizer gives no token for the text, or a token id
+            outside its own vocabulary; and as ``read_documents`` does.
+        FileExistsError: if ``path`` is a link to nothing, or the sidecar's name belongs to another file; or, at the
+            end, if something else appeared at ``path`` meanwhile. That stays as it is, and the message says where the
+            new tokens are.
         OSError: if the file cannot be written, for instance on a full disk. No partial file is left.
 
     Example:
@@ -99,7 +101,7 @@ def tokenize(
     """
     if held_out < 0 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"held_out must be at least 0 and max_tokens at least 1, got {held_out} and {max_tokens}")
-    found, path = as_sources(sources), Path(path)
+    found, path = as_sources(sources), expanded(path)
     made_from = {
         "sources": [str(s) if is_hub(s) else {"name": Path(s).name, "bytes": Path(s).stat().st_size} for s in found],
         "field": field,
@@ -110,7 +112,7 @@ def tokenize(
         there = open_tokens(path, tokenizer)
         before = there.made_from
         if "content" in before and all(before.get(key) == now for key, now in made_from.items()):
-            made_from["content"] = _content(found, field, max_tokens, there.n_documents)
+            made_from["content"] = _content(found, field, max_tokens, max_characters, there.n_documents)
         changed = [f"{key}: {before.get(key)} there, {n} now" for key, n in made_from.items() if before.get(key) != n]
         if changed:
             raise ValueError(
@@ -118,6 +120,8 @@ def tokenize(
             )
         return there
 
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} is a link to nothing: delete it, or name another file")
     _check_sidecar(path)
     encoder, n_vocab = plain_tokenizer(tokenizer), vocabulary_size(tokenizer)
     dtype = np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
@@ -129,7 +133,7 @@ def tokenize(
             counts = _encode_into(file, dtype, n_vocab, encoder, documents, held_out, max_tokens)
             file.flush()
             os.fsync(file.fileno())
-        made_from["content"] = _content(found, field, max_tokens, counts["n_documents"])
+        made_from["content"] = _content(found, field, max_tokens, max_characters, counts["n_documents"])
         record = {"format": FORMAT, "version": VERSION, "tokenizer_hash": tokenizer_hash(tokenizer)}
         record |= {"n_vocab": n_vocab, "dtype": dtype.name} | counts | {"made_from": made_from}
         record |= {"tokens_sha256": checksums.of_file(partial)}
@@ -160,7 +164,7 @@ def open_tokens(path: str | Path, tokenizer=None, *, n_vocab: int | None = None)
         ValueError: if the file is cut short or is not a token file, if another tokenizer made it, or if the model does
             not have all of its token ids.
     """
-    path = Path(path)
+    path = expanded(path)
     sidecar = _sidecar(path)
     if not path.is_file() or not sidecar.is_file():
         there = path if path.is_file() else sidecar if sidecar.is_file() else "neither"
@@ -231,7 +235,9 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _content(sources: list[str | Path], field: str, max_tokens: int | None, documents: int) -> list[str]:
+def _content(
+    sources: list[str | Path], field: str, max_tokens: int | None, max_characters: int, documents: int
+) -> list[str]:
     """What identifies a text: the SHA-256 of each file, or of the documents that were read of it up to a limit.
 
     There is none for a hub dataset, which would have to be downloaded again.
@@ -239,7 +245,8 @@ def _content(sources: list[str | Path], field: str, max_tokens: int | None, docu
     files = [Path(source) for source in sources if not is_hub(source)]
     if max_tokens is None or len(files) < len(sources):
         return [checksums.of_file(path) for path in files]
-    return [checksums.of_texts(itertools.islice(read_documents(sources, field), documents))]
+    read = read_documents(sources, field, max_characters=max_characters)
+    return [checksums.of_texts(itertools.islice(read, documents))]
 
 
 def _sidecar(path: Path) -> Path:
@@ -304,6 +311,11 @@ def _encode_into(
                 break
     if n_documents <= held_out:
         raise too_few_documents(n_documents, held_out, max_tokens)
+    if n_tokens == sum(last):
+        before = " before the documents that are held out" if n_tokens else ""
+        raise ValueError(
+            f"the tokenizer gives no token for this text{before}: name another text, or correct the tokenizer"
+        )
     return {"n_documents": n_documents, "n_tokens": n_tokens - sum(last), "n_held_out": sum(last)}
 
 

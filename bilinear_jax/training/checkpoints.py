@@ -6,14 +6,17 @@ training state, a record (JSON: the position in the data, the seconds of trainin
     sum over i of (2 i + 1) bits_i   mod 2^32        bits_i: the bits of number i as an unsigned integer
 
 The checksum is computed on the device where the array is, shard by shard, and again after loading. Orbax notices a
-file that was cut short, but it may not notice changed contents. The step, the record and the checksums are sealed
-together (see ``store.checksums``). A checkpoint of a version before seals is loaded with a warning.
+file that was cut short, but it may not notice changed contents. The step, the record, the checksums and the SHA-256 of
+the run's ``config.json`` are sealed together (see ``store.checksums``), so a checkpoint of another run is noticed. A
+checkpoint of a version before seals is loaded with a warning.
 """
 
 import contextlib
 import functools
 import gc
+import itertools
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -26,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt32
 
-from bilinear_jax.store.checksums import intact, sealed
+from bilinear_jax.store.checksums import intact, of_json, sealed
 from bilinear_jax.store.files import check_name
-from bilinear_jax.training.mesh import on_first_process
+from bilinear_jax.training.folder import read_config
+from bilinear_jax.training.mesh import largest, on_first_process
 
 _ORBAX_LOG = logging.getLogger("absl")
 
@@ -37,7 +41,8 @@ class Checkpoints:
     """The checkpoints of one run, as a context manager. Leaving it waits for the last save.
 
     Args:
-        directory: the folder of the run. The checkpoints are in ``checkpoints/<step>`` in it.
+        directory: the folder of the run. The checkpoints are in ``checkpoints/<step>`` in it. Its ``config.json``, if
+            there is one, is that of the run already.
         keep: how many of the newest checkpoints to keep.
         keep_every: also keep every checkpoint whose step is a multiple of this. None: no others.
 
@@ -53,8 +58,9 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, the newest checkpoint, got {keep}")
-        self.directory = check_name(Path(directory).absolute())
+        self.directory = check_name(directory)
         self.keep, self.keep_every = keep, keep_every
+        self._run = of_json(read_config(self.directory))
         self._pending: tuple[int, Any] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -108,7 +114,7 @@ class Checkpoints:
         if bad:
             raise self.not_finite(f"at step {step} these are not finite: {', '.join(bad)}")
         arrays = {name: _description(leaf) | {"checksum": int(checksums[name])} for name, leaf in leaves.items()}
-        metadata: Any = sealed({"step": step, "record": record, "arrays": arrays})
+        metadata: Any = sealed({"step": step, "run": self._run, "record": record, "arrays": arrays})
         try:
             response = self._orbax.save_async(step, leaves, force=True, custom_metadata=metadata)
         except Exception as error:
@@ -128,7 +134,8 @@ class Checkpoints:
     def restore(self, state: PyTree, fields: Sequence[str] = ()) -> tuple[PyTree, dict] | None:
         """The newest readable checkpoint, as ``(state, record)``. None if there are no checkpoints.
 
-        A newer checkpoint that cannot be read is moved to ``damaged/<step>``, with a warning that names both.
+        A newer checkpoint that cannot be read is moved to ``damaged/<step>``, with a warning that names both. Nothing
+        there is replaced: the next one of this step is ``damaged/<step>-2``.
 
         Args:
             state: arrays with the structure, shapes, dtypes and shardings of what to load.
@@ -174,7 +181,7 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()
         }
         metadata: Any = self._read(lambda: self._orbax.checkpointables_metadata(step).custom_metadata)
-        seal = _check_metadata(step, metadata, fields)
+        seal = _check_metadata(step, self._run, metadata, fields)
         try:
             self._compare(step, metadata["arrays"], leaves)
             saved = {name: metadata["arrays"][name]["checksum"] for name in leaves}
@@ -266,19 +273,20 @@ class Checkpoints:
         """Move checkpoints that cannot be read away, so that the run can save these steps again."""
         if not problems:
             return
+        home = self.directory / "damaged"
+        goals = {step: _free(home, step) for step in problems}
+        largest(0)  # so that all processes have found the same names
 
         def move() -> None:
-            (self.directory / "damaged").mkdir(exist_ok=True)
-            for step in problems:
-                goal = self.directory / "damaged" / str(step)
-                shutil.rmtree(goal, ignore_errors=True)
+            home.mkdir(exist_ok=True)
+            for step, goal in goals.items():
                 (self.directory / "checkpoints" / str(step)).rename(goal)
 
         on_first_process(move)
         for step, problem in problems.items():
             warnings.warn(
                 f"checkpoint {step} of {self.directory} cannot be read ({problem}): resuming from checkpoint {loaded}. "
-                f"The damaged one is kept in {self.directory / 'damaged' / str(step)}",
+                f"The damaged one is kept in {goals[step]}",
                 stacklevel=4,
             )
 
@@ -302,18 +310,26 @@ class _Mismatch(ValueError):
     """A readable checkpoint of another run."""
 
 
-def _check_metadata(step: int, metadata: Any, fields: Sequence[str]) -> bool:
+def _check_metadata(step: int, run: str, metadata: Any, fields: Sequence[str]) -> bool:
     """Whether the metadata of a checkpoint are sealed. Raises ``_Damaged`` if ``save`` did not write them so."""
     if not metadata:
         raise _Damaged("its metadata is missing")
     found = intact(metadata)
     if found and metadata["step"] != step:
         raise _Damaged(f"it is a copy of checkpoint {metadata['step']}")
+    if found and metadata.get("run", run) != run:  # the first sealed ones did not have it
+        raise _Damaged("it is of a run with another config")
     older = metadata.keys() == {"record", "arrays"}
     whole = found or (older and isinstance(metadata["record"], dict) and metadata["record"].keys() >= set(fields))
     if not whole:
         raise _Damaged("its metadata is not what was saved")
     return not older
+
+
+def _free(folder: Path, step: int) -> Path:
+    """A path that nothing has: ``folder/<step>``, else ``folder/<step>-2``, and so on."""
+    names = itertools.chain([str(step)], (f"{step}-{number}" for number in itertools.count(2)))
+    return next(folder / name for name in names if not os.path.lexists(folder / name))
 
 
 def named_leaves(state: PyTree) -> dict[str, Array]:

@@ -173,7 +173,7 @@ def fit(
                 f"and at most {LARGEST_COUNT}, got "
                 f"{steps}, {save_every}, {keep_every}, {log_every} and {evaluate_every}"
             )
-    directory = check_name(Path(directory).absolute())
+    directory = check_name(directory)
     metrics_path = directory / "metrics.jsonl"
     first = jax.process_index() == 0
     _data_state(data)

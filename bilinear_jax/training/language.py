@@ -41,6 +41,7 @@ from bilinear_jax.training.fit import (
 )
 from bilinear_jax.training.folder import DATA
 from bilinear_jax.training.mesh import OnMesh, on_first_process, one_copy, place, place_rows
+from weights_convert.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +265,7 @@ def fit_language(
             recipe, text or initial params.
         FloatingPointError: if a loss is not finite. The last good checkpoint stays.
     """
+    directory = expanded(directory)
     check_language_run(config, recipe)
     _check_rows(config, held_out)
     if tokenizer is not None:
@@ -284,7 +286,7 @@ def fit_language(
             now = (config, one_copy(state.params, mesh))
             now, weights = without_gate(*now) if recipe.anneal else now
             lm = LanguageModel(weights, now, tokenizer_source=str(tokenizer), compute_dtype=dtype)
-            on_first_process(lambda: _add_samples(Path(directory) / "samples.jsonl", int(state.step), lm, prompts))
+            on_first_process(lambda: _add_samples(directory / "samples.jsonl", int(state.step), lm, prompts))
         return {"held_out_loss": total["loss"] / total["count"]}
 
     state = fit(

@@ -47,7 +47,7 @@ from bilinear_jax.training.language import check_language_run, fit_language
 from bilinear_jax.training.mesh import make_mesh, on_first_process, one_copy
 from bilinear_jax.training.recipes import DataOptions, Recipe, RunOptions, read_recipe
 from bilinear_jax.training.sae import fit_saes
-from weights_convert.files import read_text
+from weights_convert.files import expanded, read_text
 
 _CHARACTERS = 1 << 26
 """With max_tokens, a new tokenizer is trained on this much text, or on 16 characters for each token if that is more."""
@@ -203,7 +203,8 @@ def train_saes(
 
 def _run_folder(out: str | Path) -> Path:
     """The folder of the run. Raises ``OSError`` or ``ValueError`` if it cannot be there or would damage another run."""
-    path = Path(out).absolute()
+    out = expanded(out)
+    path = out.absolute()
     check_name(path)
     lineage = [path, *path.parents]
     there = next(folder for folder in lineage if folder.exists())
@@ -215,7 +216,7 @@ def _run_folder(out: str | Path) -> Path:
         checkpoint = any((folder / name).exists() for name in ("_CHECKPOINT_METADATA", "params/_CHECKPOINT_METADATA"))
         if checkpoint or ((folder / "lock").exists() and (folder / "checkpoints").exists()):
             raise ValueError(f"{out} is inside a part of another run, {folder}: name a folder outside it as --out")
-    return Path(out)
+    return out
 
 
 def _model(source: str | Path, options: DataOptions) -> LanguageModel:

@@ -59,6 +59,7 @@ from bilinear_jax.training.fit import (
 from bilinear_jax.training.harvest import Harvest
 from bilinear_jax.training.mesh import one_copy, place
 from bilinear_jax.training.unit_decoder import unit_decoder
+from weights_convert.files import expanded
 
 FASTEST = "fastest"
 """The value of ``SAERecipe.form`` for which the forms are timed. Two runs may then differ in their last digits."""
@@ -271,6 +272,7 @@ def fit_saes(
     """
     from bilinear_jax.measure.evaluation import evaluate_saes
 
+    directory = expanded(directory)
     stacks(configs)  # checks the names
     if other := [config.name for config in configs if config.d_model != lm.config.d_model]:
         raise ValueError(f"the model has d_model {lm.config.d_model}, but these SAEs another: {', '.join(other)}")
@@ -331,9 +333,9 @@ def train_on_activations(
         evaluate: called with the SAEs every ``evaluate_every`` steps and at the end. Its numbers are logged.
         mesh, options: as for ``fit_saes``. With a mesh, ``data`` must give batches that are sharded over it.
     """
-    form = recipe.form
+    form, directory = recipe.form, expanded(directory)
     if form == FASTEST:
-        form = _recorded_form(Path(directory)) or _measured_form(configs, recipe, mesh)
+        form = _recorded_form(directory) or _measured_form(configs, recipe, mesh)
 
     def trained(state: TrainState) -> list[SAE]:
         return saes_of(one_copy(state, mesh), configs)

@@ -95,3 +95,45 @@ def test_a_token_id_outside_the_vocabulary(text, tokenizer, tmp_path, number):
     ):
         tokenize(text, tokenizer, tmp_path / "tokens")
     assert sorted(snapshot(tmp_path)) == ["text.txt"]
+
+
+def test_a_limit_of_tokens_and_one_of_characters(tokenizer, tmp_path, monkeypatch):
+    """What was encoded is read again to identify it, with the same limit."""
+    read = tokens.read_documents
+
+    def documents(sources, field, max_characters=10):
+        return read(sources, field, max_characters=max_characters)
+
+    monkeypatch.setattr(tokens, "read_documents", documents)
+    (tmp_path / "text.txt").write_text("cat dog " * 5)
+    for _ in range(2):
+        made = tokenize(tmp_path / "text.txt", tokenizer, tmp_path / "tokens", max_tokens=4, max_characters=100)
+        assert made.tokens.tolist() == [2, 3] * 5
+
+
+@pytest.mark.parametrize(("content", "held_out"), [("--", 0), ("--<|endoftext|>a cat", 1), ("-<|endoftext|>-", 1)])
+def test_a_text_without_a_token_leaves_nothing(text, tokenizer, tmp_path, content, held_out):
+    tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("-")
+    text.write_text(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the tokenizer gives no token for this text"):
+            tokenize(text, tokenizer, tmp_path / "tokens", held_out=held_out)
+        assert sorted(snapshot(tmp_path)) == ["text.txt"]
+
+
+def test_a_link_to_nothing_is_refused_before_the_work(text, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "tokens").symlink_to(tmp_path / "nothing")
+    monkeypatch.setattr(tokens, "read_documents", None)
+    with pytest.raises(FileExistsError, match=r"tokens is a link to nothing: delete it, or name another file"):
+        tokenize(text, tokenizer, tmp_path / "tokens")
+    assert (tmp_path / "tokens").is_symlink()
+
+
+def test_the_home_folder(text, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert tokenize(text, tokenizer, "~/tokens").path == tmp_path / "tokens"
+    assert open_tokens("~/tokens", tokenizer).tokens.tolist() == [1, 2, 1, 3]
+    with pytest.raises(FileNotFoundError, match=r"home folder in ~nobody-here/tokens is not known: write the whole"):
+        tokenize(text, tokenizer, "~nobody-here/tokens")
+    assert sorted(snapshot(tmp_path)) == ["text.txt", "tokens", "tokens.json"]

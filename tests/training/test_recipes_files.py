@@ -16,6 +16,7 @@ from bilinear_jax.store.checkpoint import add_checksums
 from bilinear_jax.store.sources import sae_names
 from bilinear_jax.store.tokenizers import save_tokenizer, train_tokenizer
 from bilinear_jax.store.tokens import open_tokens
+from bilinear_jax.training import runs
 from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.recipes import RECIPES, describe, read_recipe, recipe_names
 from bilinear_jax.training.runs import train_language, train_saes
@@ -199,6 +200,23 @@ class TestLanguageModel:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train_language("ts-nano", text, tmp_path, overrides=TINY | RUN | overrides)
         assert list(tmp_path.iterdir()) == []
+
+    def test_the_home_folder_is_known_or_told(self, text, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match="home folder in ~nobody-here/run is not known: write the whole"):
+            train_language("ts-nano", text, "~nobody-here/run", overrides=TINY | RUN)
+        assert not list(tmp_path.iterdir())
+
+        def begins(*arguments, **options):
+            raise KeyboardInterrupt(arguments[4])
+
+        monkeypatch.setattr(runs, "fit_language", begins)
+        home = tmp_path / "home" / "run"
+        with pytest.raises(KeyboardInterrupt, match=rf"^{home / 'language'}$"):
+            train_language("ts-nano", text, "~/run", overrides=TINY | RUN)
+        assert open_tokens(home / "tokens").n_documents == 150
+        assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
     @pytest.mark.parametrize("name", ["fw-medium", "fw-small"])
     def test_a_large_recipe_trains(self, text, tmp_path, name):

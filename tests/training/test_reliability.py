@@ -169,7 +169,7 @@ def test_a_copy_under_another_number_is_no_checkpoint(finished, tmp_path, to):
 
 def without_seal(checkpoint: Path) -> None:
     """As versions before seals wrote it."""
-    own(lambda saved: [saved.pop(key) for key in ("step", "sha256")] and None)(checkpoint)
+    own(lambda saved: [saved.pop(key) for key in ("step", "run", "sha256")] and None)(checkpoint)
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(finished, tmp_path):
@@ -206,11 +206,11 @@ def test_if_no_metadata_can_be_read_all_stay(finished, tmp_path):
 def test_other_data_of_the_same_size_is_another_run(tmp_path):
     """A config of an earlier version, which does not know its data, is not compared in them."""
     config = {"tokens": 9, folder.DATA: "one"}
-    run(tmp_path, config=config)
+    run(tmp_path / "run", config=config)
     with pytest.raises(ValueError, match=r"another config \(data_sha256: 'one' -> 'other'\)"):
-        run(tmp_path, config=config | {folder.DATA: "other"})
-    (tmp_path / "config.json").write_text('{"tokens": 9}')
-    run(tmp_path, config=config)
+        run(tmp_path / "run", config=config | {folder.DATA: "other"})
+    run(tmp_path / "earlier", config={"tokens": 9})
+    run(tmp_path / "earlier", config=config)
 
 
 def test_no_checkpoint_that_can_be_read_is_an_error_and_all_stay(finished, tmp_path):
