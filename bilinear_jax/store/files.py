@@ -38,8 +38,9 @@ def check_name(path: str | Path) -> Path:
     Orbax reads a backslash as "/", and a folder "gs:" as the start of an address. Its arrays would go elsewhere.
     """
     shown = str(path).encode("utf-8", "backslashreplace").decode()
+    path = files.expanded(path)
     try:
-        path = files.expanded(path).resolve()
+        path = path.resolve()
         parts = [part.encode() for part in path.parts]
         if any(len(part) > NAME_LIMIT for part in parts):
             raise ValueError(f"a name may have up to {NAME_LIMIT} bytes")
