@@ -49,7 +49,7 @@ def pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
         ['once', ' up', 'on', '.']
     """
     backend, row = _backend(tokenizer), [int(token) for token in ids]
-    unknown = {token for token in set(row) if token < 0 or backend.id_to_token(token) is None}
+    unknown = {token for token in set(row) if _name(backend, token) is None}
     with clear_errors("the tokenizer cannot decode its own tokens", "restore tokenizer.json"):
         texts = iter(_cut(_decoding(tokenizer), [token for token in row if token not in unknown]))
     return [_unknown(token) if token in unknown else next(texts) for token in row]
@@ -58,6 +58,13 @@ def pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
 def _backend(tokenizer: Any) -> Any:
     """The ``tokenizers.Tokenizer`` in a tokenizer."""
     return getattr(tokenizer, "backend_tokenizer", tokenizer)
+
+
+def _name(backend: Any, token: int) -> str | None:
+    """The name of a token in the vocabulary. None if the tokenizer does not know it."""
+    if token >= 2**32:
+        raise ValueError(f"{token} is not a token id: they are below 2^32. Give the ids of this tokenizer")
+    return backend.id_to_token(token) if token >= 0 else None
 
 
 def _unknown(token: int) -> str:
@@ -153,7 +160,7 @@ def token_label(tokenizer: Any, token: int) -> str:
     token that continues a word keeps its ``##``, and one that ends a word its ``</w>``.
     """
     backend, token = _backend(tokenizer), int(token)
-    name = backend.id_to_token(token) if token >= 0 else None
+    name = _name(backend, token)
     if name is None:
         return _unknown(token)
     model = backend.model

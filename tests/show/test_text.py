@@ -169,3 +169,11 @@ def test_post_processed_ids_are_read_as_given():
     tokenizer = sentencepiece()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert pieces(tokenizer, tokenizer.encode("ab").ids)[0] == "<s>"
+
+
+@pytest.mark.parametrize("token", [2**32, 2**40, 2**70])
+def test_a_number_that_no_token_id_can_be(token):
+    for read in (lambda: pieces(byte_level(), [token]), lambda: token_label(byte_level(), token)):
+        with pytest.raises(ValueError, match=rf"^{token} is not a token id: "):
+            read()
+    assert pieces(byte_level(), [2**32 - 1, -1]) == ["<token 4294967295>", "<token -1>"]
