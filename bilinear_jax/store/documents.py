@@ -33,8 +33,10 @@ def as_sources(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
     for source in found:
         if not is_hub(source):
             _kind(Path(source))
-            if not Path(source).is_file():
+            if not Path(source).exists():
                 raise FileNotFoundError(f"there is no file {source}: {_EXPECTED}")
+            if not Path(source).is_file():
+                raise ValueError(f"{source} is not a regular file (but a folder, a pipe or a device): {_EXPECTED}")
     places = [str(source) if is_hub(source) else Path(source).resolve() for source in found]
     if twice := [source for i, source in enumerate(found) if places[i] in places[:i]]:
         raise ValueError(f"{twice[0]} is named twice, so its text would be trained on and held out: name it once")

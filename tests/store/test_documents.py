@@ -1,6 +1,7 @@
 """Documents: what is text, and how long it may be."""
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -78,3 +79,13 @@ def test_parquet_columns_of_text(tmp_path, kind):
     table = pa.table({"text": pa.array(documents).cast(kind)})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
     assert list(read_documents(tmp_path / "a.parquet")) == documents
+
+
+def test_text_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder.txt").mkdir()
+    for name in ("pipe.txt", "folder.txt"):
+        with pytest.raises(ValueError, match=rf"{name} is not a regular file .*: name a \.txt"):
+            read_documents(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.txt"):
+        read_documents(tmp_path / "none.txt")
