@@ -21,6 +21,8 @@ _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 def inside(folder: Path, name: str) -> Path:
     """``folder / name``. Raises ``ValueError`` if links lead from there to something outside the folder.
 
+    Raises ``FileNotFoundError`` if it is a link to a file that is gone.
+
     Links into the hub's cache are allowed, wherever it is: to ``blobs`` beside the folder's own ``snapshots``, and to
     any file whose name is a hash of 40 or 64 hexadecimal digits. Whoever made such a link knew what it holds.
     """
@@ -31,6 +33,8 @@ def inside(folder: Path, name: str) -> Path:
         raise ValueError(
             f"{path} is a link to something outside its folder: if you trust it, put what it links to there itself"
         )
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to a file that is gone: download it again")
     return path
 
 
@@ -123,10 +127,10 @@ def weight_files(folder: Path) -> list[Path]:
     safetensors are preferred to torch files, and one whole file to shards.
     """
     for single, index in _INDEXES.items():
-        if (folder / single).is_file():
-            return [inside(folder, single)]
-        if (folder / index).is_file():
-            return _shards(folder, inside(folder, index))
+        if inside(folder, single).is_file():
+            return [folder / single]
+        if inside(folder, index).is_file():
+            return _shards(folder, folder / index)
     sought = ", ".join(name for pair in _INDEXES.items() for name in pair)
     raise FileNotFoundError(f"{folder} has no weights, that is none of {sought}. Download one of them")
 

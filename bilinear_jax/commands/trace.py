@@ -101,10 +101,11 @@ def at_tokens(tracer, tokens, feature: int, n: int, position: int | None) -> dic
     if position >= len(preactivation):
         raise ValueError(f"--position is {position}, but the text has the positions 0 ... {len(preactivation) - 1}")
     terms = {name: np.asarray(value)[0] for name, value in found.terms.items()}
+    tokenizer = lm.tokenizer
     rows = [
         {
             "position": place,
-            "token": token_label(lm.tokenizer, token),
+            "token": token_label(tokenizer, token),
             "preactivation": float(preactivation[place]),
             "activation": float(active[place]),
             "terms": {name: float(value[place]) for name, value in terms.items()},

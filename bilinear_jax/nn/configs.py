@@ -1,4 +1,7 @@
-"""The types and sizes that the fields of a config may have, wherever its values come from: Python, JSON or TOML."""
+"""The types and sizes that the fields of a config may have, wherever its values come from: Python, JSON or TOML.
+
+And the arrays that nothing takes.
+"""
 
 import functools
 import types
@@ -89,3 +92,16 @@ def spelled(hint: Any) -> str:
         return f"a list [{', '.join('...' if each is Ellipsis else spelled(each) for each in arguments)}]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): '"none"'}
     return words.get(hint, str(hint))
+
+
+def check_plain(array: Any, what: str) -> None:
+    """Raise ``ValueError`` for a masked array of NumPy that hides a value, and for times, which it counts as integers.
+
+    Args:
+        array: an array of any library, or a leaf of a pytree.
+        what: what it holds, in the plural.
+    """
+    if np.ma.is_masked(array):
+        raise ValueError(f"{what} are a masked array that hides some of them: fill it with array.filled(value)")
+    if getattr(getattr(array, "dtype", None), "kind", None) == "m":
+        raise ValueError(f"{what} must be numbers; got {array.dtype}")

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
-from bilinear_jax.nn.configs import check_sizes, check_types
+from bilinear_jax.nn.configs import check_plain, check_sizes, check_types
 from bilinear_jax.nn.transformer import linear
 
 
@@ -167,7 +167,9 @@ def unit_range(images: Any) -> Float[Array, "..."]:
 
 
 def _array(values: Any) -> Any:
-    return values if isinstance(values, jax.Array) else np.asarray(values)
+    array = values if isinstance(values, jax.Array) else np.asanyarray(values)
+    check_plain(array, "images and labels")
+    return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 def _uniform(inputs: int) -> nn.initializers.Initializer:

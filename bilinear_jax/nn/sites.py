@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.nn.configs import check_plain
 from bilinear_jax.nn.transformer import (
     SITES,
     Edit,
@@ -201,9 +202,10 @@ def token_array(tokens: Any) -> Any:
     """The tokens as an array: arrays, also memory-mapped ones, as they are, and rows of integers in lists as NumPy's.
 
     Raises:
-        ValueError: if they are neither, or the rows are of unequal length.
+        ValueError: if they are neither, the rows are of unequal length, or a masked array hides some.
     """
     if hasattr(tokens, "ndim"):
+        check_plain(tokens, "tokens")
         return tokens
     try:
         array = np.asarray(tokens)
@@ -213,7 +215,7 @@ def token_array(tokens: Any) -> Any:
             f"rows of {', '.join(map(str, lengths[:5]))} tokens are no array [rows, seq]: fill them up to one length, "
             "and give a token_mask that is False there"
         ) from None
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise ValueError(
             f"tokens are {tokens!r:.60}, but they must be integers [rows, seq]: for a text, use lm.encode(text)"
         )

@@ -1,9 +1,12 @@
 """The params in the folder of a model or an SAE: an Orbax checkpoint, ``folder/params``, and how it is checked."""
 
 import contextlib
+import gc
 import logging
+import sys
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from bilinear_jax.nn.configs import check_plain
 from bilinear_jax.store import checksums
 from weights_convert.files import inside
 from weights_convert.weights import FLOATS
@@ -32,6 +36,8 @@ def stored_params(folder: Path, params: PyTree, abstract: PyTree, dtype: Any) ->
         raise ValueError(
             f"the params of {folder} cannot be stored as {', '.join(other)}: give dtype as one of {', '.join(FLOATS)}"
         )
+    for leaf in jax.tree.leaves(params):
+        check_plain(leaf, f"the params of {folder}")
     with np.errstate(over="ignore"):
         arrays = jax.tree.map(lambda leaf, kind: np.asarray(leaf, kind, order="C"), params, dtypes)
     _check_finite(folder, arrays, "" if dtype is None else f" as {np.dtype(dtype).name}")
@@ -73,20 +79,17 @@ def restore_params(folder: Path, raw: Mapping[str, Any], abstract: PyTree, *, se
             raise _damaged(
                 path, f"{name} should have {size} bytes, but {'is missing' if there is None else f'has {there}'}"
             )
-    try:
-        with _without(NO_DATA_FILES):
-            stored = ocp.metadata(str(path)).metadata
-    except Exception as error:
-        raise _damaged(path, error) from error
-    if stored is None:  # Orbax logs why
-        raise _damaged(path, "its metadata cannot be read")
+
+    def described() -> Any:
+        found = ocp.metadata(str(path)).metadata
+        if found is None:
+            raise ValueError("its metadata cannot be read")
+        return found
+
+    stored = _read(path, described)
     _check_shapes(folder, stored, abstract)
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
-    try:
-        with _without(NO_DATA_FILES):
-            arrays = ocp.load(str(path), target)
-    except Exception as error:
-        raise _damaged(path, error) from error
+    arrays = _read(path, lambda: ocp.load(str(path), target))
     _check_finite(folder, arrays)
     crc32, found = raw.get("crc32") or {}, checksums.of_params(arrays)
     if changed := sorted(key for key, checksum in crc32.items() if found.get(key) != checksum):
@@ -99,6 +102,66 @@ def restore_params(folder: Path, raw: Mapping[str, Any], abstract: PyTree, *, se
             stacklevel=4,
         )
     return jax.tree.map(jnp.asarray, arrays)
+
+
+def _read(path: Path, action: Callable[[], Any]) -> Any:
+    try:
+        with _without(NO_DATA_FILES):
+            return read_quietly(action)
+    except Unreadable as error:
+        raise _damaged(path, str(error)) from error
+
+
+_READS_END = 0.2
+"""Seconds in which the other reads of a checkpoint end after one has failed. Orbax does not wait for them."""
+
+
+class Unreadable(Exception):
+    """A checkpoint that Orbax cannot read, with the reason."""
+
+
+def read_quietly(action: Callable[[], Any]) -> Any:
+    """The result of an Orbax action that reads. What is logged meanwhile is passed on when the action has succeeded.
+
+    Raises ``Unreadable`` with the reason if it fails. Nothing is printed then: Orbax logs long traces, and leaves
+    unfinished tasks, one per array, which print errors when they are collected, and reads, which print errors when they
+    end. Both happen here.
+    """
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    loggers = {name: logging.getLogger(name) for name in ("absl", "asyncio")}
+    hook, result, reason = sys.unraisablehook, None, ""
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
+    for logger in loggers.values():
+        logger.addFilter(hold)
+    try:
+        result = action()
+    except MemoryError:
+        raise
+    except Exception as error:
+        sys.unraisablehook = lambda _: None
+        reason = first_line(error)
+    finally:
+        if reason:  # the error is gone by now, and with it what held the tasks
+            time.sleep(_READS_END)
+            gc.collect()
+        sys.unraisablehook = hook
+        for logger in loggers.values():
+            logger.removeFilter(hold)
+    if reason:
+        raise Unreadable(reason)
+    for record in held:
+        loggers[record.name].handle(record)
+    return result
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, without the paths and settings after it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @contextlib.contextmanager
@@ -116,8 +179,7 @@ def _without(text: str) -> Iterator[None]:
         logger.removeFilter(other)
 
 
-def _damaged(path: Path, error: Exception | str) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} cannot be read ({reason}): the checkpoint is damaged. Convert or download it again")
 
 

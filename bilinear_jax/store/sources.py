@@ -45,7 +45,7 @@ def folder_of(source: str | Path, files: Sequence[str] = _MODEL_FILES) -> Path:
 
     Both messages list what can be loaded.
     """
-    folder = _local(source)
+    folder = local_folder(source)
     if folder is not None:
         return folder
     folder = _fetch(str(source), files)
@@ -147,7 +147,7 @@ def find_sae(
     raise UnknownNameError("SAE", asked, names, of=str(source))
 
 
-def _local(source: str | Path) -> Path | None:
+def local_folder(source: str | Path) -> Path | None:
     """The folder of a built-in name or of a path. None for a hub name. Raises an error if it is neither."""
     if isinstance(source, str) and source in builtin_names():
         return PRETRAINED / source
@@ -165,7 +165,7 @@ def _local(source: str | Path) -> Path | None:
 
 def _scope(source: str | Path) -> tuple[Path | str, dict[str, SAEName]]:
     """Where the SAEs of a source are (a folder or a hub name), and their names."""
-    folder = _local(source)
+    folder = local_folder(source)
     if folder is None:
         repository = str(source) if str(source).endswith("-scope") else f"{source}-scope"
         return repository, _remote_names(repository)
@@ -259,15 +259,20 @@ def _cached(repo_type: str = "model") -> dict[str, Path]:
 
     found = {}
     for folder in Path(constants.HF_HUB_CACHE).glob(f"{repo_type}s--*--*"):
-        name = folder.name.removeprefix(f"{repo_type}s--").replace("--", "/", 1)
-        main = folder / "refs" / "main"
-        if main.is_file():
-            snapshots = [folder / "snapshots" / main.read_text(encoding="utf-8", errors="replace").strip()]
-        else:
-            snapshots = sorted(folder.glob("snapshots/*"), key=os.path.getmtime)
-        if snapshots and snapshots[-1].is_dir():
-            found[name] = snapshots[-1]
+        with contextlib.suppress(OSError):  # what cannot be read, or has just been removed, is not in the cache
+            if snapshot := _snapshot(folder):
+                found[folder.name.removeprefix(f"{repo_type}s--").replace("--", "/", 1)] = snapshot
     return found
+
+
+def _snapshot(repository: Path) -> Path | None:
+    """The snapshot to take of a repository in the cache. What is not a folder in ``snapshots`` is not one."""
+    snapshots = [entry for entry in repository.glob("snapshots/*") if os.path.isdir(entry)]
+    main = repository / "refs" / "main"
+    if main.is_file():
+        commit = main.read_text(encoding="utf-8", errors="replace").strip()
+        return next((snapshot for snapshot in snapshots if snapshot.name == commit), None)
+    return max(snapshots, key=os.path.getmtime, default=None)
 
 
 def _is_ours(snapshot: Path) -> bool:

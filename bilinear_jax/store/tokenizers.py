@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from bilinear_jax.store import checksums
 from bilinear_jax.store.documents import END_OF_TEXT
 from bilinear_jax.store.files import read_json, replace_file
-from bilinear_jax.store.sources import folder_of
+from bilinear_jax.store.sources import folder_of, local_folder
 from weights_convert.files import expanded, inside, read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -55,9 +55,10 @@ _TOKENIZERS = {
 }
 
 
-@functools.lru_cache(maxsize=8)
 def load_tokenizer(tokenizer_source: str | None, name: str | None):
-    """Load a tokenizer as a ``transformers.PreTrainedTokenizerFast``. Up to 8 are cached.
+    """Load a tokenizer as a ``transformers.PreTrainedTokenizerFast``.
+
+    Up to 8 are cached, each until one of its files, or the ``config.json`` with their checksums, is changed.
 
     Args:
         tokenizer_source: a folder with ``tokenizer.json``, the file itself, or a hub name. None: look up ``name``.
@@ -83,19 +84,45 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
     path = expanded(tokenizer_source)
     if not path.is_file():
         try:
-            path = inside(folder_of(tokenizer_source, TOKENIZER_FILES), TOKENIZER_FILES[0])
+            folder = local_folder(tokenizer_source) or _downloaded(tokenizer_source)
+            path = inside(folder, TOKENIZER_FILES[0])
         except (ConnectionError, FileNotFoundError) as error:
             raise type(error)(
                 f"the tokenizer cannot be loaded: {error}. A tokenizer.json in the model's folder is used first"
             ) from error
     if not path.is_file():
+        _downloaded.cache_clear()
         made = ", made from its tokenizer.model by transformers," if (path.parent / "tokenizer.model").is_file() else ""
         raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put one there{made} or use token ids")
+    return _loaded(path, name, _state(path))
+
+
+_downloaded = functools.lru_cache(maxsize=8)(functools.partial(folder_of, files=TOKENIZER_FILES))
+"""The folder of a hub name. The hub is asked once in a process."""
+
+
+def _state(path: Path) -> tuple[Any, ...]:
+    """What tells whether a tokenizer is the one that was loaded: its place, and the state of the files it is from."""
+    found: list[Any] = [os.path.realpath(path)]
+    for file in (path, path.with_name(TOKENIZER_FILES[1]), path.with_name("config.json")):
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(path: Path, name: str | None, state: tuple[Any, ...]):
+    """The tokenizer in a file. ``state`` is only for the cache: with another, the file is read again."""
+    known = _TOKENIZERS.get(name or "")
     if changed := [found for name in TOKENIZER_FILES if (found := checksums.changed_file(path.with_name(name)))]:
         warnings.warn(
             f"{'; '.join(changed)}: text may become other token ids than those that the model was trained on. Restore "
             f"the file; or, if you replaced it on purpose, run {checksums.how_to_add(path.parent)}",
-            stacklevel=3,
+            stacklevel=4,
         )
     tokenizer = _read_tokenizer(path)
     if known and known.begins:
@@ -192,7 +219,7 @@ def _begin_with(tokenizer, bos_token: str, name: str | None) -> None:
     warnings.warn(
         f"this tokenizer did not put {bos_token} first, unlike {name}, which the published models were trained with: "
         "now it does",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -216,7 +243,7 @@ def _special_tokens(path: Path, tokenizer) -> dict[str, str]:
         warnings.warn(
             f"{config_path} names {value!r} as its {key}, but {path.name} has no such token: it is left out. Remove it "
             f"from {config_path.name}, or correct its name",
-            stacklevel=4,
+            stacklevel=5,
         )
     return tokens
 

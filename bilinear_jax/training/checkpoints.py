@@ -13,14 +13,12 @@ checkpoint of a version before seals is loaded with a warning.
 
 import contextlib
 import functools
-import gc
 import itertools
 import logging
 import os
 import shutil
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from jaxtyping import Array, Bool, PyTree, UInt32
 
 from bilinear_jax.store.checksums import intact, of_json, sealed
 from bilinear_jax.store.files import check_name
+from bilinear_jax.store.params import Unreadable, first_line, read_quietly
 from bilinear_jax.training.folder import read_config
 from bilinear_jax.training.mesh import largest, on_first_process
 
@@ -151,7 +150,7 @@ class Checkpoints:
         for step in steps:
             try:
                 loaded, record = self._load(step, leaves, fields)
-            except _Damaged as problem:
+            except Unreadable as problem:
                 problems[step] = str(problem)
                 continue
             self._set_aside(problems, step)
@@ -180,19 +179,19 @@ class Checkpoints:
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()
         }
-        metadata: Any = self._read(lambda: self._orbax.checkpointables_metadata(step).custom_metadata)
+        metadata: Any = read_quietly(lambda: self._orbax.checkpointables_metadata(step).custom_metadata)
         seal = _check_metadata(step, self._run, metadata, fields)
         try:
             self._compare(step, metadata["arrays"], leaves)
             saved = {name: metadata["arrays"][name]["checksum"] for name in leaves}
         except (AttributeError, KeyError, TypeError) as error:  # only where there is no seal
-            raise _Damaged(f"its metadata is damaged: {error!r}") from error
-        loaded: Any = self._read(lambda: self._orbax.load(step, abstract))
+            raise Unreadable(f"its metadata is damaged: {error!r}") from error
+        loaded: Any = read_quietly(lambda: self._orbax.load(step, abstract))
         loaded = {name: loaded[name] for name in leaves}
         checksums, _ = jax.device_get(_fingerprint(loaded))
         changed = [name for name in leaves if int(checksums[name]) != saved[name]]
         if changed:
-            raise _Damaged(f"not what was saved: {', '.join(changed)}")
+            raise Unreadable(f"not what was saved: {', '.join(changed)}")
         if not seal:
             warnings.warn(
                 f"checkpoint {step} of {self.directory} was saved by a version that recorded no checksum of its place "
@@ -214,8 +213,8 @@ class Checkpoints:
         for step in self._steps():
             path = str(self.directory / "checkpoints" / str(step))
             try:
-                self._read(functools.partial(ocp.checkpointables_metadata, path))
-            except _Damaged as problem:
+                read_quietly(functools.partial(ocp.checkpointables_metadata, path))
+            except Unreadable as problem:
                 problems[step] = str(problem)
         rest = set(self._steps()) - problems.keys()
         if not problems:
@@ -232,27 +231,6 @@ class Checkpoints:
             f"none of the checkpoints in {self.directory / 'checkpoints'} can be read: {listing}. "
             "Restore one from a copy, or name another folder to train from the beginning"
         )
-
-    def _read(self, action: Callable[[], Any]) -> Any:
-        """The result of an Orbax action. Raises ``_Damaged`` with the reason if the action fails.
-
-        A failure leaves unfinished tasks, one per array, which print errors when they are collected. That happens here,
-        with printing off.
-        """
-        level, hook = logging.root.manager.disable, sys.unraisablehook
-        logging.disable(logging.CRITICAL)
-        try:
-            return action()
-        except MemoryError:
-            raise
-        except Exception as error:
-            reason = _reason(error)
-        finally:
-            sys.unraisablehook = lambda _: None
-            gc.collect()
-            sys.unraisablehook = hook
-            logging.disable(level)
-        raise _Damaged(reason)
 
     def _compare(self, step: int, saved: dict, leaves: dict[str, Array]) -> None:
         """Raise ``_Mismatch`` if names, shapes or dtypes differ. The message lists both sides."""
@@ -297,13 +275,9 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         return OSError(
             f"the checkpoint of step {step} could not be written to {self.directory / 'checkpoints'} "
-            f"({_reason(error)}); the last good one is {self._last_good(but=step)}. "
+            f"({first_line(error)}); the last good one is {self._last_good(but=step)}. "
             "Free disk space, then run the same command again"
         )
-
-
-class _Damaged(Exception):
-    """A checkpoint that cannot be read, with the reason."""
 
 
 class _Mismatch(ValueError):
@@ -311,18 +285,18 @@ class _Mismatch(ValueError):
 
 
 def _check_metadata(step: int, run: str, metadata: Any, fields: Sequence[str]) -> bool:
-    """Whether the metadata of a checkpoint are sealed. Raises ``_Damaged`` if ``save`` did not write them so."""
+    """Whether the metadata of a checkpoint are sealed. Raises ``Unreadable`` if ``save`` did not write them so."""
     if not metadata:
-        raise _Damaged("its metadata is missing")
+        raise Unreadable("its metadata is missing")
     found = intact(metadata)
     if found and metadata["step"] != step:
-        raise _Damaged(f"it is a copy of checkpoint {metadata['step']}")
+        raise Unreadable(f"it is a copy of checkpoint {metadata['step']}")
     if found and metadata.get("run", run) != run:  # the first sealed ones did not have it
-        raise _Damaged("it is of a run with another config")
+        raise Unreadable("it is of a run with another config")
     older = metadata.keys() == {"record", "arrays"}
     whole = found or (older and isinstance(metadata["record"], dict) and metadata["record"].keys() >= set(fields))
     if not whole:
-        raise _Damaged("its metadata is not what was saved")
+        raise Unreadable("its metadata is not what was saved")
     return not older
 
 
@@ -372,8 +346,3 @@ def _not_finite(name: str, leaf: Array) -> Bool[Array, ""]:
 
 def _description(leaf: Array) -> dict:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, without the paths and settings after it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilinear_jax.images import analyses, figures
-from bilinear_jax.nn.image import ImageClassifier, ImageConfig, unit_range
+from bilinear_jax.nn.image import ImageClassifier, ImageConfig, check_labelled, check_labels, check_pixels, unit_range
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.toy import Toy, ToyConfig, toy_targets
 from bilinear_jax.training.images import ImageRecipe, accuracy, image_state, image_update, train_images
@@ -122,6 +122,22 @@ def test_what_is_no_image():
             FUNCTIONS[name](np.full((5, 6), np.nan, np.float32), LABELS)
     with pytest.raises(ValueError, match=r"images must be \[n, n_inputs\], n >= 1; got shape \(0, 6\)"):
         analyses.edge_pixels(np.zeros((0, 6)))
+
+
+def test_times_and_hidden_values_are_no_numbers():
+    images, labels = np.zeros((5, 6), np.uint8), np.zeros(5, int)
+    hidden = np.ma.masked_array(images, np.arange(30).reshape(5, 6) == 3)
+    for read in (unit_range, check_pixels, lambda values: check_labelled(CONFIG, values, labels)):
+        for bad in (images.astype("m8[s]"), [np.timedelta64(0, "s")] * 6):
+            with pytest.raises(ValueError, match=r"images and labels must be numbers; got timedelta64"):
+                read(bad)
+        with pytest.raises(ValueError, match=r"masked array that hides some of them: fill it with array.filled"):
+            read(hidden)
+        read(np.ma.masked_array(images))
+    for bad in (labels.astype("m8[s]"), np.ma.masked_array(labels, labels == 0)):
+        with pytest.raises(ValueError, match=r"images and labels (must be numbers|are a masked array)"):
+            check_labels(bad, CONFIG.n_classes)
+    assert unit_range(np.ma.masked_array(images)).tolist() == images.tolist()
 
 
 def test_a_pure_update_reads_them_the_same():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.errors import UnknownNameError
-from bilinear_jax.nn.sites import capture, default_token_mask, forward, loss
+from bilinear_jax.nn.sites import capture, default_token_mask, forward, loss, token_array
 from bilinear_jax.nn.transformer import SITES, Transformer, TransformerConfig, cross_entropy
 
 CONFIG = TransformerConfig(n_layer=3, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11)
@@ -250,3 +250,13 @@ def test_an_edit_must_keep_the_shape(params):
         forward(CONFIG, params, TOKENS, {"mlp_out": lambda x: x[..., 0]})
     with pytest.raises(UnknownNameError, match="no site 'mlpout': choose one of resid_pre"):
         forward(CONFIG, params, TOKENS, {"mlpout": lambda x: x})
+
+
+def test_tokens_that_are_times_or_hidden():
+    tokens = np.arange(6).reshape(2, 3)
+    for bad in (tokens.astype("m8[s]"), [[np.timedelta64(1, "s")]]):
+        with pytest.raises(ValueError, match=r"tokens .*must be (numbers|integers)"):
+            token_array(bad)
+    with pytest.raises(ValueError, match=r"tokens are a masked array that hides some of them: fill it"):
+        token_array(np.ma.masked_array(tokens, tokens == 4))
+    assert token_array(np.ma.masked_array(tokens)).tolist() == tokens.tolist()

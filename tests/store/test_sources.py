@@ -179,6 +179,36 @@ def test_the_branch_main_of_the_cache_or_else_the_newest_commit(tmp_path, cache)
     assert checkpoint.load_model("someone/small").config.n_ctx == 16
 
 
+@pytest.mark.parametrize("main", ["a", None])
+def test_what_is_no_snapshot_in_the_cache(tmp_path, cache, main):
+    snapshot = download(cache, "someone/ts-micro", published.MODEL, main=main)
+    (snapshot.parent / "gone").symlink_to(tmp_path / "nowhere")
+    (snapshot.parent / ".DS_Store").write_text("of the system")
+    os.utime(snapshot, (1, 1))
+    assert checkpoint.load_model("someone/ts-micro", attn_scale=1.0).config.n_layer == 3
+    with pytest.raises(ConnectionError, match=r"from the hub's cache: someone/ts-micro; and any"):
+        checkpoint.load_model("someone/else")
+
+
+@pytest.mark.parametrize("commit", ["../../elsewhere", "..", ".", "", "b/c", "{absolute}"])
+def test_the_branch_main_names_a_snapshot_and_nothing_else(tmp_path, cache, commit):
+    download(cache, "someone/ts-micro", published.MODEL)
+    for place in (tmp_path / "hub" / "elsewhere", cache / "models--someone--ts-micro" / "snapshots" / "b" / "c"):
+        shutil.copytree(published.MODEL, place)
+    commit = commit.format(absolute=tmp_path / "hub" / "elsewhere")
+    (cache / "models--someone--ts-micro" / "refs" / "main").write_text(commit)
+    assert sources._cached() == {}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_to_a_file_that_is_gone(tmp_path, cache, name):
+    snapshot = download(cache, "someone/ts-micro", published.MODEL)
+    (snapshot / name).resolve().unlink()
+    for source in ("someone/ts-micro", snapshot):
+        with pytest.raises(FileNotFoundError, match=rf"{name} is a link to a file that is gone: download it again"):
+            checkpoint.load_model(source, attn_scale=1.0)
+
+
 def test_a_folder_of_links_into_the_cache(tmp_path, cache):
     """It was made with the older option --local-dir-use-symlinks. The cache may lie on another disk."""
     snapshot = download(cache, "someone/ts-micro", published.MODEL, blobs=tmp_path / "disk")

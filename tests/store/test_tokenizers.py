@@ -25,6 +25,7 @@ from bilinear_jax.store.tokenizers import (
     prompt_ids,
     save_tokenizer,
     tokenizer_hash,
+    train_tokenizer,
 )
 from bilinear_jax.store.tokens import tokenize
 
@@ -306,3 +307,26 @@ class TestChangedFiles:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(ValueError, match=rf"{path} is .*: restore it, or name another"):
             load_tokenizer(str(tmp_path), None)
+
+
+# What was loaded before.
+
+
+def test_a_tokenizer_is_read_again_when_it_is_another(tmp_path, monkeypatch):
+    """It was replaced, or its path, which is relative, leads to another one from another working folder."""
+    texts, sentence = ("the cat sat on the mat", "a dog ran and ran"), "the cat and a dog"
+    trained = [train_tokenizer([text], n_vocab=260) for text in texts]
+    expected = [tokenizer.encode(sentence).ids for tokenizer in trained]
+    assert expected[0] != expected[1]
+    for number, tokenizer in enumerate(trained):
+        folder = tmp_path / str(number) / "same"
+        folder.mkdir(parents=True)
+        save_tokenizer(tokenizer, folder)
+        monkeypatch.chdir(folder.parent)
+        loaded = load_tokenizer("same", None)
+        assert loaded(sentence)["input_ids"] == expected[number]
+        assert load_tokenizer("same", None) is loaded
+    save_tokenizer(trained[0], folder)
+    assert load_tokenizer("same", None)(sentence)["input_ids"] == expected[0]
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "a"}')
+    assert load_tokenizer("same", None).pad_token == "a"
