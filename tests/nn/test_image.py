@@ -64,7 +64,8 @@ def test_any_images(name):
     @settings(deadline=None, max_examples=10 if name in ("explain", "adversarial_masks") else 30)
     @given(image_sets())
     def one(images):
-        check(FUNCTIONS[name], images, LABELS)
+        # explain takes one image: the others are made the same, so that what it must refuse is in the one
+        check(FUNCTIONS[name], images[:1].repeat(len(images), axis=0) if name == "explain" else images, LABELS)
 
     one()
 
