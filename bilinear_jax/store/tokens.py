@@ -69,8 +69,8 @@ def tokenize(
     grow with the text. A terminal shows a progress bar. The file appears at ``path`` when it is complete. A killed
     process leaves only hidden files ``.NAME.partial-...`` beside it, which can be deleted.
 
-    If the file exists, the sources are read again, because another text may have the same name and size: about 2 GB a
-    second, or with ``max_tokens`` only the documents that were tokenised. A hub dataset is known by its name alone.
+    If the file exists, the sources are read again, because another text may have the same name and size; with
+    ``max_tokens``, only the documents that were tokenised. A hub dataset is known by its name alone.
 
     Args:
         sources, field, max_characters: as for ``read_documents``.
