@@ -34,7 +34,7 @@ class SAEMetrics:
     explained_variance: float  # 1 - sum |x - x_hat|^2 / sum |x - mean|^2: 1 is perfect, 0 is as bad as the mean; or nan
     mse: float  # squared error per coordinate: sum |x - x_hat|^2 / (tokens d_model), in squared units of the site
     l0: float  # codes other than 0 per token: k, or fewer where the top-k holds exact zeros
-    l1: float  # sum of |codes| per token, in units of the site: times normalize, if that is applied
+    l1: float  # sum of |codes| per token, in units of the codes
     dead: float  # fraction of the features, 0 to 1, that are active at no token
     loss_clean: float  # the model's own cross entropy on the text
     loss_patched: float  # the same with the site replaced by the SAE's reconstruction
@@ -57,7 +57,7 @@ class SAESums(NamedTuple):
     exponent: Int[Array | np.ndarray, ""] | Float[np.ndarray, ""]  # the largest |x| is about 2^exponent
     mean: Float[Array | np.ndarray, " d_model"]  # of x; 0 if there are no tokens
     active: Float[Array | np.ndarray, ""]  # number of codes other than 0
-    absolute: Float[Array | np.ndarray, ""]  # sum of |codes|, in units of the site
+    absolute: Float[Array | np.ndarray, ""]  # sum of |codes|
     fired: Float[Array | np.ndarray, " features"]  # tokens on which each feature's code is not 0
     tokens: Float[Array | np.ndarray, ""]  # number of tokens in the mask
 
@@ -89,7 +89,7 @@ def sae_sums(
             exponent=exponent,
             mean=mean,
             active=jnp.sum(nonzero),
-            absolute=jnp.sum(jnp.abs(codes.values * sae.config.scale), where=counted),
+            absolute=jnp.sum(jnp.abs(codes.values), where=counted),
             fired=jnp.zeros(sae.config.n_features).at[codes.indices].add(nonzero),
             tokens=number,
         )
