@@ -239,7 +239,7 @@ class TestEnds:
             stderr=subprocess.PIPE,
             text=True,
         )
-        while process.poll() is None and not any((tmp_path / "temporary").glob("bilinear-jax-*")):
+        while process.poll() is None and not any((tmp_path / "temporary").glob("bilinear-jax-*/*")):
             pass
         process.send_signal(signal.SIGINT)
         assert process.communicate() == ("", "bilinear-jax: interrupted\n")
