@@ -174,8 +174,9 @@ class BilinearTensor:
             >>> bool(jnp.allclose(x @ tensor.interaction(u)[0] @ x, u[0] @ tensor.apply(x), rtol=1e-4))
             True
         """
-        unit, gates, exponents = self._unit_gates(directions)
-        exponents = exponents[:, :, None]
+        unit, at_inputs, at_down = self.unit()
+        gates, at_gates = unit.scaled_gates(directions)
+        exponents = (at_inputs + at_down + at_gates)[:, :, None]
         if basis is None:
             return shift(_quadratic_forms(gates, unit.left, unit.right, symmetric), exponents)
         _check_width("basis", basis.T, "in", self.n_in)
@@ -245,8 +246,9 @@ class BilinearTensor:
             [5.0, -10.0]
         """
         with jax.default_matmul_precision("highest"):
-            unit, gates, exponents = self._unit_gates(directions)
-            return shift(gates @ jnp.sum(unit.left * unit.right, axis=-1), exponents[:, 0])
+            unit, at_inputs, at_down = self.unit()
+            gates, at_gates = unit.scaled_gates(directions)
+            return shift(gates @ jnp.sum(unit.left * unit.right, axis=-1), (at_inputs + at_down + at_gates)[:, 0])
 
     def unit(self) -> tuple["BilinearTensor", Int[Array, ""], Int[Array, ""]]:
         """The tensor with its factors divided by powers of two, and the exponents: of ``left right``, and of ``down``.
@@ -296,12 +298,11 @@ class BilinearTensor:
             return jnp.sum(_quadratic_forms(gates[None], unit.left, unit.right, symmetric=True) ** 2)
 
         with jax.default_matmul_precision("highest"):
-            rows, at_rows = unit_scale(directions, axis=1)
-            exponents = at_rows + at_inputs + at_down
             few = gram is None and number * inputs**2 <= 3 * hidden * inputs + number * hidden
             if few or number <= self.n_out:
-                rows, at_rows = unit_scale(unit._gates(rows), axis=1)
-                exponents = exponents + at_rows
+                rows, at_rows = unit.scaled_gates(directions)
+            else:
+                rows, at_rows = unit_scale(directions, axis=1)
             if few:
                 batch = min(max(number, 1), max(2**24 // (inputs * max(hidden, inputs)), 1))
                 squares = jax.lax.map(square_of_built, rows, batch_size=batch)
@@ -313,7 +314,7 @@ class BilinearTensor:
                 batch = min(max(number, 1), 1024)
                 squares = jax.lax.map(lambda row: jnp.sum((row @ form) * row), rows, batch_size=batch)
         zero = squares <= 0
-        return shift(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), exponents[:, 0])
+        return shift(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), at_rows[:, 0] + at_inputs + at_down)
 
     def cosines(
         self, directions: Float[Array, "U out"], gram: Float[Array, "hidden hidden"] | None = None
@@ -332,8 +333,9 @@ class BilinearTensor:
             [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
         """
         with jax.default_matmul_precision("highest"):
-            unit, gates, _ = self._unit_gates(directions)
-            gram = self._unit_gram(unit, self.unit()[1], gram)
+            unit, at_inputs, _ = self.unit()
+            gates, _ = unit.scaled_gates(directions)
+            gram = self._unit_gram(unit, at_inputs, gram)
             inner = gates @ gram @ gates.T
             noise = 16 * jnp.finfo(inner.dtype).eps * (gates**2 @ jnp.diagonal(gram))
         inner = (inner + inner.T) / 2
@@ -355,12 +357,18 @@ class BilinearTensor:
         _check_width("directions", directions, "out", self.n_out)
         return directions
 
-    def _unit_gates(self, directions: Array) -> tuple["BilinearTensor", Float[Array, "U hidden"], Int[Array, "U 1"]]:
-        """``unit()``, the gates of the directions with the largest of each near 1, and the exponents of Q_u."""
-        unit, at_inputs, at_down = self.unit()
+    def scaled_gates(self, directions: Float[Array, "U out"]) -> tuple[Float[Array, "U hidden"], Int[Array, "U 1"]]:
+        """The gates of the directions divided by ``2^e``, the largest of each between 1/2 and 1, and the exponents e.
+
+        Example:
+            >>> tensor = BilinearTensor(jnp.ones((2, 1)), jnp.ones((2, 1)), jnp.array([[4.0, 1.0]]))
+            >>> gates, exponents = tensor.scaled_gates(jnp.array([[2.0]]))  # (8, 2) = 2^4 (1/2, 1/8)
+            >>> gates.tolist(), exponents.tolist()
+            ([[0.5, 0.125]], [[4]])
+        """
         rows, at_rows = unit_scale(self._rows(directions), axis=1)
-        gates, at_gates = unit_scale(unit._gates(rows), axis=1)
-        return unit, gates, at_inputs + at_down + at_rows + at_gates
+        gates, at_gates = unit_scale(rows @ self.down, axis=1)
+        return gates, at_rows + at_gates
 
     def _unit_gram(self, unit: "BilinearTensor", at_inputs, gram: Array | None) -> Float[Array, "hidden hidden"]:
         """``unit.gram()``; from the ``gram()`` of this tensor if it is given and fits."""

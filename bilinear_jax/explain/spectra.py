@@ -195,7 +195,7 @@ def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_s
             tensor, at_inputs, _ = tensor.in_basis(root).unit()
             exponents = exponents + 2 * at_root + at_inputs
         directions, at_directions = unit_scale(directions, axis=1)
-        gates, at_gates = unit_scale(tensor.out_basis(directions).down, axis=1)
+        gates, at_gates = tensor.scaled_gates(directions)
         norms = shift(tensor.norms(directions), -at_gates[:, 0])
         exponents = exponents + at_directions + at_gates
 

@@ -122,7 +122,7 @@ def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:
     NaN counts as ``-inf``, whatever its sign bit, so it never takes the place of another entry.
 
     If there are many features, only those in the k runs of 32 with the largest maxima are ranked. No other can be among
-    the k largest. At 8192 features and k 30 this takes 0.77 of the time of ``top_k`` on a CPU.
+    the k largest. This takes less time than ``top_k`` of all on a CPU.
 
     Example:
         >>> largest(jnp.array([[1.0, 5.0, 3.0, 5.0]]), 3).tolist()
