@@ -10,7 +10,7 @@ Axis names, in every signature:
     rows             sequences of a token dataset
     d_model          width of the residual stream
     d_hidden         hidden units of an MLP
-    d_head, n_head   width and number of attention heads
+    d_head, n_head   width and number of attention heads; n_kv_head of them have their own keys and values
     n_layer          layers; the first axis of every array under params["layers"]
     n_vocab          tokens of the vocabulary
     features, k      features of an SAE, and how many are active at a token

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bilinear_jax.errors import check_count
-from bilinear_jax.nn import generation, views
+from bilinear_jax.nn import folding, generation, views
 from bilinear_jax.nn import sites as sites_module
 from bilinear_jax.nn.sites import NO_EDITS, Captured, check_token_mask, default_token_mask, token_array
 from bilinear_jax.nn.transformer import SITES, Edit, Site, Transformer, TransformerConfig
@@ -229,6 +229,11 @@ class LanguageModel:
             with clear_errors("the tokenizer cannot decode its own tokens", "restore tokenizer.json"):
                 texts.append(tokenizer.decode(row + kept, skip_special_tokens=True))
         return texts[0] if isinstance(prompt, str) else texts
+
+    def fold_norms(self) -> "LanguageModel":
+        """The same model, with the gains of its norms multiplied into the weights: see ``nn.folding.fold_norms``."""
+        config, params = folding.fold_norms(self.config, self.params)
+        return dataclasses.replace(self, config=config, params=params)
 
     def batches(
         self,

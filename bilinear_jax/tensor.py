@@ -88,12 +88,14 @@ class BilinearTensor:
         b_left: Float[Array, " hidden"] | None = None,
         b_right: Float[Array, " hidden"] | None = None,
         b_down: Float[Array, " out"] | None = None,
+        linear: Float[Array, "out in"] | None = None,
     ) -> "BilinearTensor":
-        """The layer ``y = down ((left x + b_left) * (right x + b_right)) + b_down`` as one tensor.
+        """The layer ``y = down ((left x + b_left) * (right x + b_right)) + b_down + linear x`` as one tensor.
 
-        If there is any bias, the tensor has one more input, the last one, which is always 1. ``with_constant`` appends
-        it to x. ``b_left`` and ``b_right`` become the last columns of left and right. ``b_down`` becomes one more
-        hidden unit, constant * constant. Without biases, the tensor has the inputs of the layer.
+        If there is any bias or a linear map, the tensor has one more input, the last one, which is always 1.
+        ``with_constant`` appends it to x. ``b_left`` and ``b_right`` become the last columns of left and right.
+        ``b_down`` becomes one more hidden unit, constant * constant, and ``linear`` one more for each input,
+        input * constant. Without all these, the tensor has the inputs of the layer.
 
         Example:
             >>> one = jnp.ones((1, 1))
@@ -101,7 +103,7 @@ class BilinearTensor:
             >>> float(tensor.apply(with_constant(jnp.array([5.0])))[0])  # (5 + 2) (5 + 3) + 4
             60.0
         """
-        if b_left is None and b_right is None and b_down is None:
+        if b_left is None and b_right is None and b_down is None and linear is None:
             return BilinearTensor(left, right, down)
         hidden, inputs = left.shape
 
@@ -113,6 +115,10 @@ class BilinearTensor:
             constant = jnp.zeros((1, inputs + 1), left.dtype).at[0, -1].set(1)
             left, right = jnp.concatenate([left, constant]), jnp.concatenate([right, constant])
             down = jnp.concatenate([down, b_down[:, None]], 1)
+        if linear is not None:
+            left = jnp.concatenate([left, jnp.eye(inputs, inputs + 1, dtype=left.dtype)])
+            right = jnp.concatenate([right, jnp.zeros((inputs, inputs + 1), left.dtype).at[:, -1].set(1)])
+            down = jnp.concatenate([down, linear], 1)
         return BilinearTensor(left, right, down)
 
     @property

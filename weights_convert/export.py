@@ -156,7 +156,21 @@ def _warn(what: str) -> None:
     warnings.warn(f"the current code of the original {what}", stacklevel=4)
 
 
+_ONE_VALUE = {
+    **{"n_kv_head": 0, "d_head": 0, "gains": False, "rms_eps": 1e-8, "rope_theta": 10_000.0, "rope_scaling": None},
+    **{"qk_norm": False, "embed_scale": 1.0, "tied": False, "linear": False, "original_gate": None},
+}
+"""What the published layout cannot say, with the one value that its models have. 0: as ``TransformerConfig`` has it."""
+
+
 def _transformer_config(config: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
+    usual = {"n_kv_head": config["n_head"], "d_head": config["d_model"] // config["n_head"]}
+    for key, value in _ONE_VALUE.items():
+        if config.get(key, value) not in (value, usual.get(key, value)):
+            raise ValueError(
+                f"the published layout cannot describe a model with {key} {config[key]!r}: keep it as a checkpoint of "
+                "this library, with save_model"
+            )
     if config["attention_bias"] and not config["bias"]:
         raise ValueError(
             "the published layout cannot have biases in the attention only: add biases of 0 to the MLP, with bias=True"

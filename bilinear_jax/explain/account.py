@@ -37,7 +37,6 @@ from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, not_finite
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
-from bilinear_jax.nn.transformer import RMS_EPSILON
 from bilinear_jax.tensor import with_constant
 
 TOKENS_AT_ONCE = 256  # limits the decoder columns held at once, [tokens, k, in]; does not change the result
@@ -107,7 +106,7 @@ class Magnitude(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["q", "basis", "projected", "direction", "encoder", "inp"],
-    meta_fields=["normed"],
+    meta_fields=["norm_eps"],
 )
 @dataclasses.dataclass(frozen=True)
 class OutputFeature:
@@ -119,7 +118,7 @@ class OutputFeature:
     direction: Array  # [d_model]: u
     encoder: Array  # []: b_enc - u . b_dec_out
     inp: SAE  # the input SAE
-    normed: bool  # whether the input SAE reads the residual stream r, which a norm divides by rms(r)
+    norm_eps: float | None  # of the norm, if the input SAE reads the residual stream before it
 
 
 def output_feature(tracer: Tracer, feature) -> OutputFeature:
@@ -137,8 +136,8 @@ def output_feature(tracer: Tracer, feature) -> OutputFeature:
         raise ValueError(f"feature is {feature!r}, but it must be one output feature, an int")
     with jax.default_matmul_precision("highest"):
         projected = q @ tracer.basis
-    constant, normed = encoder_constant(tracer.out, feature), reads_before_norm(tracer.lm, tracer.inp)
-    return OutputFeature(q, tracer.basis, projected, tracer.directions[feature], constant, tracer.inp, normed)
+    constant, norm_eps = encoder_constant(tracer.out, feature), eps_of_norm(tracer.lm, tracer.inp)
+    return OutputFeature(q, tracer.basis, projected, tracer.directions[feature], constant, tracer.inp, norm_eps)
 
 
 def encoder_constant(out: SAE, features) -> Float[Array, "*U"]:
@@ -148,9 +147,9 @@ def encoder_constant(out: SAE, features) -> Float[Array, "*U"]:
     return constant + out.params["b_enc"][features] if out.config.encoder_bias else constant
 
 
-def reads_before_norm(lm: LanguageModel, inp: SAE) -> bool:
-    """Whether there is a norm between the site that an SAE reads and the MLP."""
-    return inp.config.site == "resid_mid" and lm.config.norms[1]
+def eps_of_norm(lm: LanguageModel, inp: SAE) -> float | None:
+    """``rms_eps`` of the norm between the site that an SAE reads and the MLP. None if there is no norm."""
+    return lm.config.rms_eps if inp.config.site == "resid_mid" and lm.config.norms[1] else None
 
 
 def account_at(
@@ -163,7 +162,7 @@ def account_at(
     Memory: ``tokens (features + k^2)`` numbers, and ``512 k in`` for columns.
     """
     with jax.default_matmul_precision("highest"):
-        parts = input_parts(feature.inp, x, normed=feature.normed, extended=feature.q.shape[0] > x.shape[-1])
+        parts = input_parts(feature.inp, x, norm_eps=feature.norm_eps, extended=feature.q.shape[0] > x.shape[-1])
         shape = x.shape[:-1]
         flat = [array.reshape(-1, array.shape[-1]) for array in parts]
         number = max(min(TOKENS_AT_ONCE, len(flat[0])), 1)
@@ -186,8 +185,8 @@ class InputParts(NamedTuple):
     error: Float[Array, "... in"]  # e
 
 
-def input_parts(inp: SAE, x: Float[Array, "... d_model"], *, normed: bool, extended: bool) -> InputParts:
-    """The parts of x, as the MLP sees them. ``normed`` divides by rms(x). ``extended`` adds the constant input, 1."""
+def input_parts(inp: SAE, x: Float[Array, "... d_model"], *, norm_eps: float | None, extended: bool) -> InputParts:
+    """The parts of x, as the MLP sees them: divided by rms(x) with ``norm_eps``; ``extended`` by the constant input."""
     codes = inp.encode(x, sparse=True)
     reconstruction = inp.decode(codes, x)
     bias, passed = jnp.broadcast_to(inp.decoder_bias.astype(x.dtype), x.shape), jnp.zeros_like(x)
@@ -195,8 +194,8 @@ def input_parts(inp: SAE, x: Float[Array, "... d_model"], *, normed: bool, exten
         dims = jnp.asarray(inp.config.passthrough)
         passed = passed.at[..., dims].set(x[..., dims])
     scale = jnp.ones_like(x[..., :1])
-    if normed:
-        scale = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + RMS_EPSILON)
+    if norm_eps is not None:
+        scale = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + norm_eps)
     values, indices = codes.values * scale, codes.indices
     vectors = [part * scale for part in (reconstruction - bias - passed, bias, passed, x - reconstruction)]
     if extended:

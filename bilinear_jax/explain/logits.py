@@ -93,5 +93,5 @@ def _effects(lm: LanguageModel, sae: SAE, features, k: int) -> LogitEffects:
 
 def direct_effects(lm: LanguageModel, sae: SAE, feature) -> Float[Array, " n_vocab"]:
     """How much a feature raises the logit of every token, see ``logit_effects``."""
-    effects = jnp.einsum("vd,d->v", lm.params["w_u"], sae.decoder[:, feature])
+    effects = jnp.einsum("vd,d->v", lm.w_u, sae.decoder[:, feature])
     return lm.config.attention_factor * effects if sae.config.site == "attn_out" else effects

@@ -45,10 +45,12 @@ class Submatrix(NamedTuple):
     explained: Float[Array, ""]  # |matrix|_F^2 / |D^T Q D|_F^2: its share of the whole; 0 if the whole is 0
 
 
-def mlp_tensor(lm: LanguageModel, layer: int) -> BilinearTensor:
+def mlp_tensor(lm: LanguageModel, layer: int, site: str = "mlp_in") -> BilinearTensor:
     """The MLP of a layer as a ``BilinearTensor``, from ``mlp_in`` to ``mlp_out``.
 
-    With biases, the tensor has one more input, the last, which is always 1 (see ``tensor.with_constant``).
+    With biases or a linear map, the tensor has one more input, the last, which is always 1 (see
+    ``tensor.with_constant``). If ``site`` is resid_mid, the tensor reads ``r / rms(r)`` of the residual stream r before
+    the norm: the gain of the norm is in its weights.
 
     Raises:
         ValueError: if the MLP is gated or plain, because it is then not a tensor.
@@ -57,12 +59,18 @@ def mlp_tensor(lm: LanguageModel, layer: int) -> BilinearTensor:
     config = lm.config
     if not config.bilinear or config.gate is not None:
         kind = f"gated by {config.gate}" if config.bilinear else "plain (bilinear=False)"
-        raise ValueError(f"the MLP of this model is {kind}, but only a bilinear MLP without a gate is a tensor")
+        raise ValueError(
+            f"the MLP of this model is {kind}, but only a bilinear MLP without a gate is a tensor: for a gated one, "
+            "make its bilinear form with bj.bilinear_form"
+        )
     if not hasattr(layer, "__index__") or not 0 <= layer < config.n_layer:
         raise UnknownNameError("layer", repr(layer), range(config.n_layer), of="this model")
     mlp = {name: weight[layer] for name, weight in lm.params["layers"]["mlp"].items()}
-    biases = (mlp.get(name) for name in ("b_l", "b_r", "b_p"))
-    return BilinearTensor.from_mlp(mlp["w_l"], mlp["w_r"], mlp["w_p"], *biases)
+    if site == "resid_mid" and config.gains and config.norms[1]:
+        gain = lm.params["layers"]["mlp_gain"][layer]
+        mlp |= {name: mlp[name] * gain[None] for name in ("w_l", "w_r", "w_s") if name in mlp}
+    others = (mlp.get(name) for name in ("b_l", "b_r", "b_p", "w_s"))
+    return BilinearTensor.from_mlp(mlp["w_l"], mlp["w_r"], mlp["w_p"], *others)
 
 
 class Tracer:
@@ -112,9 +120,10 @@ class Tracer:
         self.lm = lm
         self.layer = layer
         self.use_encoder = use_encoder
-        self.tensor = mlp_tensor(lm, layer)
+        mlp_tensor(lm, layer)  # its errors come before those of the SAEs
         source = lm.source if scope is None else scope
         self.inp = _resolve_sae("inp", inp, INPUT_SITES, lm, layer, source)
+        self.tensor = mlp_tensor(lm, layer, self.inp.config.site)
         self.out = _resolve_sae("out", out, OUTPUT_SITES, lm, layer, source)
         self.directions = encoder_rows(self.out) if use_encoder else self.out.decoder.T
         self.basis = self.inp.decoder

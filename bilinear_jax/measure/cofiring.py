@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import sparse
 
 from bilinear_jax.errors import check_count
-from bilinear_jax.explain.account import InputParts, encoder_constant, input_parts, reads_before_norm, site_pair
+from bilinear_jax.explain.account import InputParts, encoder_constant, eps_of_norm, input_parts, site_pair
 from bilinear_jax.explain.overview import pair_weights
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.nn.sae import SAE
@@ -243,9 +243,9 @@ def _sparse(values: np.ndarray, indices: np.ndarray, features: int) -> sparse.cs
 def _batches(tracer: Tracer, tokens, outputs, token_mask, batch_size: int, description: str):
     """The results of ``_of_tokens`` batch by batch, on the host: one line per token, and sums for each dataset row."""
     lm, inp = tracer.lm, tracer.inp
-    normed = reads_before_norm(lm, inp)
+    norm_eps = eps_of_norm(lm, inp)
     for batch in lm.batches(tokens, token_mask, batch_size, description=description):
-        got = jax.device_get(_of_tokens(lm, tracer.tensor, inp, outputs, batch.tokens, batch.mask, normed=normed))
+        got = jax.device_get(_of_tokens(lm, tracer.tensor, inp, outputs, batch.tokens, batch.mask, norm_eps=norm_eps))
         sums = {name: got.pop(name)[: batch.rows] for name in ("terms", "magnitude") if name in got}
         got = {name: array[: batch.rows].reshape(-1, *array.shape[2:]) for name, array in got.items()}
         counted = [*sums.values(), *(array[got["counts"]] for array in got.values())]
@@ -254,12 +254,12 @@ def _batches(tracer: Tracer, tokens, outputs, token_mask, batch_size: int, descr
         yield got | sums
 
 
-@functools.partial(jax.jit, static_argnames="normed")
-def _of_tokens(lm, tensor: BilinearTensor, inp: SAE, outputs: Outputs | None, tokens, mask, *, normed: bool):
+@functools.partial(jax.jit, static_argnames="norm_eps")
+def _of_tokens(lm, tensor: BilinearTensor, inp: SAE, outputs: Outputs | None, tokens, mask, *, norm_eps: float | None):
     """The codes at each token of a batch; for each output feature the pre-activation, and sums of its terms by row."""
     with jax.default_matmul_precision("highest"):
         x, y = site_pair(lm, inp, tokens)
-        parts = input_parts(inp, x, normed=normed, extended=tensor.n_in > x.shape[-1])
+        parts = input_parts(inp, x, norm_eps=norm_eps, extended=tensor.n_in > x.shape[-1])
         found = {"counts": mask, "codes": parts.codes, "indices": parts.indices, "scale": parts.scale[..., 0]}
         if outputs is None:
             return found

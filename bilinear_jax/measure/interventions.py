@@ -30,7 +30,7 @@ import numpy as np
 from jax.core import Tracer as JaxTracer
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.explain.account import input_parts, reads_before_norm, site_pair
+from bilinear_jax.explain.account import eps_of_norm, input_parts, site_pair
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.cofiring import entries
@@ -74,7 +74,7 @@ class Ablation:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["pairs", "vectors", "tensor", "inp"], meta_fields=["normed"]
+    jax.tree_util.register_dataclass, data_fields=["pairs", "vectors", "tensor", "inp"], meta_fields=["norm_eps"]
 )
 @dataclasses.dataclass(frozen=True)
 class PairEffects:
@@ -84,7 +84,7 @@ class PairEffects:
     vectors: Array  # [n, d_model]: 2 B(d_i, d_j), or B(d_i, d_i): what a pair writes per unit of c_i c_j
     tensor: BilinearTensor  # the MLP
     inp: SAE  # the input SAE
-    normed: bool  # whether the input SAE reads the residual stream r, which a norm divides by rms(r)
+    norm_eps: float | None  # of the norm, if the input SAE reads the residual stream before it
 
 
 def pair_effects(tracer: Tracer, pairs) -> PairEffects:
@@ -103,8 +103,8 @@ def pair_effects(tracer: Tracer, pairs) -> PairEffects:
         )
         vectors = (left_i * right_j + left_j * right_i) @ tracer.tensor.down.T
     vectors = vectors * jnp.asarray(entries(pairs)[:, None] / 2, vectors.dtype)
-    normed = reads_before_norm(tracer.lm, tracer.inp)
-    return PairEffects(jnp.asarray(pairs), vectors, tracer.tensor, tracer.inp, normed)
+    norm_eps = eps_of_norm(tracer.lm, tracer.inp)
+    return PairEffects(jnp.asarray(pairs), vectors, tracer.tensor, tracer.inp, norm_eps)
 
 
 def removed(
@@ -140,7 +140,7 @@ def removed(
         raise ValueError(f"remove must be one of {', '.join(REMOVE)}, got {remove!r}")
     with jax.default_matmul_precision("highest"):
         extended = effects.tensor.n_in > x.shape[-1]
-        parts = input_parts(effects.inp, x, normed=effects.normed, extended=extended)
+        parts = input_parts(effects.inp, x, norm_eps=effects.norm_eps, extended=extended)
         dense = SparseCodes(parts.codes, parts.indices, effects.inp.config.n_features + extended).dense()
         shown = (dense[..., effects.pairs[:, 0]] * dense[..., effects.pairs[:, 1]]) @ effects.vectors
         if remove == "these":

@@ -16,7 +16,17 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bilinear_jax.nn.sites import NO_EDITS, edits_by_layer
-from bilinear_jax.nn.transformer import Edit, Layer, Site, TransformerConfig, apply_edit, embed, run_module, unembed
+from bilinear_jax.nn.transformer import (
+    Edit,
+    Layer,
+    Site,
+    TransformerConfig,
+    apply_edit,
+    embed,
+    run_module,
+    unembed,
+    unembedding,
+)
 
 NOT_FINITE = -1  # in place of a token whose logits are not finite
 
@@ -150,22 +160,24 @@ def _tokens(
     in_prompt = jnp.arange(width)[None] < lengths[:, None]
     stacked = jax.tree.map(lambda a: a.astype(compute_dtype), params["layers"])
     layers = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.n_layer)]
-    w_u = params["w_u"].astype(compute_dtype)
+    last = {"w_e": unembedding(params).astype(compute_dtype)} | {
+        name: params[name] for name in ("final_gain",) if name in params
+    }
 
-    # [batch, n_head, d_head, slots] without axes of size 1: exactly the operand of attention's two products. After any
-    # other operation, even a reshape, XLA on a CPU copies the whole cache several times a step.
-    heads = tuple(size for size in (batch, config.n_head) if size > 1)
+    # [batch, n_kv_head, d_head, slots] without axes of size 1: exactly the operand of attention's two products. After
+    # any other operation, even a reshape, XLA on a CPU copies the whole cache several times a step.
+    heads = tuple(size for size in (batch, config.n_kv_head) if size > 1)
 
     def to_cache(a):
         return a.transpose(0, 2, 3, 1).reshape(*heads, config.d_head, -1)
 
     def from_cache(a):
-        return a.reshape(batch, config.n_head, config.d_head, -1).transpose(0, 3, 1, 2)
+        return a.reshape(batch, config.n_kv_head, config.d_head, -1).transpose(0, 3, 1, 2)
 
     def draw(x, t):
         """Token t of every row, from the residual stream of the token before it."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-        logits = unembed(config, w_u, x)
+        logits = unembed(config, last, x)
         drawn = sample(logits, keys, 0 if greedy else temperature, top_k)
         return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NOT_FINITE)
 
@@ -188,7 +200,7 @@ def _tokens(
             cache.append(to_cache(jnp.pad(value, ((0, 0), (0, slots), (0, 0), (0, 0)))))
             return value
 
-        x = through_layers(embed(params["w_e"], jnp.where(in_prompt, prompts, 0), compute_dtype), cached)
+        x = through_layers(embed(config, params, jnp.where(in_prompt, prompts, 0), compute_dtype), cached)
         return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
     def step(state):
@@ -202,7 +214,7 @@ def _tokens(
 
         in_new = jnp.broadcast_to(jnp.arange(slots)[None] < t, (batch, slots))
         seen = jnp.concatenate([in_prompt, in_new], axis=1)[:, None]
-        x = embed(params["w_e"], token[:, None], compute_dtype)
+        x = embed(config, params, token[:, None], compute_dtype)
         x = through_layers(x, cached, (lengths + (t - 1))[:, None], seen)
         return emit(t, draw(x[:, 0], t), finished, new, cache)
 

@@ -19,8 +19,8 @@ from flax import linen as nn
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
+from bilinear_jax.nn.attention import linear
 from bilinear_jax.nn.configs import check_plain, check_sizes, check_types
-from bilinear_jax.nn.transformer import linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.nn.attention import as_floating, linear
 from bilinear_jax.nn.configs import LARGEST_SIZE, check_sizes, check_types
 from bilinear_jax.nn.sparse import damage, decode_at, largest, linear_at
-from bilinear_jax.nn.transformer import SITES, as_floating, linear, run_module
+from bilinear_jax.nn.transformer import SITES, run_module
 
 SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
 """The sites that an SAE can read: those with ``d_model`` coordinates."""

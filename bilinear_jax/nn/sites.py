@@ -100,7 +100,7 @@ def forward(
         ValueError: if an edit changes the shape, ``remat`` is unknown, or ``beta`` is given for another gate.
     """
     x, _ = _run(config, params, tokens, (), edits, config.n_layer, compute_dtype, beta, remat, unroll)
-    return unembed(config, params["w_u"], x)
+    return unembed(config, params, x)
 
 
 def capture(
@@ -170,7 +170,7 @@ def loss(
     counted = jnp.roll(token_mask, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
 
     def piece(x, targets, counted):
-        return jnp.sum(cross_entropy(unembed(config, params["w_u"], x), targets) * counted)
+        return jnp.sum(cross_entropy(unembed(config, params, x), targets) * counted)
 
     pieces = min(seq, math.ceil(batch * seq * config.n_vocab / max_logits))
     if pieces == 1:
@@ -264,7 +264,7 @@ def _run(config, params, tokens, sites, edits, depth, compute_dtype, beta=None, 
         for layer in layers:
             wanted[layer].add(name)
     edited = edits_by_layer(config, edits)
-    x = embed(params["w_e"], tokens, compute_dtype)
+    x = embed(config, params, tokens, compute_dtype)
     values = {}
     start = 0
     while start < depth:

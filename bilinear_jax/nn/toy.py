@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Shaped
 
+from bilinear_jax.nn.attention import linear
 from bilinear_jax.nn.configs import check_types
-from bilinear_jax.nn.transformer import linear
 
 TABLES = {
     "and": (0, 0, 0, 1),

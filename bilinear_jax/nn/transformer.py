@@ -1,4 +1,4 @@
-"""A transformer with bilinear MLPs: config, Flax modules and the sites of a layer.
+"""A transformer with bilinear or gated MLPs: Flax modules and the sites of a layer.
 
 The architecture (Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability"):
 
@@ -7,35 +7,28 @@ The architecture (Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanis
     x  <- x + w_p (gate(w_l norm(x)) * (w_r norm(x)))  resid_mid -> resid_post
     logits = w_u norm(x)
 
-with RMSNorm without a gain, rotary positions and untied embeddings. With ``gate=None`` the MLP is bilinear, so it is a
-third-order tensor. The other gates are for comparison.
+with RMSNorm, rotary positions and untied embeddings. With ``gate=None`` the MLP is bilinear, so it is a third-order
+tensor. With the options of ``TransformerConfig`` it is also a Llama, Mistral, Qwen or Gemma: gates, norms with gains,
+grouped queries, other rotary frequencies, tied or scaled embeddings.
 
 The layers are stacked: every array under ``params["layers"]`` has ``n_layer`` as its first axis.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bilinear_jax.nn.configs import LARGEST_SIZE, check_sizes, check_types
+from bilinear_jax.nn.architecture import GATES, TransformerConfig
+from bilinear_jax.nn.attention import Attention, Tap, linear, rms_norm, untouched, weight_init
 
 SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """The places inside a layer that can be captured and edited, in the order in which they are computed."""
-
-GATES: dict[str | None, Callable[[Array], Array]] = {
-    None: lambda x: x,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
 
 REMAT = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -43,104 +36,8 @@ REMAT = {
 }
 """What a layer keeps for its backward pass: the products with its weights, or only its input."""
 
-RMS_EPSILON = 1e-8
-ROTARY_BASE = 10_000.0
-QUERY_BLOCK = 128  # queries processed at once if the scores are neither captured nor edited
-
 Site = str | tuple[str, int]
 Edit = Callable[[Array], Array]
-Tap = Callable[[str, Array], Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """The shape and the options of a transformer; hashable, so it can be a static argument of ``jit``."""
-
-    n_layer: int  # number of layers
-    n_head: int  # attention heads a layer
-    d_model: int  # width of the residual stream
-    d_hidden: int  # hidden units of an MLP
-    n_ctx: int  # longest sequence, in tokens
-    n_vocab: int  # vocabulary size
-    bilinear: bool = True  # False: the plain MLP w_p gate(w_l x)
-    gate: str | None = None  # None, "relu", "silu" or "gelu", applied to the left side
-    bias: bool = False  # biases in the MLP
-    attention_bias: bool = False  # biases on queries, keys and values
-    normalization: bool | tuple[bool, ...] = (True, True, True)  # before attention, before MLP, final
-    attn_scale: float | None = None  # factor on the attention's output; None becomes 1 / sqrt(2 n_layer)
-    tokenizer: str | None = None  # name of the tokenizer
-    dataset: str | None = None  # name of the training data
-    pad_id: int | None = None  # the token that pads a row at its end; None: not known
-
-    def __post_init__(self):
-        check_types(self)
-        check_sizes(self, "n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "n_vocab")
-        if self.d_model % (2 * self.n_head):
-            raise ValueError(
-                f"d_model ({self.d_model}) must be a multiple of 2 n_head ({2 * self.n_head}): "
-                "all heads have the same width, and rotary positions pair the coordinates of a head"
-            )
-        if self.gate not in GATES:
-            raise ValueError(f"unknown gate {self.gate!r}; choose one of {list(GATES)}")
-        three = (self.normalization,) * 3 if isinstance(self.normalization, bool) else self.normalization
-        if len(three) != 3:
-            raise ValueError(f"normalization is {three}, but it must be one bool or three (attention, MLP, final)")
-        object.__setattr__(self, "normalization", three)
-        if self.attn_scale is None:
-            object.__setattr__(self, "attn_scale", 1 / math.sqrt(2 * self.n_layer))
-        if not abs(self.attention_factor) <= float(jnp.finfo(jnp.float32).max):
-            raise ValueError(f"attn_scale must be a finite number in float32, got {self.attn_scale}")
-        if self.pad_id is not None and not 0 <= self.pad_id <= LARGEST_SIZE:
-            raise ValueError(f"pad_id must be a token id in 0 ... {LARGEST_SIZE}, got {self.pad_id}")
-
-    @property
-    def d_head(self) -> int:
-        """Width of a head."""
-        return self.d_model // self.n_head
-
-    @property
-    def norms(self) -> tuple[bool, bool, bool]:
-        """Whether there is a norm before attention, before the MLP, and at the end."""
-        return cast(tuple[bool, bool, bool], self.normalization)
-
-    @property
-    def attention_factor(self) -> float:
-        """``attn_scale``, never None: a config replaces None when it is made."""
-        return cast(float, self.attn_scale)
-
-
-def rms_norm(x: Float[Array, "... d_model"]) -> Float[Array, "... d_model"]:
-    """``x / sqrt(mean(x^2) + 1e-8)`` over the last axis, computed in float32, without a gain."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + RMS_EPSILON)).astype(x.dtype)
-
-
-def rotate(
-    x: Float[Array, "... seq head d_head"], positions: Int[Array, "... seq"]
-) -> Float[Array, "... seq head d_head"]:
-    """Rotary position embedding in the half-split form: coordinate i is paired with i + d_head / 2.
-
-    The pair (x_i, x_{i + d_head/2}) at position p is rotated by the angle ``p * 10000^(-2 i / d_head)``.
-    """
-    half = x.shape[-1] // 2
-    frequencies = ROTARY_BASE ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.einsum("...s,f->...sf", positions.astype(jnp.float32), frequencies)[..., None, :]
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    cos, sin = (jnp.broadcast_to(part, (*x.shape[:-1], half)) for part in (cos, sin))
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def as_floating(x: Array, weight: Array) -> Array:
-    """``x``, or in the dtype of the weight if it is not of floating point: a weight is never rounded to integers."""
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(weight.dtype)
-
-
-def linear(x: Shaped[Array, "... inp"], weight: Float[Array, "out inp"], bias: Float[Array, " out"] | None = None):
-    """``weight x + bias`` over the last axis, in the dtype of ``x``, or of the weight if ``x`` holds integers."""
-    x = as_floating(x, weight)
-    y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
-    return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
 
 def swish(x: Float[Array, "..."], beta: Float[Array, ""] | float) -> Float[Array, "..."]:
@@ -148,83 +45,15 @@ def swish(x: Float[Array, "..."], beta: Float[Array, ""] | float) -> Float[Array
     return x * jax.nn.sigmoid(jnp.asarray(beta, x.dtype) * x)
 
 
-def attend(
-    q: Float[Array, "batch seq n_head d_head"],
-    k: Float[Array, "batch keys n_head d_head"],
-    v: Float[Array, "batch keys n_head d_head"],
-    seen: Bool[Array, "#batch seq keys"],
-    tap: Tap | None = None,
-) -> Float[Array, "batch seq n_head d_head"]:
-    """``softmax(q . k / sqrt(d_head)) v`` over the keys that each query may see (``seen``); softmax in float32."""
-    tap = tap or _untouched
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    scores = tap("scores", jnp.where(seen[:, None], scores, -jnp.inf))
-    pattern = tap("pattern", jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype))
-    return jnp.einsum("bhqk,bkhd->bqhd", pattern, v)
-
-
 def run_module(module: nn.Module, params: PyTree, *args, **kwargs) -> Any:
     """``module.apply`` with params only. All modules are run through this function."""
     return module.apply({"params": params}, *args, **kwargs)
 
 
-def _untouched(site: str, value: Array) -> Array:
-    return value
-
-
-def _weight_init(fan_in: int, scale: float = 1.0):
-    return nn.initializers.normal(scale / math.sqrt(fan_in))
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions. Taps ``scores`` and ``pattern``.
-
-    With a cache (``generation``), the caller gives ``positions`` and, for every query, the keys ``seen``. Its tap for
-    ``keys`` and ``values``, ``[batch, seq, n_head, d_head]``, returns those of the tokens in the cache as well.
-
-    With ``blocks``, queries are processed in blocks. Each block uses only the keys up to its end, and the scores and
-    the pattern are not tapped. This saves up to half of the work and of the memory. On a CPU, a gradient takes 0.8 of
-    the time at 256 tokens, and 0.55 at 1024.
-    """
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch seq d_model"],
-        tap: Tap = _untouched,
-        positions: Int[Array, "batch seq"] | None = None,
-        seen: Bool[Array, "batch seq keys"] | None = None,
-        blocks: bool = False,
-    ) -> Float[Array, "batch seq d_model"]:
-        c = self.config
-        batch, seq, _ = x.shape
-        positions = jnp.arange(seq) if positions is None else positions
-        seen = jnp.tril(jnp.ones((1, seq, seq), bool)) if seen is None else seen
-        init, square = _weight_init(c.d_model), (c.d_model, c.d_model)
-
-        def heads(name: str):
-            bias = self.param(f"b_{name}", nn.initializers.zeros, (c.d_model,)) if c.attention_bias else None
-            y = linear(x, self.param(f"w_{name}", init, square), bias)
-            return y.reshape(batch, seq, c.n_head, c.d_head)
-
-        q = rotate(heads("q"), positions)
-        k, v = tap("keys", rotate(heads("k"), positions)), tap("values", heads("v"))
-        if blocks:
-            cuts = [(start, start + QUERY_BLOCK) for start in range(0, seq, QUERY_BLOCK)]
-            parts = [attend(q[:, i:j], k[:, :j], v[:, :j], seen[:, i:j, :j]) for i, j in cuts]
-            mixed = jnp.concatenate(parts, axis=1)
-        else:
-            mixed = attend(q, k, v, seen, tap)
-        mixed = mixed.reshape(batch, seq, c.d_model)
-        return linear(mixed, self.param("w_o", _weight_init(c.d_model, (2 * c.n_layer) ** -0.5), square))
-
-
 class MLP(nn.Module):
     """``w_p (gate(w_l x) * (w_r x))``; with ``bilinear=False`` it is ``w_p gate(w_l x)``.
 
-    If the gate is "silu" and ``beta`` is given, the gate is ``swish(x, beta)``.
+    With ``linear``, ``w_s x`` is added. If the gate is "silu" and ``beta`` is given, the gate is ``swish(x, beta)``.
     """
 
     config: TransformerConfig
@@ -239,18 +68,24 @@ class MLP(nn.Module):
 
         def side(name: str):
             bias = self.param(f"b_{name}", nn.initializers.zeros, (c.d_hidden,)) if c.bias else None
-            return linear(x, self.param(f"w_{name}", _weight_init(c.d_model), (c.d_hidden, c.d_model)), bias)
+            return linear(x, self.param(f"w_{name}", weight_init(c.d_model), (c.d_hidden, c.d_model)), bias)
 
         hidden = GATES[c.gate](side("l")) if beta is None else swish(side("l"), beta)
         if c.bilinear:
             hidden = hidden * side("r")
         bias = self.param("b_p", nn.initializers.zeros, (c.d_model,)) if c.bias else None
-        init = _weight_init(c.d_hidden, (2 * c.n_layer) ** -0.5)
-        return linear(hidden, self.param("w_p", init, (c.d_model, c.d_hidden)), bias)
+        init = weight_init(c.d_hidden, (2 * c.n_layer) ** -0.5)
+        y = linear(hidden, self.param("w_p", init, (c.d_model, c.d_hidden)), bias)
+        if c.linear:
+            y = y + linear(x, self.param("w_s", weight_init(c.d_model), (c.d_model, c.d_model)))
+        return y
 
 
 class Layer(nn.Module):
-    """One layer: attention and MLP, each added to the residual stream. ``tap`` sees and may edit every site."""
+    """One layer: attention and MLP, each added to the residual stream. ``tap`` sees and may edit every site.
+
+    With ``original_gate``, position 0 goes through a second MLP, with that gate, in place of the bilinear one.
+    """
 
     config: TransformerConfig
 
@@ -258,7 +93,7 @@ class Layer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
-        tap: Tap = _untouched,
+        tap: Tap = untouched,
         positions: Int[Array, "batch seq"] | None = None,
         seen: Bool[Array, "batch seq keys"] | None = None,
         blocks: bool = False,
@@ -266,13 +101,22 @@ class Layer(nn.Module):
     ) -> Float[Array, "batch seq d_model"]:
         c = self.config
         norm_attention, norm_mlp, _ = c.norms
+
+        def norm(name: str, x):
+            gain = self.param(f"{name}_gain", nn.initializers.ones, (c.d_model,)) if c.gains else None
+            return rms_norm(x, gain, c.rms_eps)
+
         x = tap("resid_pre", x)
-        attn_in = rms_norm(x) if norm_attention else x
+        attn_in = norm("attention", x) if norm_attention else x
         attn_out = Attention(c, name="attention")(attn_in, tap, positions, seen, blocks)
         x = x + c.attention_factor * tap("attn_out", attn_out)
         x = tap("resid_mid", x)
-        mlp_in = tap("mlp_in", rms_norm(x) if norm_mlp else x)
-        x = x + tap("mlp_out", MLP(c, name="mlp")(mlp_in, beta))
+        mlp_in = tap("mlp_in", norm("mlp", x) if norm_mlp else x)
+        mlp_out = MLP(c, name="mlp")(mlp_in, beta)
+        if c.original_gate is not None and positions is None:  # else the tokens follow those in a cache
+            first = MLP(c.original, name="original")(mlp_in[:, :1])
+            mlp_out = jnp.concatenate([first, mlp_out[:, 1:]], axis=1)
+        x = x + tap("mlp_out", mlp_out)
         return tap("resid_post", x)
 
 
@@ -359,21 +203,30 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq n_vocab"]:
         c = self.config
-        w_e = self.param("w_e", nn.initializers.normal(1.0), (c.n_vocab, c.d_model))
-        w_u = self.param("w_u", _weight_init(c.d_model, 0.1), (c.n_vocab, c.d_model))
-        x, _ = _scan_layers(c, c.n_layer, embed(w_e, tokens, self.compute_dtype))
-        return unembed(c, w_u, x)
+        params = {"w_e": self.param("w_e", nn.initializers.normal(1.0), (c.n_vocab, c.d_model))}
+        if not c.tied:
+            params["w_u"] = self.param("w_u", weight_init(c.d_model, 0.1), (c.n_vocab, c.d_model))
+        if c.gains and c.norms[2]:
+            params["final_gain"] = self.param("final_gain", nn.initializers.ones, (c.d_model,))
+        x, _ = _scan_layers(c, c.n_layer, embed(c, params, tokens, self.compute_dtype))
+        return unembed(c, params, x)
 
 
-def embed(w_e: Float[Array, "n_vocab d_model"], tokens: Int[Array, "batch seq"], compute_dtype=jnp.float32):
-    """The residual stream before the first layer: the rows of ``w_e`` for the tokens."""
-    return w_e[tokens].astype(compute_dtype)
+def embed(config: TransformerConfig, params: PyTree, tokens: Int[Array, "batch seq"], compute_dtype=jnp.float32):
+    """The residual stream before the first layer: the rows of ``w_e`` for the tokens, times ``embed_scale``."""
+    x = params["w_e"][tokens].astype(compute_dtype)
+    return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, compute_dtype)
 
 
-def unembed(config: TransformerConfig, w_u: Float[Array, "n_vocab d_model"], x: Float[Array, "... d_model"]):
+def unembedding(params: PyTree) -> Float[Array, "n_vocab d_model"]:
+    """The matrix that reads the logits: ``w_u``, or the embedding ``w_e`` if the two are tied."""
+    return params.get("w_u", params["w_e"])
+
+
+def unembed(config: TransformerConfig, params: PyTree, x: Float[Array, "... d_model"]):
     """The logits, in float32, from the residual stream after the last layer."""
-    x = rms_norm(x) if config.norms[2] else x
-    return linear(x, w_u).astype(jnp.float32)
+    x = rms_norm(x, params.get("final_gain"), config.rms_eps) if config.norms[2] else x
+    return linear(x, unembedding(params)).astype(jnp.float32)
 
 
 def cross_entropy(

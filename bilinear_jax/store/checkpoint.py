@@ -286,6 +286,15 @@ _RECORD = {"config": dict, "origin": dict, "files": dict, "crc32": dict}
 """The parts of a config.json of this library, and their types."""
 
 
+_LATER = frozenset(
+    {
+        *("n_kv_head", "d_head", "gains", "rms_eps", "rope_theta", "rope_scaling", "qk_norm", "embed_scale"),
+        *("tied", "linear", "original_gate", "family"),
+    }
+)
+"""The fields of ``TransformerConfig`` that came after version 0.2. Older files lack them, and mean their defaults."""
+
+
 def _own_config(path: Path, raw: Mapping[str, Any], kind: str, cls: type) -> Any:
     """The config in a file that this library wrote."""
     if raw["format"] != kind:
@@ -299,7 +308,8 @@ def _own_config(path: Path, raw: Mapping[str, Any], kind: str, cls: type) -> Any
     check_kinds(path, raw, _RECORD)
     config = raw.get("config") or {}
     known = {field.name for field in dataclasses.fields(cls)}
-    unknown, lacking = sorted(config.keys() - known), sorted(known - config.keys())
+    later = _LATER if cls is TransformerConfig else frozenset()
+    unknown, lacking = sorted(config.keys() - known), sorted(known - later - config.keys())
     if unknown or lacking:
         raise ValueError(
             f"{path} has unknown config keys {unknown} and lacks the keys {lacking}: convert or download it again"

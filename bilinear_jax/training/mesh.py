@@ -32,6 +32,7 @@ CUTS: dict[str, tuple[str | None, ...]] = {
     "w_l": ("model", None),
     "w_r": ("model", None),
     "w_p": (None, "model"),
+    "w_s": ("model", None),
     "b_l": ("model",),
     "b_r": ("model",),
     "w_e": ("model", None),

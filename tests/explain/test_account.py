@@ -12,8 +12,9 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain.account import TERMS, account, account_at, output_feature
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, load
+from bilinear_jax.nn.attention import rms_norm
 from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
-from bilinear_jax.nn.transformer import MLP, TransformerConfig, rms_norm, run_module
+from bilinear_jax.nn.transformer import MLP, TransformerConfig, run_module
 
 D = 8
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.attention import rms_norm, rotate
 from bilinear_jax.nn.sites import forward
-from bilinear_jax.nn.transformer import MLP, Transformer, TransformerConfig, rms_norm, rotate, swish
+from bilinear_jax.nn.transformer import MLP, Transformer, TransformerConfig, swish
 
 SHAPE = dict(n_layer=2, n_head=2, d_model=8, d_hidden=6, n_ctx=8, n_vocab=11)
 TOKENS = jnp.asarray([[1, 2, 3, 4], [4, 3, 2, 1]])
