@@ -2,8 +2,11 @@
 
 A source is one of
 - the name of a model that ships with the package: a folder in ``bilinear_jax/pretrained``;
-- a folder that this library wrote, or one in the layout of the published checkpoints;
-- a hub name, "owner/name". Only the files that are needed are downloaded, once, into the hub's cache. The
+- a folder that this library wrote, one in the layout of the published checkpoints, or one of a family that
+  ``weights_convert.families`` reads;
+- a GGUF file, or a folder without other weights that holds one;
+- a hub name, "owner/name", or "owner/name/file.gguf" for one of several GGUF files. Only the files that are needed are
+  downloaded, once, into the hub's cache. The
   environment variables ``HF_ENDPOINT`` and ``HF_HOME`` are respected. If the hub cannot be reached, what is in the
   cache is used: the commit of the branch main or, without ``refs/main``, the newest.
 """
@@ -17,13 +20,16 @@ from pathlib import Path
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.files import read_json
+from weights_convert.families import FAMILIES
 from weights_convert.files import expanded, inside, weight_files
 from weights_convert.names import SAEName, sae_folders, sae_names_among
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """The folder of the models that ship with the package."""
 
+GGUF = ".gguf"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/((?:[\w.-]+/)*[\w.-]+\.gguf)")
 _MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "params/*", "tokenizer*.json")
 _TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """The files of a model's folder, and the older torch files, which are downloaded only if there are no others."""
@@ -48,10 +54,56 @@ def folder_of(source: str | Path, files: Sequence[str] = _MODEL_FILES) -> Path:
     folder = local_folder(source)
     if folder is not None:
         return folder
-    folder = _fetch(str(source), files)
+    repository = _repository(source)
+    folder = _fetch(repository, files)
     if files is _MODEL_FILES and not any(folder.glob("model*.safetensors")) and not (folder / "params").is_dir():
-        folder = _fetch(str(source), [*files, *_TORCH_FILES])
+        folder = _fetch(repository, [*files, *_TORCH_FILES])
     return folder
+
+
+def model_place(source: str | Path) -> Path:
+    """The folder of a model, or the GGUF file that holds it. From the hub, only what is needed is downloaded.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as ``folder_of``.
+        ValueError: if a folder or a repository holds no other weights and several GGUF files. The message lists them.
+    """
+    path = expanded(source)
+    if path.suffix == GGUF and path.is_file():
+        return path
+    local = local_folder(source)
+    if local is None and (named := _HUB_FILE.fullmatch(str(source))):
+        return inside(_fetch(named[1], [named[2]]), named[2])
+    folder = folder_of(source)
+    if _has_weights(folder):
+        return folder
+    files = sorted(entry.name for entry in folder.glob(f"*{GGUF}")) if local else _remote_gguf(str(source), folder)
+    if len(files) > 1:
+        raise ValueError(
+            f"{source} holds {len(files)} GGUF files: {', '.join(files)}. Name the file, as in {source}/{files[0]}"
+        )
+    if not files:
+        return folder
+    return inside(folder if local else _fetch(str(source), files), files[0])
+
+
+def _remote_gguf(repository: str, folder: Path) -> list[str]:
+    """The GGUF files of a repository. If the hub cannot be reached, those in the cache."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = [sibling.rfilename for sibling in HfApi().model_info(repository).siblings or []]
+    except Exception as error:
+        if not _is_unreachable(error):
+            raise _explained(repository, error) from error
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{GGUF}")]
+    return sorted(name for name in names if name.endswith(GGUF))
+
+
+def _repository(source: str | Path) -> str:
+    """The hub name in a source."""
+    named = _HUB_FILE.fullmatch(str(source))
+    return named[1] if named else str(source)
 
 
 def dataset_folder(source: str | Path) -> Path:
@@ -148,7 +200,10 @@ def find_sae(
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """The folder of a built-in name or of a path. None for a hub name. Raises an error if it is neither."""
+    """The folder of a built-in name or of a path, of a GGUF file that beside it. None for a hub name.
+
+    Raises an error if it is neither.
+    """
     if isinstance(source, str) and source in builtin_names():
         return PRETRAINED / source
     path = expanded(source)
@@ -156,9 +211,11 @@ def local_folder(source: str | Path) -> Path | None:
         raise FileNotFoundError(f"the name of the model is empty. {_what_there_is()}")
     if path.is_dir():
         return path
+    if path.suffix == GGUF and path.is_file():
+        return path.parent
     if path.exists():
         raise FileNotFoundError(f"{source} is a file: name the folder that holds it")
-    if isinstance(source, str) and _HUB_NAME.fullmatch(source) and not source.startswith("."):
+    if isinstance(source, str) and _HUB_NAME.fullmatch(_repository(source)) and not source.startswith("."):
         return None
     raise FileNotFoundError(f"there is no folder {source}, and no model of that name. {_what_there_is()}")
 
@@ -167,7 +224,8 @@ def _scope(source: str | Path) -> tuple[Path | str, dict[str, SAEName]]:
     """Where the SAEs of a source are (a folder or a hub name), and their names."""
     folder = local_folder(source)
     if folder is None:
-        repository = str(source) if str(source).endswith("-scope") else f"{source}-scope"
+        repository = _repository(source)
+        repository = repository if repository.endswith("-scope") else f"{repository}-scope"
         return repository, _remote_names(repository)
     resolved = folder.resolve()
     candidates = [folder, inside(folder, "scope"), resolved.with_name(f"{resolved.name}-scope")]
@@ -276,14 +334,17 @@ def _snapshot(repository: Path) -> Path | None:
 
 
 def _is_ours(snapshot: Path) -> bool:
-    """Whether a snapshot in the cache holds a model of this architecture with its weights, or SAEs with theirs."""
+    """Whether a snapshot in the cache holds a model that can be loaded, with its weights, or SAEs with theirs."""
+    if any(snapshot.glob(f"*{GGUF}")):
+        return True
     try:
         config = read_json(snapshot / "config.json")
     except (OSError, ValueError):
         config = None
     if config is None:
         return bool(_with_weights(snapshot))
-    return ({"d_hidden", "n_ctx"} <= config.keys() or "format" in config) and _has_weights(snapshot)
+    known = {"d_hidden", "n_ctx"} <= config.keys() or "format" in config or config.get("model_type") in FAMILIES
+    return known and _has_weights(snapshot)
 
 
 def _with_weights(snapshot: Path | None) -> dict[str, SAEName]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from bilinear_jax.store import checksums
 from bilinear_jax.store.documents import END_OF_TEXT
 from bilinear_jax.store.files import read_json, replace_file
-from bilinear_jax.store.sources import folder_of, local_folder
+from bilinear_jax.store.sources import GGUF, folder_of, local_folder
 from weights_convert.files import expanded, inside, read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -24,12 +24,15 @@ LARGEST_TOKENIZER = 256 * 2**20
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy a ``tokenizer.json`` (or that of a folder) and the ``tokenizer_config.json`` beside it.
 
-    Only what is a tokenizer is copied, and no link to something outside the folder is followed: the copy may be
+    That of a GGUF file is written as these two files. Only what is a tokenizer is copied, and no link to something outside the folder is followed: the copy may be
     published. Raises ``ValueError`` for anything else.
     """
     path = source if source.is_file() else inside(source, TOKENIZER_FILES[0])
     if not path.is_file():
         raise FileNotFoundError(f"{source} has no {TOKENIZER_FILES[0]}")
+    if path.suffix == GGUF:
+        save_tokenizer(load_tokenizer(str(path), None), folder)
+        return
     _read_tokenizer(path)
     _read_settings(path)
     for name, file in zip(TOKENIZER_FILES, (path, path.with_name(TOKENIZER_FILES[1])), strict=True):
@@ -55,23 +58,26 @@ _TOKENIZERS = {
 }
 
 
-def load_tokenizer(tokenizer_source: str | None, name: str | None):
+def load_tokenizer(tokenizer_source: str | None, name: str | None, n_vocab: int | None = None):
     """Load a tokenizer as a ``transformers.PreTrainedTokenizerFast``.
 
     Up to 8 are cached, each until one of its files, or the ``config.json`` with their checksums, is changed.
 
     Args:
-        tokenizer_source: a folder with ``tokenizer.json``, the file itself, or a hub name. None: look up ``name``.
+        tokenizer_source: a folder with ``tokenizer.json``, the file itself, a GGUF file, or a hub name. None: look up
+            ``name``.
         name: the name of a known tokenizer ("ts-4096", "mistral", "gpt2"), which is downloaded from the hub. The first
             two put their bos_token at the start of every text, as in the training of the published models. A file that
             does not do this (for instance one made from a sentencepiece file) is corrected, with a warning.
+        n_vocab: the vocabulary of the model. None: not checked.
 
     A file without a decoder gets the one that its tokens show that they need: see ``missing_decoder``. A special token
     that ``tokenizer_config.json`` names and ``tokenizer.json`` does not have is left out, with a warning.
 
     Raises:
         FileNotFoundError, ConnectionError: if the tokenizer cannot be found. The message says what would help.
-        ValueError: if a file cannot be read, or the tokenizers library fails on what it holds.
+        ValueError: if a file cannot be read, the tokenizers library fails on what it holds, or the tokenizer has tokens
+            that the model does not have.
     """
     known = _TOKENIZERS.get(name or "")
     if tokenizer_source is None:
@@ -94,7 +100,7 @@ def load_tokenizer(tokenizer_source: str | None, name: str | None):
         _downloaded.cache_clear()
         made = ", made from its tokenizer.model by transformers," if (path.parent / "tokenizer.model").is_file() else ""
         raise FileNotFoundError(f"{path.parent} has no tokenizer.json: put one there{made} or use token ids")
-    return _loaded(path, name, _state(path))
+    return _loaded(path, name, n_vocab, _state(path))
 
 
 _downloaded = functools.lru_cache(maxsize=8)(functools.partial(folder_of, files=TOKENIZER_FILES))
@@ -115,14 +121,34 @@ def _state(path: Path) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _loaded(path: Path, name: str | None, state: tuple[Any, ...]):
+def _loaded(path: Path, name: str | None, n_vocab: int | None, state: tuple[Any, ...]):
     """The tokenizer in a file. ``state`` is only for the cache: with another, the file is read again."""
+    tokenizer = _from_gguf(path) if path.suffix == GGUF else _from_json(path, name)
+    if n_vocab is not None and (size := vocabulary_size(tokenizer)) > n_vocab:
+        raise ValueError(
+            f"the tokenizer in {path} has {size} token ids, but the vocabulary of the model only {n_vocab}: put the "
+            "tokenizer of this model there, or use token ids"
+        )
+    return tokenizer
+
+
+def _from_gguf(path: Path):
+    """The tokenizer in a GGUF file."""
+    from bilinear_jax.store.gguf_tokenizer import gguf_tokenizer
+
+    with clear_errors(f"the tokenizer in {path} is damaged", "download the file again"):
+        tokenizer, special = gguf_tokenizer(path)
+    return _tokenizer_class()(tokenizer_object=tokenizer, **special)
+
+
+def _from_json(path: Path, name: str | None):
+    """The tokenizer in a ``tokenizer.json``."""
     known = _TOKENIZERS.get(name or "")
     if changed := [found for name in TOKENIZER_FILES if (found := checksums.changed_file(path.with_name(name)))]:
         warnings.warn(
             f"{'; '.join(changed)}: text may become other token ids than those that the model was trained on. Restore "
             f"the file; or, if you replaced it on purpose, run {checksums.how_to_add(path.parent)}",
-            stacklevel=4,
+            stacklevel=5,
         )
     tokenizer = _read_tokenizer(path)
     if known and known.begins:
@@ -219,7 +245,7 @@ def _begin_with(tokenizer, bos_token: str, name: str | None) -> None:
     warnings.warn(
         f"this tokenizer did not put {bos_token} first, unlike {name}, which the published models were trained with: "
         "now it does",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -243,7 +269,7 @@ def _special_tokens(path: Path, tokenizer) -> dict[str, str]:
         warnings.warn(
             f"{config_path} names {value!r} as its {key}, but {path.name} has no such token: it is left out. Remove it "
             f"from {config_path.name}, or correct its name",
-            stacklevel=5,
+            stacklevel=6,
         )
     return tokens
 
