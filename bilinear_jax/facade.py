@@ -12,6 +12,7 @@ from bilinear_jax.images.tensor import image_tensor, load_image_model, pixel_eig
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.measure import evaluation
 from bilinear_jax.measure.activations import top_activations
+from bilinear_jax.measure.bilinear_form import BilinearForm, bilinear_form
 from bilinear_jax.measure.cofiring import co_firing, strongest_pairs
 from bilinear_jax.measure.correlation import low_rank_correlation
 from bilinear_jax.measure.evaluation import evaluate_saes
@@ -33,6 +34,7 @@ from bilinear_jax.training.runs import train_language, train_saes
 
 __all__ = [
     "SAE",
+    "BilinearForm",
     "BilinearTensor",
     "ImageClassifier",
     "ImageConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "Visualizer",
     "ablate_pairs",
     "account",
+    "bilinear_form",
     "co_firing",
     "convert",
     "cp",

@@ -158,7 +158,14 @@ def _warn(what: str) -> None:
 
 _ONE_VALUE = {
     **{"n_kv_head": 0, "d_head": 0, "gains": False, "rms_eps": 1e-8, "rope_theta": 10_000.0, "rope_scaling": None},
-    **{"qk_norm": False, "embed_scale": 1.0, "tied": False, "linear": False, "original_gate": None},
+    **{
+        "qk_norm": False,
+        "embed_scale": 1.0,
+        "tied": False,
+        "linear": False,
+        "original_gate": None,
+        "original_above": False,
+    },
 }
 """What the published layout cannot say, with the one value that its models have. 0: as ``TransformerConfig`` has it."""
 

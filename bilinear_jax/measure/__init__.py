@@ -9,6 +9,7 @@ Every measurement takes a model (or a ``Tracer``, which holds one) and token ids
     evaluation      how well an SAE replaces the site that it reads
     correlation     how well a few eigenpairs predict a feature
     interventions   ablation of pairs of features, steering of features
+    bilinear_form   gated models as bilinear tensors; certificate and quadratic: how far, and what they are
 
 It may import ``explain`` and what that imports. ``show`` and ``pages`` draw the results.
 """

@@ -54,6 +54,7 @@ class TransformerConfig:
     tied: bool = False  # the unembedding is the embedding: params have no w_u
     linear: bool = False  # the MLP also adds a linear map of its input, w_s x
     original_gate: str | None = None  # of the gated MLP that serves position 0 in place of the bilinear one
+    original_above: bool = False  # and where the length of its output reaches params["layers"]["original_above"]
     family: str | None = None  # the kind of model that the files state: "llama", "gemma", ...
 
     def __post_init__(self):
@@ -111,4 +112,5 @@ class TransformerConfig:
     @property
     def original(self) -> "TransformerConfig":
         """The config of the gated MLPs that ``original_gate`` names: with biases, and without the linear map."""
-        return dataclasses.replace(self, gate=self.original_gate, bias=True, linear=False, original_gate=None)
+        plain = {"linear": False, "original_gate": None, "original_above": False}
+        return dataclasses.replace(self, gate=self.original_gate, bias=True, **plain)

@@ -36,6 +36,9 @@ REMAT = {
 }
 """What a layer keeps for its backward pass: the products with its weights, or only its input."""
 
+NEVER = 3e38
+"""A length that no output of an MLP reaches."""
+
 Site = str | tuple[str, int]
 Edit = Callable[[Array], Array]
 
@@ -84,7 +87,8 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One layer: attention and MLP, each added to the residual stream. ``tap`` sees and may edit every site.
 
-    With ``original_gate``, position 0 goes through a second MLP, with that gate, in place of the bilinear one.
+    With ``original_gate``, position 0 goes through a second MLP, with that gate, in place of the bilinear one. With
+    ``original_above``, so does every position at which the output of that MLP has at least this length.
     """
 
     config: TransformerConfig
@@ -113,11 +117,20 @@ class Layer(nn.Module):
         x = tap("resid_mid", x)
         mlp_in = tap("mlp_in", norm("mlp", x) if norm_mlp else x)
         mlp_out = MLP(c, name="mlp")(mlp_in, beta)
-        if c.original_gate is not None and positions is None:  # else the tokens follow those in a cache
-            first = MLP(c.original, name="original")(mlp_in[:, :1])
-            mlp_out = jnp.concatenate([first, mlp_out[:, 1:]], axis=1)
+        if c.original_gate is not None:
+            mlp_out = self._some_original(mlp_in, mlp_out, starts=positions is None)
         x = x + tap("mlp_out", mlp_out)
         return tap("resid_post", x)
+
+    def _some_original(self, x, y, starts: bool):
+        """``y`` with the output of the original MLP at its positions. ``starts``: x begins at position 0."""
+        original = MLP(self.config.original, name="original")
+        if self.config.original_above:
+            above = self.param("original_above", nn.initializers.constant(NEVER), ())
+            whole = original(x)
+            long = jnp.linalg.norm(whole.astype(jnp.float32), axis=-1, keepdims=True) >= above
+            y = jnp.where(long, whole, y)
+        return jnp.concatenate([original(x[:, :1]), y[:, 1:]], axis=1) if starts else y
 
 
 def _scan_layers(

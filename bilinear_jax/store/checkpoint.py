@@ -289,7 +289,7 @@ _RECORD = {"config": dict, "origin": dict, "files": dict, "crc32": dict}
 _LATER = frozenset(
     {
         *("n_kv_head", "d_head", "gains", "rms_eps", "rope_theta", "rope_scaling", "qk_norm", "embed_scale"),
-        *("tied", "linear", "original_gate", "family"),
+        *("tied", "linear", "original_gate", "original_above", "family"),
     }
 )
 """The fields of ``TransformerConfig`` that came after version 0.2. Older files lack them, and mean their defaults."""
