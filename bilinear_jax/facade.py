@@ -4,6 +4,7 @@ from bilinear_jax import images
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain import cp, interactions, similarity, spectra
 from bilinear_jax.explain.account import account
+from bilinear_jax.explain.directions import Directions
 from bilinear_jax.explain.hosvd import hosvd
 from bilinear_jax.explain.logits import logit_effects
 from bilinear_jax.explain.tracer import Tracer
@@ -36,6 +37,7 @@ __all__ = [
     "SAE",
     "BilinearForm",
     "BilinearTensor",
+    "Directions",
     "ImageClassifier",
     "ImageConfig",
     "ImageRecipe",

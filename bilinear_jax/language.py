@@ -235,6 +235,15 @@ class LanguageModel:
         config, params = folding.fold_norms(self.config, self.params)
         return dataclasses.replace(self, config=config, params=params)
 
+    @property
+    def original(self) -> "LanguageModel":
+        """The model whose gated MLPs a bilinear form replaces, from the form's own params. Other models: themselves."""
+        if self.config.original_gate is None:
+            return self
+        layers = {name: value for name, value in self.params["layers"].items() if name != "original"}
+        params = {**self.params, "layers": layers | {"mlp": self.params["layers"]["original"]}}
+        return dataclasses.replace(self, config=self.config.original, params=params)
+
     def batches(
         self,
         tokens,

@@ -112,7 +112,8 @@ def test_arguments_of_other_types():
     printed = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True, check=True).stdout
     expected = [
         "UnknownNameError: there is no layer '2' in this model: choose one of 0 ... 3",
-        "ValueError: inp is 'mlp-in', but it must be an SAE or a dict such as {'site': 'resid_mid', 'k': 20}",
+        "ValueError: inp is 'mlp-in', but it must be an SAE, directions [n, d_model], or a dict such as {'site': "
+        "'resid_mid', 'k': 20}",
         "ValueError: layer must be a whole number, got '2'",
         "ValueError: compute_dtype is 'foo', but it must be a float type, such as jnp.bfloat16",
         "ValueError: k is 2.5, but it must be between 1 and 256 (the number of inputs)",

@@ -91,7 +91,7 @@ def at_tokens(tracer, tokens, feature: int, n: int, position: int | None) -> dic
 
     lm, found = tracer.lm, account(tracer, tokens, feature)
     site = "mlp_out", tracer.layer
-    codes = tracer.out.encode(lm.capture(tokens, [site])[site], sparse=True)
+    codes = tracer.out.encode(lm.original.capture(tokens, [site])[site], sparse=True)
     active = np.where(np.asarray(codes.indices) == feature, codes.values, 0).sum(axis=-1)[0]
     if not np.isfinite(np.asarray(codes.values)).all():
         raise not_finite("at the tokens of the text")
@@ -149,7 +149,7 @@ def _fires_on(options: argparse.Namespace, tracer, result: dict[str, Any]) -> di
     named |= {feature for each in result["eigenpairs"] for feature, _ in each["reads"]}
     try:
         tokens = None if options.data is None else common.load_tokens(options, tracer.lm).ids
-        inp, out = (Visualizer(tracer.lm, sae, tokens) for sae in (tracer.inp, tracer.out))
+        inp, out = (Visualizer(tracer.lm.original, sae, tokens) for sae in (tracer.inp, tracer.out))
     except FileNotFoundError as error:
         if options.data is not None:
             raise

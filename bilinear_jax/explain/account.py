@@ -14,12 +14,17 @@ So the pre-activation is exactly the sum of
     passthrough      2 p^T Q (D f + b) + p^T Q p                  0 unless the input SAE passes coordinates through
     error_cross      2 e^T Q (D f + b + p)                        the error of the input SAE with all the rest
     error_error      e^T Q e                                      the error with itself
+    form             u . (y - y_form)                             what a bilinear form of a gated MLP leaves out
     encoder          b_enc - u . b_dec_out                        the same at every token
 
-If the input SAE reads the residual stream r before the norm, the MLP sees ``x = r / rms(r)``. Every term but the last
-is then that of r, times ``1 / rms(r)^2`` of its token. If the MLP has biases, the constant input is one more feature,
-the last one (as in ``Tracer.basis``). Its code is 1 at every token. Its pairs are the linear and the constant terms,
-which carry one factor ``1 / rms(r)`` or none.
+If the input SAE reads the residual stream r before the norm, the MLP sees ``x = r / rms(r)``. All terms but the last
+two are then those of r, times ``1 / rms(r)^2`` of its token. If the MLP has biases, the constant input is one more
+feature, the last one (as in ``Tracer.basis``). Its code is 1 at every token. Its pairs are the linear and the constant
+terms, which carry one factor ``1 / rms(r)`` or none.
+
+The account of a bilinear form explains the gated model that it describes, at every position: x and y are those of a run
+with the gated MLPs, and ``y_form`` is what the form's MLP makes of the same input. All terms but the last two are then
+read from the form. Where the term ``form`` is large, they do not explain the activation.
 
 Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanistic interpretability", section 5.
 """
@@ -33,10 +38,12 @@ import jax.numpy as jnp
 from jax.core import Tracer as JaxTracer
 from jaxtyping import Array, Float, Int
 
+from bilinear_jax.explain.directions import Directions
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, not_finite
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.transformer import MLP, run_module
 from bilinear_jax.tensor import with_constant
 
 TOKENS_AT_ONCE = 256  # limits the decoder columns held at once, [tokens, k, in]; does not change the result
@@ -47,6 +54,7 @@ TERMS = {
     "passthrough": "coordinates that the input SAE passes through",
     "error_cross": "the input SAE's error with what it reconstructs",
     "error_error": "the input SAE's error with itself",
+    "form": "what the bilinear form leaves out",
     "encoder": "the constant of the output SAE's encoder",
 }
 """The kinds of terms in the order of the formula, each with its description."""
@@ -71,10 +79,11 @@ class Account:
     passthrough: Array  # [...]: 2 p^T Q (D c + b) + p^T Q p; 0 unless the input SAE passes coordinates through
     error_cross: Array  # [...]: 2 e^T Q (D c + b + p)
     error_error: Array  # [...]: e^T Q e
+    form: Array  # [...]: u . (y - y_form); 0 unless the model is a bilinear form of a gated one
     encoder: Array  # [...]: b_enc - u . b_dec_out: the same at every token
     codes: Array  # [..., k]: c: codes as the MLP sees them, f or f / rms(r); 1 for the constant input
     indices: Array  # [..., k] int: the input feature of each row and column of pairs; n_features: the constant input
-    preactivation: Array  # [...]: the output SAE's pre-activation, from the model's own mlp_out
+    preactivation: Array  # [...]: the output SAE's pre-activation, or u . y, from the model's own mlp_out
 
     @property
     def terms(self) -> dict[str, Float[Array, "..."]]:
@@ -116,7 +125,7 @@ class OutputFeature:
     basis: Array  # [in, features]: D with the constant input, as Tracer.basis
     projected: Array  # [in, features]: Q D
     direction: Array  # [d_model]: u
-    encoder: Array  # []: b_enc - u . b_dec_out
+    encoder: Array  # []: b_enc - u . b_dec_out; 0 for a plain direction
     inp: SAE  # the input SAE
     norm_eps: float | None  # of the norm, if the input SAE reads the residual stream before it
 
@@ -125,23 +134,26 @@ def output_feature(tracer: Tracer, feature) -> OutputFeature:
     """One output feature, ready for ``account_at``.
 
     Raises:
-        ValueError: if the tracer has decoder columns as its directions, or if feature names more than one.
+        ValueError: if the tracer has decoder columns as its directions or no input SAE, or if feature names more than
+            one.
         UnknownNameError: if the feature does not exist.
 
     Memory: ``in (in + features)`` numbers. No features x features matrix is formed.
     """
-    tracer.require_encoder()
+    tracer.require_encoder(out=False)
     q = tracer.q(feature)
     if q.ndim != 2:
         raise ValueError(f"feature is {feature!r}, but it must be one output feature, an int")
     with jax.default_matmul_precision("highest"):
         projected = q @ tracer.basis
-    constant, norm_eps = encoder_constant(tracer.out, feature), eps_of_norm(tracer.lm, tracer.inp)
+    constant, norm_eps = encoder_constant(tracer.outputs, feature), eps_of_norm(tracer.lm, tracer.inp)
     return OutputFeature(q, tracer.basis, projected, tracer.directions[feature], constant, tracer.inp, norm_eps)
 
 
-def encoder_constant(out: SAE, features) -> Float[Array, "*U"]:
-    """``b_enc - u . b_dec`` of some features: their pre-activations at a zero input."""
+def encoder_constant(out: SAE | Directions, features) -> Float[Array, "*U"]:
+    """``b_enc - u . b_dec`` of some features: their pre-activations at a zero input. 0 for plain directions."""
+    if isinstance(out, Directions):
+        return jnp.zeros_like(out.vectors[features, 0])
     with jax.default_matmul_precision("highest"):
         constant = -(out.encoder[features] @ out.decoder_bias)
     return constant + out.params["b_enc"][features] if out.config.encoder_bias else constant
@@ -153,11 +165,15 @@ def eps_of_norm(lm: LanguageModel, inp: SAE) -> float | None:
 
 
 def account_at(
-    feature: OutputFeature, x: Float[Array, "*tokens d_model"], y: Float[Array, "*tokens d_model"]
+    feature: OutputFeature,
+    x: Float[Array, "*tokens d_model"],
+    y: Float[Array, "*tokens d_model"],
+    left_out: Float[Array, "*tokens d_model"] | None = None,
 ) -> Account:
     """The account from x, what the input SAE reads, and y, the MLP's output. Pure: for your own jit, vmap and grad.
 
-    It uses the highest matmul precision.
+    ``left_out`` is the part of y that the tracer's tensor does not give; None: nothing. It uses the highest matmul
+    precision.
 
     Memory: ``tokens (features + k^2)`` numbers, and ``512 k in`` for columns.
     """
@@ -168,9 +184,12 @@ def account_at(
         number = max(min(TOKENS_AT_ONCE, len(flat[0])), 1)
         terms = jax.lax.map(lambda token: _terms(feature, InputParts(*token)), tuple(flat), batch_size=number)
         preactivation = y @ feature.direction + feature.encoder
+        form = jnp.zeros_like(preactivation) if left_out is None else left_out @ feature.direction
     terms = {name: array.reshape(*shape, *array.shape[1:]) for name, array in terms.items()}
     encoder = jnp.broadcast_to(feature.encoder, shape)
-    return Account(**terms, encoder=encoder, codes=parts.codes, indices=parts.indices, preactivation=preactivation)
+    return Account(
+        **terms, form=form, encoder=encoder, codes=parts.codes, indices=parts.indices, preactivation=preactivation
+    )
 
 
 class InputParts(NamedTuple):
@@ -235,9 +254,30 @@ def site_pair(lm: LanguageModel, inp: SAE, tokens: Int[Array, "batch seq"]) -> S
     return SitePair(got[wanted[0]].astype(jnp.float32), got[wanted[1]].astype(jnp.float32))
 
 
+class Activation(NamedTuple):
+    """What an account explains, in float32."""
+
+    x: Float[Array, "batch seq d_model"]  # what the input SAE reads
+    y: Float[Array, "batch seq d_model"]  # the output of the MLP of its layer
+    left_out: Float[Array, "batch seq d_model"] | None  # y - y_form; None unless the model is a bilinear form
+
+
+def activation(lm: LanguageModel, inp: SAE, tokens: Int[Array, "batch seq"]) -> Activation:
+    """The two ends of an account. Those of a bilinear form come from a run of the model with its gated MLPs."""
+    if lm.config.original_gate is None:
+        return Activation(*site_pair(lm, inp, tokens), None)
+    original, layer = lm.original, inp.config.layer
+    wanted = [(site, layer) for site in (inp.config.site, "mlp_in", "mlp_out")]
+    got = sites.capture(original.config, original.params, tokens, wanted, compute_dtype=lm.compute_dtype)
+    x, mlp_in, y = (got[site].astype(jnp.float32) for site in wanted)
+    mlp = {name: weight[layer] for name, weight in lm.params["layers"]["mlp"].items()}
+    with jax.default_matmul_precision("highest"):
+        return Activation(x, y, y - run_module(MLP(lm.config), mlp, mlp_in))
+
+
 @jax.jit
 def _account(lm: LanguageModel, feature: OutputFeature, tokens: Int[Array, "batch seq"]) -> Account:
-    return account_at(feature, *site_pair(lm, feature.inp, tokens))
+    return account_at(feature, *activation(lm, feature.inp, tokens))
 
 
 def account(tracer: Tracer, tokens, feature) -> Account:
@@ -247,9 +287,10 @@ def account(tracer: Tracer, tokens, feature) -> Account:
     of k x k pairs, never features x features.
 
     Args:
-        tracer: with ``use_encoder=True``; its model is run. The input SAE may have a bilinear encoder, an applied
-            normalisation or passthrough. The output SAE may have a bias and an applied normalisation, but ``Tracer``
-            does not accept one with a bilinear encoder, because its pre-activations are of degree 4 in x.
+        tracer: with ``use_encoder=True``. Its model is run; of a bilinear form, the model with its gated MLPs. The
+            input SAE may have a bilinear encoder, an applied normalisation or passthrough. The output SAE may have a
+            bias and an applied normalisation, but ``Tracer`` does not accept one with a bilinear encoder, because its
+            pre-activations are of degree 4 in x. For a plain direction as output, the pre-activation is ``u . y``.
         tokens: token ids ``[batch, seq]``, run through the model in one batch.
         feature: the output feature, an int.
 
@@ -258,8 +299,8 @@ def account(tracer: Tracer, tokens, feature) -> Account:
         padding.
 
     Raises:
-        ValueError: if the tracer has decoder columns as its directions, feature names more than one, or the model
-            cannot read the tokens; or, outside ``jit``, if a value is not finite.
+        ValueError: if the tracer has decoder columns as its directions or no input SAE, if feature names more than one,
+            or if the model cannot read the tokens; or, outside ``jit``, if a value is not finite.
         UnknownNameError: if the feature does not exist.
 
     Memory: one batch of the model and of the input SAE's pre-activations, ``batch seq (features + k^2)``, and

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bilinear_jax.errors import check_count
 from bilinear_jax.explain.spectra import top_eigh
-from bilinear_jax.linalg.scale import lengths
+from bilinear_jax.linalg.scale import lengths, shift, unit_scale
 from bilinear_jax.tensor import BilinearTensor
 
 
@@ -152,6 +152,30 @@ def top_interactions(
         pruned_rows=jnp.asarray(1 - np.sum(expanded) / (number * features), basis.dtype),
         pruned_features=jnp.asarray(np.mean(rows < 0), basis.dtype),
     )
+
+
+class Submatrix(NamedTuple):
+    """The part of a projected interaction matrix between some input features."""
+
+    matrix: Float[Array, "n n"]  # D^T Q D between these features
+    features: Int[np.ndarray, " n"]  # the input features of its rows and columns, ascending
+    explained: Float[Array, ""]  # |matrix|_F^2 / |D^T Q D|_F^2: its share of the whole; 0 if the whole is 0
+
+
+def submatrix(
+    q: Float[Array, "in in"], basis: Float[Array, "in features"], features: Int[np.ndarray, " n"]
+) -> Submatrix:
+    """The part of ``D^T Q D`` between some columns; |D^T Q D|_F^2 = tr(Q M Q M) with M = D D^T."""
+    with jax.default_matmul_precision("highest"):
+        q, at_q = unit_scale(q)
+        basis, at_basis = unit_scale(basis)
+        columns = basis[:, features]
+        matrix = columns.T @ q @ columns
+        product = q @ (basis @ basis.T)
+        whole = jnp.sum(product * product.T)
+    matrix = (matrix + matrix.T) / 2
+    explained = jnp.where(whole > 0, jnp.sum(matrix**2) / jnp.where(whole > 0, whole, 1), 0)
+    return Submatrix(shift(matrix, at_q + 2 * at_basis), features, explained)
 
 
 class _Top(NamedTuple):

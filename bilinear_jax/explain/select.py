@@ -18,7 +18,7 @@ def select_features(wanted: str, tracer: Tracer) -> list[int]:
 
     Raises:
         ValueError: if the text has another form, names a feature twice, or N is not in 1 ... the number of features.
-        UnknownNameError: if the output SAE does not have a feature.
+        UnknownNameError: if a feature does not exist.
 
     Example:
         >>> import bilinear_jax as bj
@@ -30,11 +30,11 @@ def select_features(wanted: str, tracer: Tracer) -> list[int]:
     if named is None:
         return list(range(number))
     if isinstance(named, list):
-        tracer.out.check_feature(max(some[-1] for some in named))
+        tracer.check_feature(max(some[-1] for some in named))
         return [feature for some in named for feature in some]
     if named > number:
         raise ValueError(
-            f"N is too large in {wanted!r}: it must be between 1 and {number}, the features of {tracer.out.name}"
+            f"N is too large in {wanted!r}: it must be between 1 and {number}, the features of {tracer.outputs.name}"
         )
     strength = jnp.abs(tracer.top_eigh(k=2).values).sum(axis=1)
     return jax.lax.top_k(strength, named)[1].tolist()
@@ -77,7 +77,7 @@ def checked_features(features: Sequence[int], tracer: Tracer) -> list[int]:
     if not features:
         raise ValueError("name at least one output feature, such as [3, 17]")
     seen = set()
-    for feature in map(tracer.out.check_feature, features):
+    for feature in map(tracer.check_feature, features):
         if feature in seen:
             raise ValueError(f"output feature {feature} is named twice: name each once")
         seen.add(feature)

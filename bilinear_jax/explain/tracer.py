@@ -1,4 +1,4 @@
-"""``Tracer``: the MLP of one layer between an SAE of its input and an SAE of its output.
+"""``Tracer``: the MLP of one layer between an SAE of its input and an SAE of its output, or plain directions.
 
 An output feature with encoder row (or decoder column) u reads ``u . y = x^T Q_u x`` from the MLP's output y. In SAE
 features, the input is ``x = D f + b + e`` (D decoder, f codes, b decoder bias, e error), and pairs of them contribute
@@ -13,36 +13,25 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bilinear_jax.errors import UnknownNameError, check_count
-from bilinear_jax.explain.interactions import Interactions, top_interactions
+from bilinear_jax.explain.directions import CertifiedForm, Directions, resolve, rows_read, the_sae
+from bilinear_jax.explain.interactions import Interactions, Submatrix, submatrix, top_interactions
 from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread, spread
-from bilinear_jax.linalg.scale import shift, unit_scale
-from bilinear_jax.nn.sae import SAE, site_name, unit_columns
+from bilinear_jax.nn.sae import SAE, unit_columns
 from bilinear_jax.tensor import BilinearTensor
 
-INPUT_SITES = ("mlp_in", "resid_mid")
-OUTPUT_SITES = ("mlp_out",)
-
 Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
-
-
-class Submatrix(NamedTuple):
-    """The part of a projected interaction matrix between some input features."""
-
-    matrix: Float[Array, "n n"]  # D^T Q D between these features
-    features: Int[np.ndarray, " n"]  # the input features of its rows and columns, ascending
-    explained: Float[Array, ""]  # |matrix|_F^2 / |D^T Q D|_F^2: its share of the whole; 0 if the whole is 0
 
 
 def mlp_tensor(lm: LanguageModel, layer: int, site: str = "mlp_in") -> BilinearTensor:
@@ -76,24 +65,33 @@ def mlp_tensor(lm: LanguageModel, layer: int, site: str = "mlp_in") -> BilinearT
 class Tracer:
     """Interaction matrices between the features of two SAEs around the MLP of one layer.
 
+    Plain directions may stand on either side in place of an SAE: see ``explain.directions``.
+
     Args:
-        lm: a model with bilinear MLPs.
+        lm: a model with bilinear MLPs; or a bilinear form of a gated model, as ``bj.bilinear_form`` returns it, whose
+            certificate is then kept for ``r2``.
         layer: the layer of the MLP, from 0.
         inp: the input SAE: an ``SAE``, or a dict that says which to load, with any of the keys ``site``, ``expansion``,
             ``k`` and ``tag``. The site is mlp-in (the default) or resid-mid; the other keys are needed only if several
             SAEs fit. With resid-mid, the MLP sees ``x = r / rms(r)`` of the residual stream r, so every quadratic term
-            in the codes of r has the factor ``1 / rms(r)^2`` of its token.
-        out: the output SAE, given in the same way. Its site is mlp-out.
+            in the codes of r has the factor ``1 / rms(r)^2`` of its token. Or plain directions of the residual stream,
+            ``Directions`` or an array ``[n, d_model]``, which are the columns of ``basis``, as with resid-mid. None:
+            the default SAE; or, if out is plain directions, the coordinates of the residual stream.
+        out: the output SAE, given in the same way. Its site is mlp-out. Or plain directions, which are read from the
+            MLP's output.
         use_encoder: True: the output directions are the encoder rows of the output SAE, which make the feature fire
             (before its bias and the top-k). False: they are its decoder columns: what the feature represents.
         scope: the folder or hub name to load the SAEs from; None: the source of the model.
 
     Attributes:
-        inp, out: the two ``SAE`` objects, each with its own k.
+        inp, out: the two ``SAE`` objects, each with its own k. An error if plain directions were given.
+        inputs, outputs: what stands on either side: an ``SAE``, or ``Directions``.
         tensor: the MLP as a ``BilinearTensor``, see ``mlp_tensor``.
         directions: the output directions ``[features, d_model]``.
         basis: the decoder of the input SAE ``[in, features]``, without coordinates passed through. If the model has
-            biases, the constant input is the last feature, whose row gives the effects of single features.
+            biases or a linear map, the constant input is the last feature: its row gives the effects of single
+            features.
+        certificate: that of the bilinear form, if one was given; else None.
 
     Raises:
         ValueError: if the MLP is not a tensor, an SAE reads another site, layer or width, or the output SAE has a
@@ -110,41 +108,91 @@ class Tracer:
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: LanguageModel | CertifiedForm,
         layer: int,
-        inp: SAE | Mapping[str, Any] | None = None,
-        out: SAE | Mapping[str, Any] | None = None,
+        inp: SAE | Directions | Array | np.ndarray | Mapping[str, Any] | None = None,
+        out: SAE | Directions | Array | np.ndarray | Mapping[str, Any] | None = None,
         use_encoder: bool = True,
         scope: str | Path | None = None,
     ):
+        self.certificate: Any = None
+        if not isinstance(lm, LanguageModel):
+            lm, self.certificate = lm.lm, lm.certificate
         self.lm = lm
         self.layer = layer
         self.use_encoder = use_encoder
         mlp_tensor(lm, layer)  # its errors come before those of the SAEs
         source = lm.source if scope is None else scope
-        self.inp = _resolve_sae("inp", inp, INPUT_SITES, lm, layer, source)
-        self.tensor = mlp_tensor(lm, layer, self.inp.config.site)
-        self.out = _resolve_sae("out", out, OUTPUT_SITES, lm, layer, source)
-        self.directions = encoder_rows(self.out) if use_encoder else self.out.decoder.T
-        self.basis = self.inp.decoder
+        plain = isinstance(out, Directions) or hasattr(out, "ndim")
+        if inp is None and plain:
+            inp = Directions.coordinates(lm.config.d_model)
+        self.inputs = resolve("inp", inp, lm, layer, source)
+        site = "resid_mid" if isinstance(self.inputs, Directions) else self.inputs.config.site
+        self.tensor = mlp_tensor(lm, layer, site)
+        self.outputs = resolve("out", out, lm, layer, source)
+        self.directions = rows_read(self.outputs, use_encoder)
+        self.basis = self.inputs.vectors.T if isinstance(self.inputs, Directions) else self.inputs.decoder
         if self.tensor.n_in > lm.config.d_model:
             self.basis = jnp.pad(self.basis, ((0, 1), (0, 1))).at[-1, -1].set(1)
 
     def __repr__(self) -> str:
-        return f"Tracer(layer={self.layer}, inp={self.inp.name}, out={self.out.name}, use_encoder={self.use_encoder})"
+        names = f"inp={self.inputs.name}, out={self.outputs.name}"
+        return f"Tracer(layer={self.layer}, {names}, use_encoder={self.use_encoder})"
+
+    @property
+    def inp(self) -> SAE:
+        """The input SAE. ``ValueError`` if this tracer has plain directions in its place."""
+        return the_sae("inp", "input", self.inputs)
+
+    @property
+    def out(self) -> SAE:
+        """The output SAE. ``ValueError`` if this tracer has plain directions in its place."""
+        return the_sae("out", "output", self.outputs)
 
     @property
     def n_features(self) -> int:
         """Number of output features."""
         return self.directions.shape[0]
 
-    def require_encoder(self) -> None:
-        """Raises ``ValueError`` unless the directions are encoder rows. Only these give a feature's activation."""
-        if not self.use_encoder:
+    def require_encoder(self, out: bool = True) -> None:
+        """Raises ``ValueError`` unless there are two SAEs, and the directions are encoder rows.
+
+        Only these give a feature's activation. With ``out=False``, the directions may also be plain.
+        """
+        _ = self.inp, out and self.out
+        if not self.use_encoder and isinstance(self.outputs, SAE):
             raise ValueError(
                 "this tracer has decoder columns as directions, but a feature's activations need encoder rows: make it "
                 "with use_encoder=True"
             )
+
+    def r2(self, features: Index | None = None) -> Float[Array, " U"]:
+        """How well the tensor gives the model's own output along output features: R2, from 0 or below to 1.
+
+        1 for a model that is bilinear itself. For a bilinear form it is that of the certificate, so it holds for tokens
+        such as the certificate was measured on. It says how far to trust all else that this tracer says of a feature.
+
+        Args:
+            features: which output features (as for ``q``); None: all.
+
+        Raises:
+            ValueError: if this is a form without its certificate.
+            UnknownNameError: if a feature does not exist.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> bj.Tracer(bj.load("ts-nano"), layer=2).r2([3, 797]).tolist()
+            [1.0, 1.0]
+        """
+        directions = self.directions[self._features(slice(None) if features is None else features)[0]]
+        if self.certificate is not None:
+            return jnp.asarray(self.certificate.of(directions))[self.layer]
+        if self.lm.config.original_gate is not None:
+            raise ValueError(
+                "this tracer has the model of a bilinear form without its certificate: make it from the form itself, "
+                "Tracer(form, layer), not from form.lm"
+            )
+        return jnp.ones(len(directions), directions.dtype)
 
     def q(self, idx: Index, project: bool = False) -> Float[Array, "*U in in"]:
         """Interaction matrices of output features, always symmetrised, with the highest matmul precision.
@@ -247,7 +295,7 @@ class Tracer:
 
         results = []
         with one_blas_thread():
-            for start in tqdm(range(0, total, size), desc=f"features of {self.out.name}", disable=None):
+            for start in tqdm(range(0, total, size), desc=f"features of {self.outputs.name}", disable=None):
                 # The last batch is filled up with the last feature, so that only one shape is compiled.
                 features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))
                 result = step(self.tensor, self.directions, self.basis if project else None, features)
@@ -298,7 +346,7 @@ class Tracer:
             ValueError: if the matrix has fewer than n entries, or n is below 1.
             UnknownNameError: if the feature does not exist.
         """
-        features, single = self._features(feature)
+        _, single = self._features(feature)
         if not single:
             raise ValueError(f"feature is {feature!r}, but it must be one output feature, an int")
         size = self.basis.shape[1]
@@ -309,13 +357,17 @@ class Tracer:
         entries = np.cumsum(np.where(i == j, 1, 2))  # up to and with each pair
         pairs = 1 + np.searchsorted(entries, n)
         involved = np.unique([i[:pairs], j[:pairs]])
-        return _submatrix(self.tensor, self.directions[features], self.basis, involved)
+        return submatrix(self.q(feature), self.basis, involved)
 
     def cosines(self, features: Index) -> Float[Array, "n n"]:
-        """Cosine similarities between the decoder columns of some output features."""
-        columns = unit_columns(self.out.decoder[:, self._features(features)[0]])
+        """Cosine similarities between the decoder columns of some output features, or between plain directions."""
+        columns = unit_columns(rows_read(self.outputs, use_encoder=False)[self._features(features)[0]].T)
         with jax.default_matmul_precision("highest"):
             return columns.T @ columns
+
+    def check_feature(self, feature) -> int:
+        """The output feature as an int: see ``SAE.check_feature``."""
+        return self.outputs.check_feature(feature)
 
     def _features(self, idx: Index) -> tuple[Any, bool]:
         """The output features that idx names, and whether idx is a single feature."""
@@ -330,7 +382,7 @@ class Tracer:
         if not isinstance(idx, JaxTracer):
             outside = features[(features < 0) | (features >= self.n_features)]
             if outside.size:
-                raise UnknownNameError("feature", outside.flat[0], range(self.n_features), of=f"SAE {self.out.name}")
+                self.check_feature(outside.flat[0])  # raises
             features = features.astype(np.int32)
         return jnp.atleast_1d(features), features.ndim == 0
 
@@ -339,64 +391,3 @@ class Tracer:
 def _interaction(tensor: BilinearTensor, directions, basis) -> Float[Array, "U in in"]:
     with jax.default_matmul_precision("highest"):
         return tensor.interaction(directions, basis)
-
-
-def _submatrix(tensor: BilinearTensor, direction, basis, features: np.ndarray) -> Submatrix:
-    """The part of ``D^T Q D`` between some columns; |D^T Q D|_F^2 = tr(Q M Q M) with M = D D^T."""
-    with jax.default_matmul_precision("highest"):
-        q, at_q = unit_scale(_interaction(tensor, direction, None)[0])
-        basis, at_basis = unit_scale(basis)
-        columns = basis[:, features]
-        matrix = columns.T @ q @ columns
-        product = q @ (basis @ basis.T)
-        whole = jnp.sum(product * product.T)
-    matrix = (matrix + matrix.T) / 2
-    explained = jnp.where(whole > 0, jnp.sum(matrix**2) / jnp.where(whole > 0, whole, 1), 0)
-    return Submatrix(shift(matrix, at_q + 2 * at_basis), features, explained)
-
-
-def _resolve_sae(argument: str, given, sites: tuple[str, ...], lm: LanguageModel, layer: int, source) -> SAE:
-    """The SAE that is given or that a dict describes, checked against the model and the layer."""
-    if isinstance(given, SAE):
-        sae = given
-        _check_site(argument, sae.config.site, sites)
-    else:
-        if given is not None and not isinstance(given, Mapping):
-            raise ValueError(
-                f"{argument} is {given!r}, but it must be an SAE or a dict such as {{'site': {sites[-1]!r}, 'k': 20}}"
-            )
-        wanted = {"site": sites[0], **(given or {})}
-        unknown = sorted(set(wanted) - {"site", "expansion", "k", "tag"})
-        if unknown:
-            raise ValueError(f"{argument} has unknown keys {', '.join(unknown)}: use site, expansion, k and tag")
-        _check_site(argument, site_name(wanted["site"]), sites)
-        if source is None:
-            raise ValueError(
-                "this model was not loaded from a folder or the hub, so it has no SAEs: pass scope=, or an SAE as "
-                f"{argument}"
-            )
-        from bilinear_jax.store.checkpoint import load_sae
-
-        sae = load_sae(source, layer=layer, **wanted)
-    if sae.config.layer != layer:
-        raise ValueError(f"{argument} is the SAE {sae.name} of layer {sae.config.layer}, but layer {layer} is traced")
-    if sae.config.d_model != lm.config.d_model:
-        raise ValueError(
-            f"{argument} is the SAE {sae.name} with d_model {sae.config.d_model}, but the model has {lm.config.d_model}"
-        )
-    return sae
-
-
-def _check_site(argument: str, site: str, sites: tuple[str, ...]) -> None:
-    if site not in sites:
-        raise ValueError(f"{argument} is an SAE of {site}, but it must be an SAE of {' or '.join(sites)}")
-
-
-def encoder_rows(sae: SAE) -> Float[Array, "features d_model"]:
-    """``sae.encoder``. If the encoder is bilinear, the error says how to trace without it."""
-    if sae.config.bilinear_encoder:
-        raise ValueError(
-            f"SAE {sae.name} has a bilinear encoder, so a feature does not have one encoder row: trace its decoder "
-            "columns with use_encoder=False"
-        )
-    return sae.encoder

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import sparse
 
 from bilinear_jax.errors import check_count
-from bilinear_jax.explain.account import InputParts, encoder_constant, eps_of_norm, input_parts, site_pair
+from bilinear_jax.explain.account import InputParts, activation, encoder_constant, eps_of_norm, input_parts
 from bilinear_jax.explain.overview import pair_weights
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.nn.sae import SAE
@@ -150,8 +150,8 @@ class Observed:
     inputs: sparse.csr_array  # [tokens, features]: c, codes as the MLP sees them, in float64; with the constant input
     outputs: sparse.csr_array  # [tokens, features]: all codes of the output SAE; empty if there is no output feature
     z: Float[np.ndarray, "tokens U"]  # pre-activations of the output features; 0 outside the mask
-    terms: Float[np.ndarray, "U 6"]  # sums over the mask of each kind of term, except the encoder's
-    magnitude: Float[np.ndarray, "U 6"]  # sums of their absolute values
+    terms: Float[np.ndarray, "U 7"]  # sums over the mask of each kind of term, except the encoder's
+    magnitude: Float[np.ndarray, "U 7"]  # sums of their absolute values
     encoder: Float[np.ndarray, " U"]  # b_enc - u . b_dec_out of the output features, in float64
     with_bias: Float[np.ndarray, "U features"]  # 2 D^T Q b: the term of each input feature with the decoder bias
 
@@ -216,7 +216,7 @@ def _observed(got: dict[str, np.ndarray], plain: _OfWeights) -> Observed:
     if "z" not in got:
         nothing = sparse.csr_array((len(got["counts"]), plain.outputs))
         none = np.zeros((len(got["counts"]), 0), np.float32)
-        sums = np.zeros((0, 6))
+        sums = np.zeros((0, 7))
         return Observed(got["counts"], got["scale"], inputs, nothing, none, sums, sums, plain.encoder, plain.with_bias)
     outputs = _sparse(got["out_codes"], got["out_indices"], plain.outputs)
     return Observed(
@@ -258,14 +258,15 @@ def _batches(tracer: Tracer, tokens, outputs, token_mask, batch_size: int, descr
 def _of_tokens(lm, tensor: BilinearTensor, inp: SAE, outputs: Outputs | None, tokens, mask, *, norm_eps: float | None):
     """The codes at each token of a batch; for each output feature the pre-activation, and sums of its terms by row."""
     with jax.default_matmul_precision("highest"):
-        x, y = site_pair(lm, inp, tokens)
+        x, y, left_out = activation(lm, inp, tokens)
         parts = input_parts(inp, x, norm_eps=norm_eps, extended=tensor.n_in > x.shape[-1])
         found = {"counts": mask, "codes": parts.codes, "indices": parts.indices, "scale": parts.scale[..., 0]}
         if outputs is None:
             return found
         codes = outputs.sae.encode(y, sparse=True)
         z = y @ outputs.directions.T
-        terms = _terms(tensor, inp, outputs.directions, parts)
+        form = jnp.zeros_like(z) if left_out is None else left_out @ outputs.directions.T
+        terms = jnp.stack([*_terms(tensor, inp, outputs.directions, parts), form], axis=-1)
     terms = jnp.where(mask[:, :, None, None], terms, 0)
     return found | {
         "out_codes": codes.values,
@@ -276,8 +277,8 @@ def _of_tokens(lm, tensor: BilinearTensor, inp: SAE, outputs: Outputs | None, to
     }
 
 
-def _terms(tensor: BilinearTensor, inp: SAE, directions, parts: InputParts) -> Float[Array, "batch seq U 6"]:
-    """All terms of many output features, except the encoder's.
+def _terms(tensor: BilinearTensor, inp: SAE, directions, parts: InputParts) -> list[Float[Array, "batch seq U"]]:
+    """The terms of many output features that the tensor and the input SAE give, in the order of the account.
 
     They are computed without Q: ``a^T Q b = g . ((L a) * (R b) + (R a) * (L b)) / 2``, with the gates ``g = down^T u``.
     """
@@ -299,7 +300,7 @@ def _terms(tensor: BilinearTensor, inp: SAE, directions, parts: InputParts) -> F
         passed = halves(parts.passed)
         passthrough = (passed[0] * (read[1] + passed[1]) + passed[1] * read[0]) @ gates + with_bias(parts.passed)
         twice = twice + error[0] * passed[1] + error[1] * passed[0]
-    terms = [
+    return [
         (read[0] * read[1]) @ gates,
         with_bias(parts.read),
         parts.scale**2 * (bias @ q_bias)[None, None],
@@ -307,7 +308,6 @@ def _terms(tensor: BilinearTensor, inp: SAE, directions, parts: InputParts) -> F
         twice @ gates + with_bias(parts.error),
         (error[0] * error[1]) @ gates,
     ]
-    return jnp.stack(terms, axis=-1)
 
 
 # Sums on the host

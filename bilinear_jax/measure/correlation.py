@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bilinear_jax.errors import check_count
+from bilinear_jax.explain.directions import encoder_rows
 from bilinear_jax.explain.spectra import top_eigh
-from bilinear_jax.explain.tracer import Tracer, encoder_rows
+from bilinear_jax.explain.tracer import Tracer, mlp_tensor
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.nn import sites
@@ -119,7 +120,8 @@ def low_rank_correlation(
     """
     tracer.require_encoder()
     options = {"token_mask": token_mask, "batch_size": batch_size, "min_count": min_count}
-    return sae_correlation(tracer.lm, tracer.tensor, tracer.out, tokens, ks, **options)
+    tensor = mlp_tensor(tracer.lm, tracer.layer)  # of mlp_in, also where the input SAE reads another site
+    return sae_correlation(tracer.lm.original, tensor, tracer.out, tokens, ks, **options)
 
 
 def sae_correlation(

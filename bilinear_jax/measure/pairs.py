@@ -94,7 +94,7 @@ def pair_summaries(
     result does not depend on ``batch_size``. A progress bar shows on a terminal.
 
     Args:
-        tracer: with ``use_encoder=True``; its model is run. See ``account`` for its SAEs.
+        tracer: with ``use_encoder=True``; its model is run, as by ``account``, which says what its SAEs may be.
         tokens: token ids ``[rows, seq]``; may be a memory-mapped array.
         pairs: the pairs of each output feature, ``{feature: pairs}``, in the order in which they are summed up: what
             ``tracer.top_interactions(n, feature)`` or ``strongest_pairs`` returns, or input features ``[n, 2]``. (i, j)
@@ -159,8 +159,8 @@ class AccountSums:
     """Sums over tokens of the terms of some output features' accounts, batch by batch."""
 
     def __init__(self):
-        self.terms: Any = 0  # [U, 6]
-        self.magnitude: Any = 0  # [U, 6]
+        self.terms: Any = 0  # [U, 7]
+        self.magnitude: Any = 0  # [U, 7]
         self.z: Any = 0  # [2, U]
         self.encoder: Any = 0  # [U]
         self.with_bias: Any = 0  # [U, features]

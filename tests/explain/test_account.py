@@ -130,6 +130,7 @@ def test_each_term_is_its_formula(options):
         "passthrough": 2 * form(p, read + b) + form(p, p),
         "error_cross": 2 * form(e, read + b + p),
         "error_error": form(e, e),
+        "form": np.zeros(5),
         "encoder": np.full(5, encoder),
     }
     assert list(found.terms) == list(TERMS) == list(expected)
