@@ -240,7 +240,7 @@ class LanguageModel:
         """The model whose gated MLPs a bilinear form replaces, from the form's own params. Other models: themselves."""
         if self.config.original_gate is None:
             return self
-        layers = {name: value for name, value in self.params["layers"].items() if name != "original"}
+        layers = {name: value for name, value in self.params["layers"].items() if not name.startswith("original")}
         params = {**self.params, "layers": layers | {"mlp": self.params["layers"]["original"]}}
         return dataclasses.replace(self, config=self.config.original, params=params)
 

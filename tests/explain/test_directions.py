@@ -33,15 +33,17 @@ def randomised(tree, seed=0):
 @pytest.fixture(scope="module")
 def form() -> LanguageModel:
     """A form that is far from its gated model: every weight is random, and so are the gains."""
-    config = TransformerConfig(2, 2, D, 12, 6, 11, linear=True, original_gate="silu", **GATED)
+    config = TransformerConfig(2, 2, D, 12, 6, 11, linear=True, original_gate="silu", original_above=True, **GATED)
     lm = LanguageModel.init(config, jax.random.key(0))
-    return LanguageModel(randomised(lm.params), config)
+    params = randomised(lm.params)
+    return LanguageModel({**params, "layers": params["layers"] | {"original_above": jnp.full(2, 1e9)}}, config)
 
 
 @pytest.fixture(scope="module")
 def gated(form) -> LanguageModel:
     layers = dict(form.params["layers"])
     layers["mlp"] = layers.pop("original")
+    del layers["original_above"]
     return LanguageModel({**form.params, "layers": layers}, TransformerConfig(2, 2, D, 12, 6, 11, gate="silu", **GATED))
 
 
@@ -83,6 +85,7 @@ def test_the_account_of_a_gated_model_is_not_that_of_its_forms_own_stream(form, 
     assert np.abs(own - theirs)[:, 1:].max() > 0.1
     assert gated.original is gated
     assert form.original.config == gated.config
+    assert jax.tree.structure(form.original.params) == jax.tree.structure(gated.params)
     close(form.original.logits(TOKENS), gated.logits(TOKENS))
 
 
