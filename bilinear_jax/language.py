@@ -94,7 +94,7 @@ class LanguageModel:
         """The tokenizer, a ``transformers.PreTrainedTokenizerFast``. It is loaded when it is first needed."""
         from bilinear_jax.store.tokenizers import load_tokenizer
 
-        return load_tokenizer(self.tokenizer_source, self.config.tokenizer)
+        return load_tokenizer(self.tokenizer_source, self.config.tokenizer, self.config.n_vocab)
 
     def logits(self, tokens, edits: Mapping[Site, Edit] = NO_EDITS) -> Float[Array, "batch seq n_vocab"]:
         """Logits of the next token, in float32. ``edits`` are as in ``nn.sites.forward``."""
@@ -340,6 +340,7 @@ class LanguageModel:
             ts-nano: 4 bilinear layers, 6,291,456 parameters
         """
         from bilinear_jax.store.checkpoint import training_of, trainings_of_saes
+        from bilinear_jax.store.published import weights_of
 
         config = self.config
         kind = "bilinear" if config.bilinear and config.gate is None else config.gate or "plain"
@@ -352,6 +353,8 @@ class LanguageModel:
         ]
         if self.source is None:
             return visible_lines("\n".join(lines))
+        if config.family is not None:
+            lines.append(f"family {config.family}; {weights_of(self.source)}")
         lines.append(f"trained on: {training_of(self.source)}")
         try:
             saes = trainings_of_saes(self.source)
@@ -398,20 +401,31 @@ class LanguageModel:
 _VIEWS = frozenset({"w_e", "w_u", "w_q", "w_k", "w_v", "w_o", "w_l", "w_r", "w_p", "qk", "ov"})
 
 
-def load(source: str | Path, attn_scale: float | int | None = None, compute_dtype: Any = jnp.float32) -> LanguageModel:
+def load(
+    source: str | Path,
+    attn_scale: float | int | None = None,
+    compute_dtype: Any = jnp.float32,
+    *,
+    dtype: Any = jnp.float32,
+) -> LanguageModel:
     """Loads a language model. Its tokenizer is loaded when it is first needed.
 
     Args:
         source: the name of a model that ships with the package ("ts-nano"); a folder, written by this library or laid
-            out as the published checkpoints are; or a hub name, "owner/name".
+            out as the published checkpoints are, or of a Llama, Mistral, Qwen 2, Qwen 3 or Gemma as Hugging Face stores
+            it; a GGUF file of one of these, or a folder with one; or a hub name, "owner/name", or
+            "owner/name/file.gguf" where there are several.
         attn_scale: the factor on the attention's output. It overrides the files. The published checkpoints do not state
             it: without this argument it is chosen by the model's name, with a warning.
-        compute_dtype: the dtype of activations. Parameters are float32.
+        compute_dtype: the dtype of activations.
+        dtype: the dtype of parameters in memory, float32, bfloat16 or float16. The last two take half of the memory.
 
     Raises:
         FileNotFoundError: if the source or one of its files does not exist. The message lists what can be loaded.
         ConnectionError: if the hub cannot be reached and its cache does not hold the model.
-        ValueError: if the checkpoint is damaged, its config does not describe it, or compute_dtype is not a float type.
+        ImportError: for a GGUF file, if the package gguf is not installed.
+        ValueError: if the checkpoint is damaged, its config does not describe it, its family cannot be loaded, or
+            compute_dtype or dtype is not such a type.
 
     Example:
         >>> import bilinear_jax as bj
@@ -426,5 +440,5 @@ def load(source: str | Path, attn_scale: float | int | None = None, compute_dtyp
         floats = False
     if not floats:
         raise ValueError(f"compute_dtype is {compute_dtype!r}, but it must be a float type, such as jnp.bfloat16")
-    files = load_model(source, attn_scale=attn_scale)
+    files = load_model(source, attn_scale=attn_scale, dtype=dtype)
     return LanguageModel(files.params, files.config, files.source, files.tokenizer_source, compute_dtype)

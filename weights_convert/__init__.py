@@ -1,6 +1,8 @@
 """Convert the published torch checkpoints to dicts of numpy arrays and back, bit for bit. Needs neither torch nor JAX.
 
     read_transformer(folder) -> (config, params)      the folder of a model: config.json and the weights
+    read_gated(folder)       -> (config, params)      a Llama, Mistral, Qwen or Gemma, as Hugging Face stores it
+    read_gguf(path)          -> (config, params)      the same models in a GGUF file; needs the package gguf
     read_sae(folder)         -> (config, params)      the folder of one SAE in a ``-scope`` repository
     write_transformer(folder, config, params)         the inverse of read_transformer
     write_sae(folder, config, params)                 the inverse of read_sae
@@ -12,8 +14,20 @@ to Orbax checkpoints; ``python -m weights_convert export`` converts back.
 """
 
 from weights_convert.export import write_sae, write_transformer
+from weights_convert.families import read_gated
+from weights_convert.gguf import read_gguf
 from weights_convert.names import SAEName, parse_sae_name, sae_folders
 from weights_convert.sae import read_sae
 from weights_convert.transformer import read_transformer
 
-__all__ = ["SAEName", "parse_sae_name", "read_sae", "read_transformer", "sae_folders", "write_sae", "write_transformer"]
+__all__ = [
+    "SAEName",
+    "parse_sae_name",
+    "read_gated",
+    "read_gguf",
+    "read_sae",
+    "read_transformer",
+    "sae_folders",
+    "write_sae",
+    "write_transformer",
+]

@@ -11,9 +11,10 @@ The folder of a model (it appears when it is complete):
     corpus.npy              [rows, n_ctx] token ids, uint16; optional
     top-activations.safetensors    optional
 
-In memory, params are float32, whatever the dtype on disk. Whatever is loaded is compared with its checksum: values that
-changed are an error, and so are another config, corpus or top activations. Another tokenizer is a warning. Folders of
-earlier versions lack some checksums. They load, with a warning; ``add_checksums`` adds what they lack.
+In memory, params are float32 whatever the dtype on disk, unless another is asked for. Whatever is loaded is compared
+with its checksum: values that changed are an error, and so are another config, corpus or top activations. Another
+tokenizer is a warning. Folders of earlier versions lack some checksums. They load, with a warning; ``add_checksums``
+adds what they lack.
 """
 
 import dataclasses
@@ -24,7 +25,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 import weights_convert
@@ -35,7 +35,8 @@ from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.store import checksums
 from bilinear_jax.store.files import Kind, Place, atomic_folder, check_place, read_json, replace_file
 from bilinear_jax.store.params import restore_params, stored_params, write_params
-from bilinear_jax.store.sources import find_sae, folder_of, sae_configs, sae_folder
+from bilinear_jax.store.published import as_dtype, config_file, dtype_name, read_published, taken
+from bilinear_jax.store.sources import find_sae, folder_of, model_place, sae_configs, sae_folder
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer
 from weights_convert.files import check_kinds, expanded, inside
 
@@ -51,41 +52,49 @@ class ModelFiles(NamedTuple):
     """What the folder of a model holds."""
 
     config: TransformerConfig
-    params: PyTree  # float32
+    params: PyTree  # in the dtype asked for
     source: str  # as given
-    tokenizer_source: str | None  # the folder, if it has a tokenizer.json; None: use the tokenizer that config names
+    tokenizer_source: (
+        str | None
+    )  # a folder with a tokenizer.json, or a GGUF file; None: the tokenizer that config names
 
 
-def load_model(source: str | Path, *, attn_scale: float | int | None = None) -> ModelFiles:
+def load_model(source: str | Path, *, attn_scale: float | int | None = None, dtype: Any = jnp.float32) -> ModelFiles:
     """Load the config and the params of a model.
 
     Args:
-        source: the name of a built-in model, a folder, or a hub name "owner/name". The folder is one that
-            ``save_model`` wrote, or one in the layout of the published checkpoints.
+        source: the name of a built-in model, a folder, a GGUF file, or a hub name "owner/name". The folder is one that
+            ``save_model`` wrote, one in the layout of the published checkpoints, one of a family that
+            ``weights_convert.families`` reads, or one with a single GGUF file.
         attn_scale: the factor on the attention's output. It replaces the value in the files. None: use the files.
+        dtype: the dtype of the params in memory: float32, bfloat16 or float16.
 
     Raises:
         FileNotFoundError: if the source or a file does not exist. The message lists what can be loaded.
         ConnectionError: if the hub cannot be reached and its cache does not hold the model.
-        ValueError: if the checkpoint is damaged, has a newer format, or does not match its config.
+        ImportError: for a GGUF file, if the package gguf is not installed.
+        ValueError: if the checkpoint is damaged, has a newer format, does not match its config, or is of a model that
+            cannot be computed here; or if there are several GGUF files.
     """
-    folder = folder_of(source)
-    path = inside(folder, "config.json")
-    raw = read_json(path)
+    kind, place = dtype_name(dtype), model_place(source)
+    path = config_file(place)
+    raw = None if place.is_file() else read_json(path)
     if raw is None or "format" not in raw:
-        if raw is None and weights_convert.sae_folders(folder):
+        if raw is None and weights_convert.sae_folders(place):
             raise FileNotFoundError(f"{source} holds SAEs but no model: load their model, or one SAE with load_sae")
-        name = None if expanded(source).is_dir() else str(source)
-        values, arrays = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
+        values, arrays = read_published(source, place, attn_scale)
         config = config_of(TransformerConfig, values, path)
-        params = jax.tree.map(_float32, arrays)
+        params = taken(arrays, kind)
     else:
         config = _own_config(path, raw, MODEL_FORMAT, TransformerConfig)
         if attn_scale is not None:
             config = dataclasses.replace(config, attn_scale=float(attn_scale))
-        params = restore_params(folder, raw, _abstract_transformer(config))
+        params = restore_params(place, raw, _abstract_transformer(config))
+        params = jax.tree.map(lambda leaf: as_dtype(leaf, kind), params) if kind != "float32" else params
+    folder = place.parent if place.is_file() else place
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    return ModelFiles(config, params, str(source), str(folder) if has_tokenizer else None)
+    tokenizer = folder if has_tokenizer else place if place.is_file() else None
+    return ModelFiles(config, params, str(source), None if tokenizer is None else str(tokenizer))
 
 
 def load_sae(
@@ -125,7 +134,7 @@ def load_sae(
             raise ValueError(f"{path} is that of an SAE {config.name}: rename the folder, or correct it")
         return SAE(restore_params(folder, raw, _abstract_sae(config)), config)
     values, arrays = weights_convert.read_sae(folder)
-    return SAE(jax.tree.map(_float32, arrays), config_of(SAEConfig, values, path))
+    return SAE(taken(arrays, "float32"), config_of(SAEConfig, values, path))
 
 
 def save_model(
@@ -333,7 +342,3 @@ def _abstract_transformer(config: TransformerConfig) -> PyTree:
 def _abstract_sae(config: SAEConfig) -> PyTree:
     x = jax.ShapeDtypeStruct((1, config.d_model), jnp.float32)
     return jax.eval_shape(TopKSAE(config).init, jax.random.key(0), x)["params"]
-
-
-def _float32(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array.astype(np.float32, copy=False))

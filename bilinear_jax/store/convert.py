@@ -15,10 +15,11 @@ from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store import checksums
 from bilinear_jax.store.checkpoint import MODEL, check_keeps_saes, config_of, load_model, load_sae, save_model, save_sae
 from bilinear_jax.store.files import atomic_folder, check_name, check_place
-from bilinear_jax.store.sources import folder_of, list_saes, sae_folder, sae_names
+from bilinear_jax.store.published import config_file, files_of, read_published
+from bilinear_jax.store.sources import list_saes, model_place, sae_folder, sae_names
 from bilinear_jax.store.tokenizers import TOKENIZER_FILES, copy_tokenizer, load_tokenizer, tokenizer_hash
 from bilinear_jax.store.version import library_version
-from weights_convert.files import expanded, inside, weight_files
+from weights_convert.files import inside
 
 
 def convert(
@@ -32,7 +33,7 @@ def convert(
     """Write the Orbax checkpoint of a published model, with the SAEs of ``scope``.
 
     Args:
-        source: a folder or a hub name with the published files of a model.
+        source: a folder or a hub name with the published files of a model, or a GGUF file.
         out: the folder to write. It appears when it is complete.
         scope: a folder or a hub name with SAEs of this model. None: no SAEs.
         attn_scale: the factor on the attention's output. It replaces the value in the files. None: use the files.
@@ -61,30 +62,30 @@ def convert(
             values, params = weights_convert.read_sae(folder)
             sae = SAE(jax.tree.map(jnp.asarray, params), config_of(SAEConfig, values, folder / "config.json"))
             _check_fits(sae, config, folder)
-            save_sae(partial / "scope" / sae.name, sae, origin=_origin(scope, folder))
+            save_sae(partial / "scope" / sae.name, sae, origin=_origin(scope, files_of(folder)))
     return names
 
 
 def _convert_model(source: str | Path, out: Path, attn_scale: float | None) -> Any:
     """Write the model without SAEs and return its config. The params are in memory once, and only during this call."""
 
-    folder = folder_of(source)
-    if (folder / "params").is_dir():
+    place = model_place(source)
+    if (place / "params").is_dir():
         raise ValueError(f"{source} is already a checkpoint of this library: load it as it is")
-    name = None if expanded(source).is_dir() else str(source)
+    folder = place.parent if place.is_file() else place
     tokenizer_files = [inside(folder, file) for file in TOKENIZER_FILES]
-    tokenizer = folder if tokenizer_files[0].is_file() else None
+    tokenizer = folder if tokenizer_files[0].is_file() else place if place.is_file() else None
     with ThreadPoolExecutor(1) as meanwhile:
-        hashed = meanwhile.submit(_origin, source, folder)
+        hashed = meanwhile.submit(_origin, source, files_of(place))
 
         def origin() -> dict[str, Any]:
             if tokenizer is None:
                 return hashed.result()
-            loaded = load_tokenizer(str(folder), config.tokenizer)
+            loaded = load_tokenizer(str(tokenizer), config.tokenizer)
             return hashed.result() | {"tokenizer_hash": tokenizer_hash(loaded)}
 
-        values, params = weights_convert.read_transformer(folder, attn_scale=attn_scale, name=name)
-        config = config_of(TransformerConfig, values, folder / "config.json")
+        values, params = read_published(source, place, attn_scale)
+        config = config_of(TransformerConfig, values, config_file(place))
         save_model(out, config, params, tokenizer=tokenizer, origin=origin)
     return config
 
@@ -101,10 +102,8 @@ def _check_fits(sae: Any, config: Any, folder: Path) -> None:
         )
 
 
-def _origin(source: Any, folder: Path) -> dict[str, Any]:
+def _origin(source: Any, files: list[Path]) -> dict[str, Any]:
     """Where a checkpoint comes from: the source, the SHA-256 of each file, and the version of the converter."""
-
-    files = [inside(folder, "config.json"), *weight_files(folder)]
     return {
         "source": str(source),
         "files": {path.name: checksums.of_file(path) for path in files},

@@ -24,8 +24,8 @@ LARGEST_TOKENIZER = 256 * 2**20
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy a ``tokenizer.json`` (or that of a folder) and the ``tokenizer_config.json`` beside it.
 
-    That of a GGUF file is written as these two files. Only what is a tokenizer is copied, and no link to something outside the folder is followed: the copy may be
-    published. Raises ``ValueError`` for anything else.
+    That of a GGUF file is written as these two files. Only what is a tokenizer is copied, and no link to something
+    outside the folder is followed: the copy may be published. Raises ``ValueError`` for anything else.
     """
     path = source if source.is_file() else inside(source, TOKENIZER_FILES[0])
     if not path.is_file():
