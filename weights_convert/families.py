@@ -21,11 +21,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from weights_convert.files import check_kinds, check_sizes, read_config, weight_files
-from weights_convert.weights import ReadModel, Weights
+from weights_convert.weights import ReadModel, Weights, aligned
 
 
 class Family(NamedTuple):
@@ -347,9 +346,7 @@ def filled(
     for name, shape in gated_shapes(config).items():  # the largest first: while it is read it is there twice
         keys, stacked = _keys(names[name], config["n_layer"]), "{}" in names[name]
         dtypes = {dtype(name, key) for key in keys}
-        kind = dtypes.pop() if len(dtypes) == 1 else "float32"
-        kind = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
-        array = np.empty((len(keys), *shape), kind)
+        array = aligned((len(keys), *shape), dtypes.pop() if len(dtypes) == 1 else "float32")
         for key, part in zip(keys, array, strict=True):
             read(name, key, part)
         *above, last = name.split(".")

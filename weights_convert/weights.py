@@ -52,6 +52,15 @@ class ReadModel(NamedTuple):
     params: dict[str, Any]  # nested dict of numpy arrays, in the dtype of the file
 
 
+def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A new array without values, at an address that is a multiple of 64: JAX then takes it over without a copy."""
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    size = math.prod(shape) * kind.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(kind).reshape(shape)
+
+
 class Weights:
     """The tensors of one or more files, by name, without the parts that torch's wrappers add (``names.unwrapped``).
 

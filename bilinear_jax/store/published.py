@@ -15,7 +15,7 @@ from bilinear_jax.store.files import read_json
 from bilinear_jax.store.sources import GGUF, model_place
 from weights_convert.families import is_gated
 from weights_convert.files import expanded, inside, weight_files
-from weights_convert.weights import FLOATS, ReadModel
+from weights_convert.weights import FLOATS, ReadModel, aligned
 
 
 def read_published(source: str | Path, place: Path, attn_scale: float | None = None) -> ReadModel:
@@ -59,8 +59,21 @@ def taken(arrays: dict[str, Any], dtype: str) -> PyTree:
 
 
 def as_dtype(array: Any, dtype: str) -> jax.Array:
-    """An array as a JAX array of a dtype. The result is waited for, so that the caller may let go of the array."""
-    return jax.block_until_ready(jnp.asarray(np.asarray(array).astype(dtype, copy=False)))
+    """An array as a JAX array of a dtype. On a CPU it may be the same memory, so nobody may write to it afterwards.
+
+    Raises ``ValueError`` if a number is too large for the dtype.
+    """
+    array = np.asarray(array)
+    if array.dtype.name != dtype:
+        cast = aligned(array.shape, dtype)
+        with np.errstate(over="ignore"):
+            cast[...] = array
+        if dtype == "float16" and not np.isfinite(cast).all():
+            raise ValueError(
+                f"a weight of {np.abs(array).max():.3g} is too large for float16: load it with dtype=bfloat16"
+            )
+        array = cast
+    return jax.device_put(array)
 
 
 def dtype_name(dtype: Any) -> str:
