@@ -132,7 +132,8 @@ class _Header:
 
     def number(self, code: str) -> Any:
         size = struct.calcsize(f"<{code}")
-        self.fits("bytes more", size, 1)
+        if size > self.end - self.place:
+            raise self.damaged("its header ends too early")
         (value,) = struct.unpack_from(f"<{code}", self.memory, self.place)
         self.place += size
         return value

@@ -5,8 +5,8 @@ Run it in an environment with torch 2.13 and transformers 5.24:
     python tests/data/families/make.py OUT [NAME ...]
 
 It writes OUT/NAME/model (config.json and the weights) and OUT/NAME/expected.safetensors: token ids, logits, the inputs
-and outputs of each MLP, and the greedy continuation of the first 8 ids of the first row. ``biases`` beside this file was
-made by it; the other folders were made before, by another script with the same contents.
+and outputs of each MLP, and the greedy continuation of the first 8 ids of the first row. It made ``biases`` beside this
+file; another script made the other folders, with the same contents.
 """
 
 import json
