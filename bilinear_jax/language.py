@@ -348,7 +348,7 @@ class LanguageModel:
         lines = [
             f"{self.source or 'a model in memory'}: {config.n_layer} {kind} layers, {size:,} parameters",
             f"d_model {config.d_model}, d_hidden {config.d_hidden}, {config.n_head} heads, context {config.n_ctx}, "
-            f"vocabulary {config.n_vocab} ({config.tokenizer})",
+            f"vocabulary {config.n_vocab}{f' ({config.tokenizer})' if config.tokenizer else ''}",
             f"sites at layers 0 ... {config.n_layer - 1}: {', '.join(SITES)}",
         ]
         if self.source is None:

@@ -2,6 +2,7 @@
 
     sources       built-in names, folders and the hub; which SAEs there are
     checkpoint    save and load models and SAEs       convert     published files to checkpoints, and back
+    published     what others wrote, as arrays        gguf_tokenizer   the tokenizer in a GGUF file
     tokenizers    find, train, save and hash          documents   text files and hub datasets, one document at a time
     tokens        text as one file of token ids       datasets    rows of token ids
     params        the arrays of a checkpoint

@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import made_gguf
 import numpy as np
 import published
 import pyarrow
@@ -25,6 +26,7 @@ from bilinear_jax.store import checkpoint, sources
 from bilinear_jax.store.datasets import load_corpus
 from bilinear_jax.store.sources import PRETRAINED
 from bilinear_jax.store.tokenizers import load_tokenizer
+from weights_convert.families import read_gated
 
 
 def test_unknown_names_list_what_there_is(tmp_path, monkeypatch):
@@ -385,3 +387,36 @@ urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/stop").read()
     assert len(folders) == len(names) > 1
     assert printed == [f"{folders} not known: its files do not say"]
     assert fetched == {f"GET ts-micro-scope/{name}/config.json" for name in folders}
+
+
+def test_gguf_files_on_the_hub_are_fetched_alone_and_work_offline(tmp_path):
+    config, params = read_gated(Path(__file__).parents[1] / "data" / "families" / "llama-tied" / "model")
+    for name in ("one/deep/q.gguf", "many/a.gguf", "many/b.gguf"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        made_gguf.write(tmp_path / name, config, params)
+    client = """
+import os, urllib.request
+import bilinear_jax as bj
+
+def attempt(source):
+    try:
+        lm = bj.load(source)
+        print(lm.source, lm.summary().splitlines()[3].split(",")[0])
+    except Exception as error:
+        print(type(error).__name__, error)
+
+sources = ["someone/one", "someone/many/b.gguf", "someone/many", "someone/many/c.gguf"]
+for source in sources:
+    attempt(source)
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/stop").read()
+for source in sources[:2]:
+    attempt(source)
+"""
+    repositories = {"someone/one": tmp_path / "one", "someone/many": tmp_path / "many"}
+    printed, fetched = ask_hub(tmp_path, repositories, client)
+    loaded = ["someone/one family llama; weights q.gguf", "someone/many/b.gguf family llama; weights b.gguf"]
+    assert printed[:2] == loaded and printed[4:] == loaded
+    several = "ValueError someone/many holds 2 GGUF files: a.gguf, b.gguf. Name the file, as in someone/many/a.gguf"
+    assert printed[2] == several
+    assert printed[3].startswith("FileNotFoundError") and "c.gguf" in printed[3]
+    assert fetched == {"GET one/deep/q.gguf", "GET many/b.gguf"}
