@@ -203,7 +203,7 @@ def test_the_summary_of_a_model_in_memory(lm):
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
     assert lm.summary().splitlines() == [
         f"a model in memory: 2 bilinear layers, {size:,} parameters",
-        "d_model 8, d_hidden 12, 2 heads, context 6, vocabulary 10 (None)",
+        "d_model 8, d_hidden 12, 2 heads, context 6, vocabulary 10",
         "sites at layers 0 ... 1: resid_pre, attn_out, scores, pattern, resid_mid, mlp_in, mlp_out, resid_post",
     ]
 

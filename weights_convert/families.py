@@ -191,6 +191,8 @@ def gated_config(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     if "max_position_embeddings" not in given:
         raise ValueError(f"{path} lacks max_position_embeddings: add it, the longest sequence in tokens")
     n_head, d_model, pad_id = given["num_attention_heads"], given["hidden_size"], given.get("pad_token_id", -1)
+    epsilon = given.get("rms_norm_eps", 1e-6)
+    _check_positive(path, {"rms_norm_eps": epsilon})
     theta, scaling = _rope(path, given)
     return {
         "n_layer": given["num_hidden_layers"],
@@ -204,7 +206,7 @@ def gated_config(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         "gate": _gate(path, given, family),
         "bias": given.get("mlp_bias", False),
         **common(model_type),
-        "rms_eps": float(given.get("rms_norm_eps", 1e-6)),
+        "rms_eps": float(epsilon),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tied": given.get("tie_word_embeddings", family.tied),
@@ -255,6 +257,13 @@ def _context(path: Path, raw: Mapping[str, Any], family: Family) -> int:
     return longest if window is None else min(window, longest)
 
 
+def _check_positive(path: Path, values: Mapping[str, Any]) -> None:
+    largest = float(np.finfo(np.float32).max)
+    wrong = {key: value for key, value in values.items() if type(value) not in (int, float) or not 0 < value <= largest}
+    if wrong:
+        raise ValueError(f"{path}: {wrong!r:.200} must be numbers above 0 that float32 holds")
+
+
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -283,13 +292,7 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, tuple[float, float
             f"{path} has rotary positions of type {kind!r:.100} with {dict(both)!r:.200}, but must have type 'default' "
             f"without more, or 'llama3' with {', '.join(_LLAMA3)}. {_known()}"
         )
-    wrong = {
-        key: value
-        for key, value in {"rope_theta": base, **both}.items()
-        if type(value) not in (int, float) or not 0 < value < math.inf
-    }
-    if wrong:
-        raise ValueError(f"{path}: {wrong!r:.200} must be numbers above 0")
+    _check_positive(path, {"rope_theta": base, **both})
     if not scaled:
         return float(base), None
     factor, low, high, longest = (float(both[key]) for key in _LLAMA3)

@@ -157,11 +157,12 @@ def _config(file: GGUFFile) -> dict[str, Any]:
 
 def _number(path: Path, raw: Mapping[str, Any], key: str, usual: float) -> float:
     """A number above 0: the shortest decimal that is this number in float32, as which it is stored."""
-    check_kinds(path, raw, {key: float})
-    value = raw.get(key, usual)
+    check_kinds(path, raw, {key: (float, int)})
+    with np.errstate(over="ignore"):
+        value = float(str(np.float32(raw.get(key, usual))))
     if not 0 < value < math.inf:
-        raise ValueError(f"{path}: {key} is {value}, but must be above 0")
-    return float(str(np.float32(value)))
+        raise ValueError(f"{path}: {key} is {value}, but must be above 0, and a number in float32")
+    return value
 
 
 def _scaling(file: GGUFFile, d_head: int, theta: float) -> tuple[float, float, float, float] | None:

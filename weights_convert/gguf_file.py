@@ -16,22 +16,22 @@ import functools
 import math
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-LARGEST_HEADER = 256 * 2**20
-"""Most bytes of a header. A vocabulary of 250 thousand tokens with its merges has a tenth of this."""
+LARGEST_HEADER = 64 * 2**20
+"""Most bytes of a header. A vocabulary of 250 thousand tokens with its merges has a fifth of this."""
 
 VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """The types of metadata, as the codes of ``struct``."""
 _STRING, _ARRAY = 8, 9
 _FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_MOST_AXES = 4
+_MOST_AXES, _LONGEST_NAME = 4, 256
 _ROW, _PIECE = 2**14, 2**20
 """Numbers that are decoded together, and that are in memory twice. With longer or shorter rows gguf is slower."""
 
@@ -72,19 +72,17 @@ class GGUFFile:
             header = _Header(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), min(size, LARGEST_HEADER))
         with header.memory:
             n_tensors = header.begin()
-            self.metadata = dict(header.pair() for _ in range(header.count("keys", 13)))
-            self.tensors = dict(header.tensor() for _ in range(header.fits("tensors", n_tensors, 24)))
+            self.metadata: dict[str, Any] = header.named(header.pair, header.count("keys", 13))
+            tensors: dict[str, GGUFTensor] = header.named(header.tensor, header.fits("tensors", n_tensors, 24))
             alignment = self.metadata.get("general.alignment", 32)
             if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
                 raise header.damaged(f"general.alignment is {alignment!r:.100}, which is not a power of two")
             start = -(-header.place // alignment) * alignment
+        self.tensors = {name: tensor._replace(place=start + tensor.place) for name, tensor in tensors.items()}
         for name, tensor in self.tensors.items():
-            if start + tensor.place + tensor.size > size:
-                raise header.damaged(
-                    f"{name} should end at byte {start + tensor.place + tensor.size}, but it has {size}"
-                )
-            self.tensors[name] = tensor._replace(place=start + tensor.place)
-        if (whole := sum(tensor.size for tensor in self.tensors.values())) > size:
+            if (end := tensor.place + tensor.size) > size:
+                raise header.damaged(f"{name} should end at byte {end}, but it has {size}")
+        if (whole := sum(tensor.size for tensor in tensors.values())) > size:
             raise header.damaged(f"its tensors should have {whole} bytes, but it has {size}")
 
     def dtype(self, name: str) -> str:
@@ -159,6 +157,16 @@ class _Header:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.damaged(f"a text in its header is not UTF-8: {error}") from error
+
+    def named(self, read: Callable[[], tuple[str, Any]], number: int) -> dict[str, Any]:
+        """So many items with names, of which no two are equal, and all can be printed in one line."""
+        found: dict[str, Any] = {}
+        for _ in range(number):
+            name, value = read()
+            if name in found or not name.isprintable() or len(name) > _LONGEST_NAME:
+                raise self.damaged(f"the name {name!r:.100} is there twice, or is not one line of text")
+            found[name] = value
+        return found
 
     def pair(self) -> tuple[str, Any]:
         """A key of the metadata and its value: a number, a string, or a list of either."""

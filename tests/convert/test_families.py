@@ -215,6 +215,8 @@ REFUSED = {
     "a rope a layer": ({"rope_parameters": {"full_attention": {}}}, "of type 'default' with {'full_attention': {}}"),
     "a llama3 without": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' with factor"),
     "no theta": ({"rope_parameters": {"rope_theta": 0}}, "{'rope_theta': 0} must be numbers above 0"),
+    "a theta beyond floats": ({"rope_parameters": None, "rope_theta": 10**400}, "must be numbers above 0"),
+    "an epsilon that is none": ({"rms_norm_eps": float("nan")}, "{'rms_norm_eps': nan} must be numbers above 0"),
     "two thetas": ({"rope_theta": 5.0}, "contradict each other in ['rope_theta']"),
     "no size": ({"hidden_size": ...}, "lacks ['hidden_size']"),
     "half a size": ({"num_hidden_layers": 2.5}, "{'num_hidden_layers': 2.5} must be whole numbers"),
@@ -307,6 +309,8 @@ def test_convert_writes_a_checkpoint_that_loads_back_equal(tmp_path, name):
     found = leaves(after.params)
     for key, leaf in leaves(before.params).items():
         np.testing.assert_array_equal(found[key], leaf)
+    half = bj.load(tmp_path / "own", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
     line = next(line for line in before.summary().splitlines() if line.startswith("family"))
     assert line in after.summary().splitlines()  # of the files that it was converted from
 

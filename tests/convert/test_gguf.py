@@ -203,6 +203,7 @@ METADATA = {
     "another vocabulary": ({"llama.vocab_size": 161}, "{'llama.vocab_size': 161}, but its other sizes give"),
     "a part is rotated": ({"llama.rope.dimension_count": 4}, "{'llama.rope.dimension_count': 4}, but its other sizes"),
     "other heads": ({"llama.attention.head_count_kv": 4}, "blk.0.attn_k.weight has [16, 32], expected [32, 32]"),
+    "an infinite base": ({"llama.rope.freq_base": float("inf")}, "freq_base is inf, but must be above 0"),
     "an epsilon below 0": ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "epsilon is -1.0, but must be above 0"),
 }
 
@@ -291,6 +292,13 @@ LIES = {
         begin(tensors=40) + b"".join(info((16,), name=f"{i}") for i in range(40)) + bytes(96),
         "its tensors should have 2560 bytes",
     ),
+    "a key that is there twice": (
+        begin(keys=2) + (text("k") + struct.pack("<IB", 0, 1)) * 2,
+        "the name 'k' is there twice",
+    ),
+    "a tensor that is there twice": (begin(tensors=2) + info() * 2 + bytes(99), "the name 'a' is there twice"),
+    "a name of two lines": (begin(tensors=1) + info(name="a\nb") + bytes(99), r"the name 'a\nb' is there twice, or"),
+    "a name of a megabyte": (begin(tensors=1) + info(name="a" * 2**20) + bytes(99), "the name 'aaaa"),
     "an odd alignment": (
         begin(keys=1) + text("general.alignment") + struct.pack("<II", 4, 24),
         "general.alignment is 24, which is not a power of two",
@@ -502,6 +510,13 @@ def test_a_file_is_a_whole_model_and_converts_to_a_checkpoint(tmp_path):
         assert own.encode(sentence).tolist() == lm.encode(sentence).tolist()
     for key, leaf in leaves(lm.params).items():
         np.testing.assert_array_equal(leaves(own.params)[key], leaf)
+
+
+def test_a_tokenizer_json_beside_the_file_is_used_first(tmp_path, small, trained):
+    (tmp_path / "m.gguf").write_bytes(small)
+    assert bj.load(tmp_path / "m.gguf").tokenizer_source == str(tmp_path / "m.gguf")
+    trained.save(str(tmp_path / "tokenizer.json"))
+    assert bj.load(tmp_path / "m.gguf").tokenizer_source == str(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_when_it_is_used(tmp_path):
