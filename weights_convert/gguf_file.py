@@ -158,19 +158,26 @@ class _Header:
         except UnicodeDecodeError as error:
             raise self.damaged(f"a text in its header is not UTF-8: {error}") from error
 
+    def name(self) -> str:
+        """A string that can be printed in one line."""
+        name = self.string()
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise self.damaged(f"{name!r:.100} is not a name")
+        return name
+
     def named(self, read: Callable[[], tuple[str, Any]], number: int) -> dict[str, Any]:
-        """So many items with names, of which no two are equal, and all can be printed in one line."""
+        """So many items with names, of which no two are equal."""
         found: dict[str, Any] = {}
         for _ in range(number):
             name, value = read()
-            if name in found or not name.isprintable() or len(name) > _LONGEST_NAME:
-                raise self.damaged(f"the name {name!r:.100} is there twice, or is not one line of text")
+            if name in found:
+                raise self.damaged(f"the name {name} is there twice")
             found[name] = value
         return found
 
     def pair(self) -> tuple[str, Any]:
         """A key of the metadata and its value: a number, a string, or a list of either."""
-        key, kind = self.string(), self.number("I")
+        key, kind = self.name(), self.number("I")
         if kind != _ARRAY:
             return key, self.value(key, kind)
         kind = self.number("I")
@@ -193,7 +200,7 @@ class _Header:
 
     def tensor(self) -> tuple[str, GGUFTensor]:
         """The name of a tensor and where it is. Its place is counted from the end of the header."""
-        name, axes = self.string(), self.number("I")
+        name, axes = self.name(), self.number("I")
         if axes > _MOST_AXES:
             raise self.damaged(f"{name} has {axes} axes, but at most {_MOST_AXES} are possible")
         shape = tuple(self.number("Q") for _ in range(axes))[::-1]
