@@ -27,12 +27,17 @@ from tqdm.auto import tqdm
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import Batch, LanguageModel
 from bilinear_jax.measure.certificate import Certificate, certify
-from bilinear_jax.measure.quadratic import check_gated, embedded, sides, through_layers, with_coefficients
+from bilinear_jax.measure.quadratic import (
+    MASSIVE,
+    check_gated,
+    embedded,
+    massive,
+    sides,
+    through_layers,
+    with_coefficients,
+)
 from bilinear_jax.nn.sites import token_array
 from bilinear_jax.nn.transformer import GATES, NEVER
-
-MASSIVE = 100.0
-"""The output of an MLP at a token is massive if it is this many times as long as the median of its layer."""
 
 LINEAR, QUADRATIC = 3, 5
 """How many of the terms 1, a, b, a^2, a b a fit uses."""
@@ -81,8 +86,9 @@ def bilinear_form(
         held_out: token ids ``[rows, seq]`` for the certificate. None: the last quarter of the rows of ``tokens``, which
             the fit then does not see.
         token_mask: ``[rows, seq]`` of ``tokens``, those that count; by default as in ``LanguageModel.batches``.
-            Position 0 and other positions with a massive output (see ``MASSIVE``) are left out of the fit. There the
-            form keeps the original MLP.
+            Position 0 and positions with a massive output (see ``quadratic.massive``) are left out of the fit. There
+            the form keeps the original MLP; and in a layer with a massive output anywhere, also at position 0, the form
+            looks for others wherever it is used.
         sequential: fit each layer on the residual stream that the form's own earlier layers make, not on the model's.
             It takes ``rows * seq * d_model`` numbers of memory. Without it, memory does not grow with the tokens.
         batch_size: rows at once.
@@ -139,10 +145,9 @@ Sums = dict[str, np.ndarray]
 
 def _moments(lm: LanguageModel, mlp, x, y, mask) -> dict[str, Any]:
     """The sums of one layer over the tokens in a batch that the fit uses."""
-    wide = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
-    mask = mask.at[:, 0].set(False)
-    median = jnp.nanmedian(jnp.where(mask, wide, jnp.nan))
-    used = mask & ~(wide > MASSIVE * median)
+    long, median = massive(y, mask)
+    filled = mask.at[:, 0].set(jnp.any(mask, axis=1))
+    used = mask.at[:, 0].set(False) & ~long
     a, b = sides(mlp, x)
     hidden = GATES[lm.config.gate](a) * b
     one = jnp.broadcast_to(used[..., None], a.shape).astype(jnp.float32)
@@ -152,9 +157,9 @@ def _moments(lm: LanguageModel, mlp, x, y, mask) -> dict[str, Any]:
         "target": jnp.stack([jnp.sum(term * hidden, axis=(0, 1)) for term in terms]),
         "output": jnp.sum(jnp.where(used[..., None], y.astype(jnp.float32), 0), axis=(0, 1)),
         "count": jnp.sum(used),
-        "massive": jnp.sum(mask & ~used),
-        "median": jnp.nan_to_num(median),
-        "batches": jnp.isfinite(median).astype(jnp.float32),
+        "massive": jnp.sum(filled & long),
+        "median": median,
+        "batches": (median > 0).astype(jnp.float32),
     }
 
 
@@ -226,7 +231,7 @@ def _solved(sums: Sums, terms: int) -> np.ndarray:
 
 
 def _thresholds(sums: Sums, chosen: Sequence[int]) -> np.ndarray | None:
-    """``original_above`` of each layer: 0 if it is not replaced, and what is massive if any was. None: never needed."""
+    """``original_above`` of each layer: 0 if it is not replaced, what is massive if any output is. None: not needed."""
     median = sums["median"] / np.maximum(sums["batches"], 1)
     above = np.where(sums["massive"] > 0, MASSIVE * median, NEVER)
     above[[layer for layer in range(len(above)) if layer not in chosen]] = 0

@@ -25,6 +25,9 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.attention import linear
 from bilinear_jax.nn.transformer import NEVER, Layer, embed, run_module
 
+MASSIVE = 100.0
+"""The output of an MLP at a token is massive if it is this many times as long as the median of its layer."""
+
 Coefficients = Float[Any, "n_layer 5 d_hidden"]
 """Of 1, a, b, a^2 and a b, for every hidden unit."""
 
@@ -128,6 +131,18 @@ def through_layers(
         return x, visit(params, extra, values)
 
     return jax.lax.scan(body, x, (lm.params["layers"], extras))
+
+
+def massive(
+    y: Float[Array, "batch seq d_model"], mask: Bool[Array, "batch seq"]
+) -> tuple[Bool[Array, "batch seq"], Float[Array, ""]]:
+    """Where the output of an MLP is ``MASSIVE`` times as long as its median over the tokens of the mask; the median.
+
+    Position 0 has no part in the median. If the mask has no token, nothing is massive, and the median is 0.
+    """
+    length = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
+    median = jnp.nan_to_num(jnp.nanmedian(jnp.where(mask.at[:, 0].set(False), length, jnp.nan)))
+    return (length > MASSIVE * median) & (median > 0), median
 
 
 def kept(y: Float[Array, "batch seq d_model"], above: Float[Array, ""] | float) -> Bool[Array, "batch seq"]:

@@ -125,12 +125,16 @@ class Layer(nn.Module):
     def _some_original(self, x, y, starts: bool):
         """``y`` with the output of the original MLP at its positions. ``starts``: x begins at position 0."""
         original = MLP(self.config.original, name="original")
+        first = original(x[:, :1]) if starts or self.is_initializing() else y[:, :1]
         if self.config.original_above:
             above = self.param("original_above", nn.initializers.constant(NEVER), ())
-            whole = original(x)
-            long = jnp.linalg.norm(whole.astype(jnp.float32), axis=-1, keepdims=True) >= above
-            y = jnp.where(long, whole, y)
-        return jnp.concatenate([original(x[:, :1]), y[:, 1:]], axis=1) if starts else y
+
+            def long_ones(original: nn.Module, x, y):
+                whole = original(x)
+                return jnp.where(jnp.linalg.norm(whole.astype(jnp.float32), axis=-1, keepdims=True) >= above, whole, y)
+
+            y = nn.cond(above < NEVER, long_ones, lambda _, x, y: y, original, x, y)  # two MLPs only where needed
+        return jnp.concatenate([first, y[:, 1:]], axis=1) if starts else y
 
 
 def _scan_layers(

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.bilinear_form import BilinearForm
-from bilinear_jax.measure.quadratic import embedded, kept, thresholds
+from bilinear_jax.measure.quadratic import embedded, kept, massive, thresholds
 from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.transformer import MLP, Layer, run_module, unembed
 from bilinear_jax.store.checksums import of_arrays
@@ -210,7 +210,7 @@ def distil_loss(
 
         theirs = jax.lax.stop_gradient(run_module(Layer(original.config), params, theirs, tap, blocks=True))
         x, y = (jax.lax.stop_gradient(values[site]) for site in ("mlp_in", "mlp_out"))
-        used = ~kept(y, above)[..., None]
+        used = (~kept(y, above) & ~massive(y, jnp.ones(y.shape[:2], bool))[0])[..., None]
         error = jnp.where(used, y - run_module(MLP(student.config), own["mlp"], x), 0).astype(jnp.float32)
         wide = jnp.where(used, y, 0).astype(jnp.float32)
         mean = wide.sum(axis=(0, 1), keepdims=True) / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1)
