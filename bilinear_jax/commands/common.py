@@ -12,6 +12,7 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.fields import SEED
 from bilinear_jax.store.terminal import say
 
+CORPUS = " (default: the corpus of the model)"
 SENTENCE = "Once upon a time, there was a cat."
 
 
@@ -44,8 +45,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print only JSON to the standard output")
 
 
-def add_model(parser: argparse.ArgumentParser, *, measured_scale: bool = False) -> None:
-    parser.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
+def add_model(parser: argparse.ArgumentParser, *, measured_scale: bool = False, named: bool = False) -> None:
+    """Add the arguments of ``load_model``. ``named``: the model has no default, and stands alone."""
+    if named:
+        parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, a hub name, or a built-in name")
+    else:
+        parser.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
     help = "factor on the attention's output, instead of that in the files"
     if measured_scale:
         help += "; auto: 1 or 1/sqrt(2 n_layer), the one with the lower loss; prints both losses"
@@ -85,14 +90,16 @@ def add_features(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--features", type=features, default=default, help=help)
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add --data with its options. ``required``: there is no default."""
     parser.add_argument(
         "--data",
         nargs="+",
         metavar="SOURCE",
+        required=required,
         help="text: .txt (documents separated by <|endoftext|>), .txt.gz, .jsonl, .jsonl.gz or .parquet files or "
         "hub:OWNER/NAME[:CONFIG[:SPLIT]]; or token ids [rows, seq] in one .npy file or, with --field input_ids, in a "
-        "Parquet file, a folder of such files, or a hub dataset OWNER/NAME (default: the corpus of the model)",
+        f"Parquet file, a folder of such files, or a hub dataset OWNER/NAME{'' if required else CORPUS}",
     )
     parser.add_argument(
         "--field",
@@ -129,6 +136,12 @@ def folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name of a folder must not be empty")
     return Path(text) if Path(text).name not in ("", "..") else Path(text).resolve()
+
+
+def png(text: str) -> Path:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, the only format that figures are saved in")
+    return Path(text)
 
 
 def natural(text: str) -> int:
@@ -256,45 +269,49 @@ class Tokens(NamedTuple):
     name: str  # its name, and what was left out of it
 
 
-def load_tokens(options: argparse.Namespace, lm, rows: int | None = None) -> Tokens:
+def load_tokens(
+    options: argparse.Namespace, lm, rows: int | None = None, seq: int | None = None, option: str = "data"
+) -> Tokens:
     """The token ids ``[rows, seq]`` of ``--data``, at most ``rows`` rows, and a name for them.
 
     Text is read and encoded as for training, and cut into rows. The last row is filled with padding. If the model has
-    no padding, the last tokens are left out, and the name says so. Rows of token ids longer than the context are cut,
-    and the name says this too.
+    no padding, the last tokens are left out, and the name says so. Rows of token ids longer than ``seq`` are cut, and
+    the name says this too. ``seq`` is at most the context of the model, and by default all of it. ``option``: the one
+    that names the sources.
     """
     from bilinear_jax.store.datasets import COLUMN, load_token_rows
 
-    if options.data is None:
+    data, width = getattr(options, option), min(lm.config.n_ctx, seq or lm.config.n_ctx)
+    if data is None:
         from bilinear_jax.store.datasets import load_corpus
 
-        return Tokens(load_corpus(options.model)[:rows], f"corpus.npy of {options.model}")
-    name = ", ".join(source if source.startswith("hub:") else Path(source).name for source in options.data)
-    ids = [source.endswith(".npy") or options.field == COLUMN for source in options.data]
+        return Tokens(load_corpus(options.model)[:rows, :width], f"corpus.npy of {options.model}")
+    name = ", ".join(source if source.startswith("hub:") else Path(source).name for source in data)
+    ids = [source.endswith(".npy") or options.field == COLUMN for source in data]
     if not any(ids):
-        return _in_rows(_tokenized(options, lm, rows), lm.config, rows, name)
+        return _in_rows(_tokenized(options, data, lm, rows, width), lm.config.pad_id, rows, width, name)
     if len(ids) > 1:
-        raise WrongUse("--data takes either one source of token ids, or texts")
-    found, width = load_token_rows(options.data[0], rows=rows), lm.config.n_ctx
+        raise WrongUse(f"--{option.replace('_', '-')} takes either one source of token ids, or texts")
+    found = load_token_rows(data[0], rows=rows)
     if found.shape[1] > width:
         name += f" (the first {width} of the {found.shape[1]} tokens of each row)"
     return Tokens(found[:, :width], name)
 
 
-def _in_rows(stream, config, rows: int | None, name: str) -> Tokens:
+def _in_rows(stream, pad_id: int | None, rows: int | None, width: int, name: str) -> Tokens:
     import numpy as np
 
-    width = min(config.n_ctx, len(stream))
+    width = min(width, len(stream))
     over = len(stream) % width
     if over and (rows is None or len(stream) // width < rows):
-        if config.pad_id is None:
+        if pad_id is None:
             stream, name = stream[:-over], f"{name} (without its last {over} tokens, which do not fill a row)"
         else:
-            stream = np.pad(stream, (0, width - over), constant_values=config.pad_id)
+            stream = np.pad(stream, (0, width - over), constant_values=pad_id)
     return Tokens(stream[: len(stream) // width * width].reshape(-1, width)[:rows], name)
 
 
-def _tokenized(options: argparse.Namespace, lm, rows: int | None):
+def _tokenized(options: argparse.Namespace, data: Sequence[str], lm, rows: int | None, width: int):
     import tempfile
 
     import numpy as np
@@ -303,11 +320,23 @@ def _tokenized(options: argparse.Namespace, lm, rows: int | None):
     from bilinear_jax.store.tokens import tokenize
 
     most = options.max_characters or LARGEST_DOCUMENT
-    limit = None if rows is None else rows * lm.config.n_ctx
+    limit = None if rows is None else rows * width
     with tempfile.TemporaryDirectory(prefix="bilinear-jax-") as folder:
         path = Path(folder) / "tokens"
-        made = tokenize(options.data, lm.tokenizer, path, field=options.field, max_tokens=limit, max_characters=most)
+        made = tokenize(data, lm.tokenizer, path, field=options.field, max_tokens=limit, max_characters=most)
         return np.array(made.tokens)
+
+
+# What is written
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure as PNG, and say so on the standard error."""
+    from bilinear_jax.store.files import atomic_file
+
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    say(f"saved {path}", sys.stderr)
 
 
 # What is printed

@@ -25,7 +25,7 @@ from bilinear_jax.store.terminal import say
 from bilinear_jax.store.version import library_version
 
 INTERRUPTED, TERMINATED = 130, 143
-COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "train", "convert", "export")
+COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "certify", "train", "convert", "export")
 EXAMPLES = """examples:
   bilinear-jax tour                                      the whole method on the model that ships with the package
   bilinear-jax generate --prompt "Once upon a time"      text from a model
@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   bilinear-jax trace --layer 2 --feature 7               why one of them fires, from the weights
   bilinear-jax pages --layer 2 --features top:200 --out site    a page for each of many features
   bilinear-jax eval                                      the loss of a model, and the scores of its SAEs
+  bilinear-jax certify model.gguf --data text.txt        how well a gated model is described by bilinear tensors
   bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/mine   a model of your own
   bilinear-jax convert tdooms/fw-medium fw-medium        convert a published checkpoint
   bilinear-jax export runs/mine/model mine               write it back, for torch

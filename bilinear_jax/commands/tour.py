@@ -74,7 +74,7 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
         say(f"  feature {number:5d}  {_sum_and_share(top, number)}")
     say(f"{int(top.converged.sum())} of {tracer.n_features} features converged; none of their matrices was built.")
     title = "Cosines between the decoder columns of the ten best"
-    _save(bj.figures.heat_map(tracer.cosines(best), best, title=title), out, "cosines")
+    common.save_figure(bj.figures.heat_map(tracer.cosines(best), best, title=title), out / "cosines.png")
 
     _heading("What the best two fire on")
     feature = int(best[0])
@@ -82,10 +82,11 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
 
     _heading(f"How feature {feature} is made")
     spectrum = bj.spectra.eigh(tracer.tensor, tracer.directions[feature][None]).values[0]
-    _save(bj.figures.eigenvalue_spectrum(spectrum, title=f"Eigenvalues of output feature {feature}"), out, "spectrum")
+    title = f"Eigenvalues of output feature {feature}"
+    common.save_figure(bj.figures.eigenvalue_spectrum(spectrum, title=title), out / "spectrum.png")
     matrix, inputs, explained = tracer.interaction_submatrix(feature, n=50)
     title = f"What makes output feature {feature}: its 50 largest interactions"
-    _save(bj.figures.heat_map(matrix, inputs, title=title), out, "interactions")
+    common.save_figure(bj.figures.heat_map(matrix, inputs, title=title), out / "interactions.png")
     pairs = _largest_pairs(matrix, inputs, 5)
     fires_on = top_tokens(bj.Visualizer(lm, tracer.inp), [feature for pair in pairs for feature in pair[:2]])
     for *pair, entry in pairs:
@@ -111,14 +112,6 @@ def _sum_and_share(top: Any, feature: int) -> str:
 def _heading(text: str) -> None:
     say(f"\n== {text}")
     sys.stdout.flush()
-
-
-def _save(figure, out: Path, name: str) -> None:
-    from bilinear_jax.store.files import atomic_file
-
-    with atomic_file(out / f"{name}.png") as partial:
-        figure.savefig(partial, dpi=150, format="png")
-    say(f"saved {out / name}.png", sys.stderr)
 
 
 def _largest_pairs(matrix, inputs, n: int) -> list[tuple[int, int, float]]:

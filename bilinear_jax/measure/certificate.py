@@ -28,6 +28,7 @@ from bilinear_jax.measure.quadratic import (
     with_coefficients,
 )
 from bilinear_jax.nn.transformer import MLP, Layer, cross_entropy, run_module, unembed
+from bilinear_jax.store.files import finite_or_null
 
 
 @functools.partial(
@@ -91,6 +92,20 @@ class Certificate:
                 for matrix in (self.error_square, self.output_covariance)
             )
         return 1 - left / spread
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the two covariances, as JSON: arrays are lists, and a number that is not finite is None."""
+
+        def plain(part: Any) -> Any:
+            if isinstance(part, Mapping):
+                return {name: plain(value) for name, value in part.items()}
+            if dataclasses.is_dataclass(part):
+                return {one.name: plain(getattr(part, one.name)) for one in dataclasses.fields(part)}
+            return np.asarray(part).tolist()
+
+        left_out = ("output_covariance", "error_square")
+        names = [one.name for one in dataclasses.fields(self) if one.name not in left_out]
+        return finite_or_null({name: plain(getattr(self, name)) for name in names})
 
 
 def certify(

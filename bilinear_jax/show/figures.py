@@ -1,8 +1,9 @@
-"""Figures of matrices, spectra and correlations. Each function takes arrays and returns a matplotlib ``Figure``.
+"""Figures of matrices, spectra, correlations and certificates: functions of arrays that return a matplotlib ``Figure``.
 
 They do not touch matplotlib's global state and do not open a window. Save a figure with ``figure.savefig``.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,6 +184,78 @@ def correlation_curve(ks: Any, correlations: Any, threshold: float = 0.75, title
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="0.9", linewidth=0.8)
         panel.set_axisbelow(True)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+LOWEST_R2 = -0.25
+"""A certificate's figure shows no lower R2; what lies below is at its lower edge."""
+
+
+def certificate(
+    r2: Mapping[str, Any],
+    loss_added: Mapping[str, Any],
+    loss_removed: Any,
+    error: Any,
+    title: str | None = None,
+) -> "Figure":
+    """How far a bilinear form and its controls stand for the MLPs of a model, layer by layer.
+
+    The left panel shows R2. The right panel shows the loss added when one layer is replaced, on an axis that is
+    logarithmic from 0.01 nats on, with grey bars for the loss added when the layer's MLP is removed: the scale on which
+    to read the others. The first kind, the form, is filled and has error bars; the controls are hollow.
+
+    Args:
+        r2: by name, ``[n_layer]``, the form first. nan, or None, is not shown.
+        loss_added: by name, ``[n_layer]``, with the same names.
+        loss_removed: ``[n_layer]``.
+        error: ``[n_layer]``, the standard errors of the form's losses.
+        title: text above the figure.
+
+    Raises:
+        ValueError: if the names differ, there is no layer, the arrays differ in length, or a loss is not finite.
+
+    Example:
+        >>> r2 = {"form": [0.9, 0.95], "linear": [0.5, -2.0]}
+        >>> figure = certificate(r2, {"form": [0.01, 0.0], "linear": [0.2, 0.1]}, [1.5, 0.3], [0.005, 0.004])
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['R2 of the MLP', 'loss added (nats a token)']
+    """
+    if list(r2) != list(loss_added) or not r2:
+        raise ValueError(f"R2 is given of {list(r2)}, but losses of {list(loss_added)}: give both of the same")
+    scores = {name: np.asarray(values, np.float64) for name, values in r2.items()}
+    losses = {name: finite(f"loss_added of {name}", values) for name, values in loss_added.items()}
+    removed, error = finite("loss_removed", loss_removed), finite("error", error)
+    shapes = {array.shape for array in (*scores.values(), *losses.values(), removed, error)}
+    if len(shapes) > 1 or removed.ndim != 1 or not removed.size:
+        raise ValueError(f"a certificate needs arrays [n_layer] of one length, got {sorted(shapes)}")
+    layers = np.arange(len(removed))
+
+    figure = new_figure(max(9.0, 4.5 + 0.16 * len(layers)), 4.0)
+    left, right = figure.subplots(1, 2)
+    right.bar(layers, removed, width=0.8, color="0.88", label="the MLP removed", zorder=0)
+    styles = zip(("o", "s", "D", "^", "v"), (POSITIVE, NEGATIVE, "0.35", "0.6", "black"), strict=True)
+    for place, (name, (marker, colour)) in enumerate(zip(scores, styles, strict=False)):
+        face = "white" if place else colour
+        style = {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 4, "linewidth": 0.8}
+        left.plot(layers, np.maximum(scores[name], LOWEST_R2), label=name, clip_on=False, **style)
+        right.errorbar(layers, losses[name], yerr=None if place else error, label=name, capsize=2, **style)
+    lowest = min(0.0, *(float(np.nanmin(values, initial=0.0)) for values in scores.values()))
+    left.set_ylim(max(lowest, LOWEST_R2), 1.02)
+    left.set_ylabel("R2 of the MLP")
+    right.set_yscale("symlog", linthresh=0.01)
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set_ylabel("loss added (nats a token)")
+    right.axhline(0, color="0.5", linewidth=0.8, zorder=1)
+    for axes in (left, right):
+        axes.set_xlabel("layer")
+        axes.locator_params(axis="x", integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.legend(*right.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     figure.set_layout_engine("constrained")

@@ -257,8 +257,10 @@ def replace_file(path: Path, text: str) -> None:
         raise OSError(error.errno, f"could not write {path} ({error.strerror}): {fix}") from error
 
 
-def finite_or_null(value):
-    """A value as strict JSON can store it: a number that is not finite becomes None, also inside dicts."""
+def finite_or_null(value: Any) -> Any:
+    """A value as strict JSON can store it: a number that is not finite becomes None, also inside dicts and lists."""
     if isinstance(value, dict):
         return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

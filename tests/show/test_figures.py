@@ -148,3 +148,43 @@ def test_no_global_state():
 
     figures.heat_map(np.eye(2))
     assert not _pylab_helpers.Gcf.figs
+
+
+# Certificates
+
+
+R2 = {"form": [0.9, np.nan, 0.8], "linear": [0.4, 0.5, -7.0]}
+LOSSES = {"form": [0.01, -0.002, 0.3], "linear": [0.2, 0.5, 4.0]}
+
+
+def test_certificate_shows_every_number_and_cuts_only_r2():
+    figure = figures.certificate(R2, LOSSES, [1.0, 2.0, 9.0], [0.1, 0.2, 0.3], title="a model")
+    left, right = figure.axes
+    form, linear = (line.get_ydata() for line in left.lines)
+    np.testing.assert_array_equal(form, R2["form"])
+    np.testing.assert_array_equal(linear, [0.4, 0.5, left.get_ylim()[0]])
+    assert left.get_ylim()[0] == figures.LOWEST_R2
+    assert [bar.get_height() for bar in right.patches] == [1, 2, 9]
+    shown = {container.get_label(): container for container in right.containers[1:]}
+    for name, values in LOSSES.items():
+        np.testing.assert_array_equal(shown[name].lines[0].get_ydata(), values)
+    ends = [segment[:, 1] for segment in shown["form"].lines[2][0].get_segments()]
+    np.testing.assert_allclose(ends, [[-0.09, 0.11], [-0.202, 0.198], [0.0, 0.6]])
+    assert not shown["linear"].has_yerr
+    assert right.get_ylim()[0] < -0.2 and right.get_ylim()[1] > 9
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["the MLP removed", "form", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_added": {"form": [0.0] * 3}}, r"R2 is given of \['form', 'linear'\], but losses of \['form'\]"),
+        ({"r2": {}, "loss_added": {}}, "give both of the same"),
+        ({"loss_removed": [1.0]}, r"needs arrays \[n_layer\] of one length, got \[\(1,\), \(3,\)\]"),
+        ({"loss_removed": [1.0, np.nan, 1.0]}, "loss_removed holds 1 values that are not finite"),
+    ],
+)
+def test_certificate_says_what_is_wrong(changes, message):
+    given = {"r2": R2, "loss_added": LOSSES, "loss_removed": [1.0] * 3, "error": [0.1] * 3}
+    with pytest.raises(ValueError, match=message):
+        figures.certificate(**given | changes)
