@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilinear_jax.commands import common
@@ -28,7 +29,7 @@ position 0 that keep the original MLP, because its output is massive there. Posi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser, named=True)
-    common.add_data(parser, required=True)
+    common.add_data(parser, default=None)
     parser.add_argument(
         "--held-out",
         nargs="+",
@@ -109,18 +110,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         batch_size=options.batch_size,
         loss_tokens=options.loss_tokens,
     )
-    result = {
-        **{"format": FORMAT, "version": VERSION, "model": str(options.model), "family": lm.config.family},
-        **{"gate": lm.config.gate, "data": data, "held_out": name, "rows": len(tokens), "seq": tokens.shape[1]},
-        "layers": list(range(lm.config.n_layer)) if options.layers is None else sorted(set(options.layers)),
-        "sequential": options.sequential,
-        "certificate": form.certificate.as_json(),
-    }
+    about = {"model": str(options.model), "data": data, "held_out": name, "layers": options.layers}
+    result = result_of(form, tokens.shape, sequential=options.sequential, **about)
     if figure is not None:
         common.save_figure(figure_of(result), figure)
     if place is not None:
         _save(place, form, result)
     return result
+
+
+def result_of(
+    form,
+    shape: tuple[int, ...],
+    *,
+    model: str,
+    data: str,
+    held_out: str | None = None,
+    layers: list[int] | None = None,
+    sequential: bool = False,
+) -> dict[str, Any]:
+    """The certificate of a form, and what it is of, as JSON. ``shape`` is that of the token ids, ``[rows, seq]``."""
+    config = form.original.config
+    return {
+        **{"format": FORMAT, "version": VERSION, "model": model, "family": config.family, "gate": config.gate},
+        **{"data": data, "held_out": held_out, "rows": shape[0], "seq": shape[1]},
+        "layers": list(range(config.n_layer)) if layers is None else sorted(set(layers)),
+        "sequential": sequential,
+        "certificate": form.certificate.as_json(),
+    }
 
 
 def _save(place, form, result: dict[str, Any]) -> None:
@@ -149,7 +166,7 @@ def figure_of(result: dict[str, Any]) -> "Figure":
         {name: one["loss_added"] for name, one in scores.items()},
         found["loss_removed"],
         found["form"]["loss_added_error"],
-        title=f"{result['model']}, on {_measured_on(result)}",
+        title=f"{Path(result['model']).name}, on {_measured_on(result)}",
     )
 
 
@@ -177,7 +194,8 @@ def text(result: dict[str, Any]) -> str:
     whole = [f"{name} {_added(one)}" for name, one in controls.items()]
     lines += ["", common.columns(titles, rows), ""]
     lines += [
-        f"all of them: loss added {_added(form)} nats a token, to {found['loss']:.4f} ({'; '.join(whole)})",
+        f"all of them: loss added {_added(form)} nats a token; {', '.join(whole)}",
+        f"the model's own loss: {found['loss']:.4f}",
         "",
         NOTE,
         "These numbers hold for text like this one.",

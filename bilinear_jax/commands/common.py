@@ -90,16 +90,16 @@ def add_features(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--features", type=features, default=default, help=help)
 
 
-def add_data(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add --data with its options. ``required``: there is no default."""
+def add_data(parser: argparse.ArgumentParser, *, default: str | None = CORPUS) -> None:
+    """Add --data with its options. ``default``: what the help says of it; None: there is none."""
     parser.add_argument(
         "--data",
         nargs="+",
         metavar="SOURCE",
-        required=required,
+        required=default is None,
         help="text: .txt (documents separated by <|endoftext|>), .txt.gz, .jsonl, .jsonl.gz or .parquet files or "
         "hub:OWNER/NAME[:CONFIG[:SPLIT]]; or token ids [rows, seq] in one .npy file or, with --field input_ids, in a "
-        f"Parquet file, a folder of such files, or a hub dataset OWNER/NAME{'' if required else CORPUS}",
+        f"Parquet file, a folder of such files, or a hub dataset OWNER/NAME{default or ''}",
     )
     parser.add_argument(
         "--field",
@@ -330,6 +330,19 @@ def _tokenized(options: argparse.Namespace, data: Sequence[str], lm, rows: int |
 # What is written
 
 
+def figures_folder(out: str | Path) -> Path:
+    """A folder for figures, which may be made later. Raises ``OSError`` if it cannot be written."""
+    from bilinear_jax.store.files import check_writable
+    from weights_convert.files import expanded
+
+    out = expanded(out)
+    try:
+        check_writable(out / "spectrum.png")
+    except OSError as error:
+        raise OSError(f"the figures cannot be written to {out} ({error}): name another folder with --out") from error
+    return out
+
+
 def save_figure(figure, path: Path) -> None:
     """Write a figure as PNG, and say so on the standard error."""
     from bilinear_jax.store.files import atomic_file
@@ -340,6 +353,12 @@ def save_figure(figure, path: Path) -> None:
 
 
 # What is printed
+
+
+def heading(text: str) -> None:
+    """Print a heading at once, before the work whose results follow it."""
+    say(f"\n== {text}")
+    sys.stdout.flush()
 
 
 def columns(titles: Sequence[str], rows: Iterable[Sequence[Any]], left: Iterable[str] = ()) -> str:

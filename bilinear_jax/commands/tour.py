@@ -1,13 +1,11 @@
 """``bilinear-jax tour``: the method on one layer of a language model, in one call."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from bilinear_jax.commands import common
 from bilinear_jax.store.terminal import say
-from weights_convert.files import expanded
 
 HELP = "explain a feature of a language model from its weights, step by step"
 EXAMPLES = """examples:
@@ -15,17 +13,31 @@ EXAMPLES = """examples:
       the language chapter on the model that ships with the package; figures in tour/
   bilinear-jax tour --model tdooms/fw-medium --layer 7 --out figures
       a published model
+  bilinear-jax tour --model SmolLM2-135M-Instruct.Q4_1.gguf --data stories.txt
+      a gated model: its bilinear form on a text of yours, and what raises the logit of one token
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=common.folder, default="tour", help="folder for the figures (default: tour)")
-    parser.add_argument("--model", default="ts-nano", help="built-in name, folder or hub name (default: ts-nano)")
-    parser.add_argument("--layer", type=common.natural, default=2, help="the layer whose MLP is explained (default: 2)")
+    model = "built-in name, folder, GGUF file or hub name (default: ts-nano); for one with gated MLPs, give --data too"
+    parser.add_argument("--model", default="ts-nano", help=model)
+    layer = "the layer whose MLP is explained (default: 2; of a gated model, the one that moves the token's logit most)"
+    parser.add_argument("--layer", type=common.natural, help=layer)
+    common.add_data(parser, default=" (only for a gated model)")
+    token = "of a gated model: the token whose logit is explained, with its space (default: a frequent one)"
+    parser.add_argument("--token", type=common.unicode, help=token)
 
 
 def run(options: argparse.Namespace) -> None:
-    tour(options.out, options.model, options.layer)
+    if options.data is not None:
+        from bilinear_jax.commands.tour_gated import tour_gated
+
+        tour_gated(options)
+    elif options.token is not None:
+        raise common.WrongUse("--token is for a gated model, and needs a text: give --data too")
+    else:
+        tour(options.out, options.model, 2 if options.layer is None else options.layer)
 
 
 def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> None:
@@ -39,34 +51,34 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
 
     Raises:
         OSError: if ``out`` cannot be written. This is checked before anything is loaded.
+        ValueError: if the model has gated MLPs. Their tour is ``commands.tour_gated``.
     """
     import jax
     import jax.numpy as jnp
 
     import bilinear_jax as bj
     from bilinear_jax.show.visualizer import top_tokens
-    from bilinear_jax.store.files import check_writable
 
-    out = expanded(out)
-    try:
-        check_writable(out / "spectrum.png")
-    except OSError as error:
-        raise OSError(f"the figures cannot be written to {out} ({error}): name another folder with --out") from error
+    out = common.figures_folder(out)
     lm = bj.load(model)
+    if lm.config.gate is not None:
+        raise ValueError(
+            f"{model} has gated MLPs, which are no tensors: give --data TEXT, and the tour makes their bilinear form"
+        )
     tracer = bj.Tracer(lm, layer=layer)
     out.mkdir(parents=True, exist_ok=True)
 
-    _heading("The model")
+    common.heading("The model")
     c = lm.config
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
     say(f"{model}: {c.n_layer} bilinear layers, d_model {c.d_model}, {size / 1e6:.1f} million parameters. It writes:\n")
     say(str(lm.generate("Once upon a time", max_length=60, temperature=0.7, seed=0)))
 
-    _heading(f"Two SAEs around the MLP of layer {layer}")
+    common.heading(f"Two SAEs around the MLP of layer {layer}")
     say(f"input  {tracer.inp.name}: {tracer.inp.config.n_features} features")
     say(f"output {tracer.out.name}: {tracer.out.config.n_features} features")
 
-    _heading("All output features, ranked by the sum of their two largest |eigenvalues|")
+    common.heading("All output features, ranked by the sum of their two largest |eigenvalues|")
     top = tracer.top_eigh(k=2)
     _, best = jax.lax.top_k(jnp.abs(top.values).sum(axis=1), 10)
     say("               sum  +- at most  they explain")
@@ -76,11 +88,11 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
     title = "Cosines between the decoder columns of the ten best"
     common.save_figure(bj.figures.heat_map(tracer.cosines(best), best, title=title), out / "cosines.png")
 
-    _heading("What the best two fire on")
+    common.heading("What the best two fire on")
     feature = int(best[0])
     bj.Visualizer(lm, tracer.out)(feature, int(best[1]), k=5)
 
-    _heading(f"How feature {feature} is made")
+    common.heading(f"How feature {feature} is made")
     spectrum = bj.spectra.eigh(tracer.tensor, tracer.directions[feature][None]).values[0]
     title = f"Eigenvalues of output feature {feature}"
     common.save_figure(bj.figures.eigenvalue_spectrum(spectrum, title=title), out / "spectrum.png")
@@ -93,7 +105,7 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
         both = (f"{feature} ({' '.join(fires_on[feature]) or 'dead'})" for feature in pair)
         say(f"  {entry:+.3f}  {'  x  '.join(both)}")
 
-    _heading("What was found")
+    common.heading("What was found")
     value, bound = float(jnp.abs(top.values[feature]).sum()), float(top.bounds[feature].sum())
     share = float(top.explained[feature])
     say(f"Output feature {feature} of {tracer.out.name} has the largest top-two eigenvalues, {value:.3f}")
@@ -107,11 +119,6 @@ def tour(out: str | Path = "tour", model: str = "ts-nano", layer: int = 2) -> No
 def _sum_and_share(top: Any, feature: int) -> str:
     value, bound = abs(top.values[feature]).sum(), top.bounds[feature].sum()
     return f"{float(value):.3f}   {float(bound):.0e}      {float(top.explained[feature]):6.1%}"
-
-
-def _heading(text: str) -> None:
-    say(f"\n== {text}")
-    sys.stdout.flush()
 
 
 def _largest_pairs(matrix, inputs, n: int) -> list[tuple[int, int, float]]:

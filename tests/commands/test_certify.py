@@ -3,21 +3,16 @@
 import contextlib
 import io
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import tiny_llama
 
 import bilinear_jax as bj
 from bilinear_jax.commands import certify
 from bilinear_jax.commands.main import main
-from bilinear_jax.store.tokenizers import save_tokenizer, train_tokenizer
 
-FAMILY = Path(__file__).parents[1] / "data" / "families" / "llama-tied" / "model"
-TEXT = " ".join(f"The {a} {b} saw {c} things." for a in ("big", "old") for b in ("dog", "cat") for c in range(9))
-N_VOCAB = 264
 SMALL = ["--seq", "12", "--rows", "12", "--loss-tokens", "30", "--batch-size", "4"]
 
 
@@ -25,15 +20,9 @@ SMALL = ["--seq", "12", "--rows", "12", "--loss-tokens", "30", "--batch-size", "
 def folder(tmp_path_factory) -> Path:
     """A Llama of two layers as Hugging Face stores it, with a tokenizer; and two texts beside it."""
     folder = tmp_path_factory.mktemp("certify")
-    shutil.copytree(FAMILY, folder / "llama")
-    config = json.loads((folder / "llama" / "config.json").read_text())
-    (folder / "llama" / "config.json").write_text(json.dumps(config | {"vocab_size": N_VOCAB}))
-    weights, name = load_file(folder / "llama" / "model.safetensors"), "model.embed_tokens.weight"
-    rows = np.random.default_rng(0).normal(size=(N_VOCAB, weights[name].shape[1])) * 0.3
-    save_file(weights | {name: rows.astype(np.float32)}, folder / "llama" / "model.safetensors")
-    save_tokenizer(train_tokenizer([TEXT], N_VOCAB), folder / "llama")
-    (folder / "a.txt").write_text(TEXT)
-    (folder / "b.txt").write_text(TEXT[::-1])
+    tiny_llama.write(folder / "llama")
+    (folder / "a.txt").write_text(tiny_llama.TEXT)
+    (folder / "b.txt").write_text(tiny_llama.TEXT[::-1])
     return folder
 
 
@@ -89,7 +78,8 @@ def test_the_table_says_what_was_measured_where(result, form):
         assert (int(line[0]), int(line[7])) == (layer, expected.kept[layer])
     assert len(lines) == 3
     assert f"loss added {expected.loss_added_all:+.4f} +- {expected.loss_added_all_error:.4f}" in whole
-    assert f"to {expected.loss:.4f} (linear {expected.controls['linear'].loss_added_all:+.4f} +- " in whole
+    assert f"nats a token; linear {expected.controls['linear'].loss_added_all:+.4f} +- " in whole
+    assert whole.endswith(f"\nthe model's own loss: {expected.loss:.4f}")
     head = certify.text(result | {"held_out": None, "sequential": False}).split("\n\n")[0]
     assert "(12 rows of 12 tokens, the last quarter held out); measured on the last quarter of a.txt:" in head
     assert "its MLPs are bilinear, so the model is its own form" in certify.text(result | {"gate": None})

@@ -232,15 +232,13 @@ def test_convert_interrupted(interrupt, capsys, tmp_path, monkeypatch):
 
 
 def test_tour_interrupted(interrupt, tmp_path, monkeypatch):
-    from bilinear_jax.commands.tour import _save
-
     class Figure:
         def savefig(self, path, **_):
             path.write_bytes(b"half")
             interrupt()
 
     with pytest.raises(KeyboardInterrupt):
-        _save(Figure(), tmp_path, "cosines")
+        common.save_figure(Figure(), tmp_path / "cosines.png")
     assert list(tmp_path.iterdir()) == []
 
 
