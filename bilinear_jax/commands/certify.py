@@ -11,6 +11,8 @@ from bilinear_jax.commands import common
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from bilinear_jax.training.distil import DistilRecipe
+
 HELP = "replace the gates of a model by bilinear forms, and measure on held-out text what that changes"
 EXAMPLES = """examples:
   bilinear-jax certify SmolLM2-135M-Instruct.Q4_1.gguf --data stories.txt
@@ -19,6 +21,8 @@ EXAMPLES = """examples:
       fitted on one text, measured on another, with a figure
   bilinear-jax certify path/to/a/llama --data stories.txt --sequential --out llama-bilinear
       fitted layer after layer, and saved with its certificate; then bilinear_jax.load("llama-bilinear")
+  bilinear-jax certify path/to/a/llama --data stories.txt --sequential --distil 200 --run runs/llama
+      then trained for 200 updates to do what the model does; the same command resumes it
 """
 FORMAT, VERSION = "bilinear_jax.certificate", 1
 NOTE = """R2: 1 - squared error / variance of the MLP's output; linear, shuffled: R2 of hidden units that are linear,
@@ -43,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequential", action="store_true", help="fit each layer on what the replaced layers before it feed it"
     )
+    steps = "then train the bilinear MLPs for this many updates, on the text after the rows of the fit"
+    parser.add_argument("--distil", type=common.positive, metavar="STEPS", help=steps)
+    parser.add_argument("--run", type=common.folder, help="folder for the checkpoints of --distil, which resumes there")
     tokens = "measure the loss of single layers on about this many tokens (default: 512)"
     parser.add_argument("--loss-tokens", type=common.positive, default=512, metavar="N", help=tokens)
     parser.add_argument("--batch-size", type=common.positive, default=8, help="rows in a batch (default: 8)")
@@ -73,6 +80,20 @@ def layers(text: str) -> list[int] | None:
     return found
 
 
+def _recipe(options: argparse.Namespace, lm) -> "DistilRecipe":
+    from bilinear_jax.training.distil import DistilRecipe
+
+    return DistilRecipe(options.distil, n_ctx=min(DistilRecipe.n_ctx, lm.config.n_ctx))
+
+
+def _rows_to_train(options: argparse.Namespace, lm) -> int:
+    """How many rows of text after those of the fit the updates of --distil can see, each once."""
+    if options.distil is None:
+        return 0
+    recipe = _recipe(options, lm)
+    return recipe.steps * recipe.batch_size * recipe.n_ctx // options.seq
+
+
 def _length(text: str) -> int:
     if (length := common.positive(text)) < 2:
         raise argparse.ArgumentTypeError("a row needs at least 2 tokens: position 0 is never measured")
@@ -80,38 +101,45 @@ def _length(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    import numpy as np
+
     from bilinear_jax.measure.bilinear_form import bilinear_form
     from bilinear_jax.measure.quadratic import check_gated
     from bilinear_jax.store.checkpoint import MODEL
     from bilinear_jax.store.files import check_place, check_writable
     from weights_convert.files import expanded
 
+    if (options.distil is None) != (options.run is None):
+        raise common.WrongUse("--distil STEPS and --run FOLDER belong together: give both, or neither")
     place = None if options.out is None else check_place(options.out, replace=MODEL if options.force else None)
     figure = None if options.figure is None else expanded(options.figure)
     if figure is not None:
         check_writable(figure)
     lm = common.load_model(options)
     check_gated(lm)
-    tokens, data = common.load_tokens(options, lm, options.rows, options.seq)
-    held_out, name = None, None
+    whole, data = common.load_tokens(options, lm, options.rows + _rows_to_train(options, lm), options.seq)
+    tokens, name = whole[: options.rows], None
     if options.held_out is not None:
         held_out, name = common.load_tokens(options, lm, max(1, options.rows // 4), options.seq, "held_out")
+        fit = tokens
     elif len(tokens) < 4:
         raise ValueError(
             f"{data} gives {len(tokens)} row{'s' * (len(tokens) > 1)} of {tokens.shape[1]} tokens, but at least 4 are "
             "needed to hold one out: give more text, shorter rows with --seq, or another text with --held-out"
         )
-    form = bilinear_form(
-        lm,
-        tokens,
-        layers=options.layers,
-        held_out=held_out,
-        sequential=options.sequential,
-        batch_size=options.batch_size,
-        loss_tokens=options.loss_tokens,
-    )
+    else:
+        fit, held_out = np.split(tokens, [len(tokens) - len(tokens) // 4])
+    measured = {"batch_size": options.batch_size, "loss_tokens": options.loss_tokens}
+    form = bilinear_form(lm, fit, layers=options.layers, held_out=held_out, sequential=options.sequential, **measured)
     about = {"model": str(options.model), "data": data, "held_out": name, "layers": options.layers}
     result = result_of(form, tokens.shape, sequential=options.sequential, **about)
+    if options.distil is not None:
+        from bilinear_jax.training.distil import distil
+
+        stream = np.concatenate([fit, whole[options.rows :]]).ravel()
+        form = distil(form, _recipe(options, lm), stream, held_out, options.run, certificate=measured)
+        result |= {"distilled": options.distil, "before": result["certificate"]}
+        result["certificate"] = form.certificate.as_json()
     if figure is not None:
         common.save_figure(figure_of(result), figure)
     if place is not None:
@@ -147,7 +175,8 @@ def _save(place, form, result: dict[str, Any]) -> None:
     from bilinear_jax.store.version import library_version
 
     lm = form.lm
-    made = {name: result[name] for name in ("data", "rows", "seq", "layers", "sequential")}
+    names = ("data", "rows", "seq", "layers", "sequential", "distilled")
+    made = {name: result[name] for name in names if name in result}
     origin = {"source": result["model"], "bilinear_form": made, "written_by": f"bilinear-jax {library_version()}"}
     with atomic_folder(place) as partial:
         save_model(partial, lm.config, lm.params, tokenizer=lm.tokenizer_source, origin=origin)
@@ -192,6 +221,8 @@ def text(result: dict[str, Any]) -> str:
         losses = [f"{form['loss_added'][layer]:+.4f}", f"{form['loss_added_error'][layer]:.4f}", f"{removed:+.4f}"]
         rows.append([layer, *r2, *losses, found["kept"][layer]])
     whole = [f"{name} {_added(one)}" for name, one in controls.items()]
+    if "distilled" in result:
+        whole.append(f"before {result['distilled']} updates of distillation {_added(result['before']['form'])}")
     lines += ["", common.columns(titles, rows), ""]
     lines += [
         f"all of them: loss added {_added(form)} nats a token; {', '.join(whole)}",

@@ -107,6 +107,8 @@ def distil(
     """
     if form.lm.config.original_gate is None or bool(jnp.any(thresholds(form.lm) <= 0)):
         raise ValueError("only a form with bilinear MLPs in place of gated ones in all layers can be distilled")
+    if recipe.n_ctx > form.lm.config.n_ctx:
+        raise ValueError(f"n_ctx is {recipe.n_ctx}, but the context of the model is {form.lm.config.n_ctx}: lower it")
     mlp = form.lm.params["layers"]["mlp"]
     source = batches(tokens, recipe.n_ctx, recipe.batch_size, recipe.seed, n_vocab=form.lm.config.n_vocab)
     start = {name: jnp.array(mlp[name], jnp.float32, copy=True) for name in recipe.weights}

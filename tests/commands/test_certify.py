@@ -158,3 +158,20 @@ def test_a_number_that_is_unknown_is_left_out():
     line = certify.text(result | {"certificate": measured}).split("\n\n")[1].splitlines()[1]
     assert line.split() == ["0", "+0.5000", "0.1000", "+1.0000", "2"]
     assert certify.figure_of(result | {"certificate": measured}).axes[0].get_ylim()[0] == 0
+
+
+def test_distillation_trains_resumes_and_says_so(folder, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text(tiny_llama.TEXT * 40)
+    words = ["certify", str(folder / "llama"), "--data", str(tmp_path / "long.txt"), *SMALL]
+    words += ["--distil", "3", "--run", str(tmp_path / "run")]
+    assert main([*words, "--json", "--out", str(tmp_path / "form")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["distilled"] == 3 and result["before"]["form"]["r2"] != result["certificate"]["form"]["r2"]
+    assert main(words) == 0  # done already: it only measures
+    printed = capsys.readouterr().out
+    whole = result["certificate"]["form"]["loss_added_all"], result["before"]["form"]["loss_added_all"]
+    assert f"loss added {whole[0]:+.4f}" in printed and f"before 3 updates of distillation {whole[1]:+.4f}" in printed
+    lm = bj.load(tmp_path / "form")
+    assert lm.config.original_gate == "silu"
+    assert main([*words[:-2]]) == 2
+    assert "belong together" in capsys.readouterr().err
