@@ -293,7 +293,7 @@ def test_odd_places_are_refused_before_anything_is_loaded(capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("bilinear_jax.language.load", loaded)
     monkeypatch.setattr("bilinear_jax.load", loaded)
-    monkeypatch.setattr("bilinear_jax.store.convert.folder_of", loaded)
+    monkeypatch.setattr("bilinear_jax.store.convert.model_place", loaded)
     monkeypatch.setattr("bilinear_jax.store.convert.load_model", loaded)
     monkeypatch.setattr("bilinear_jax.store.convert.sae_names", loaded)
     commands = [
@@ -301,6 +301,7 @@ def test_odd_places_are_refused_before_anything_is_loaded(capsys, tmp_path, monk
         ["export", published.MODEL, "OUT", "--scope", published.SCOPE],
         ["pages", "--layer", 2, "--out", "OUT"],
         ["pages", "--layer", 2, "--out", "new", "--neuronpedia", "OUT"],
+        ["certify", published.MODEL, "--data", "../file.txt", "--out", "OUT"],
     ]
     for words in commands:
         for place, message in (
@@ -318,6 +319,8 @@ def test_odd_places_are_refused_before_anything_is_loaded(capsys, tmp_path, monk
             assert message in failed([place if word == "OUT" else word for word in words], capsys), (words, place)
     assert "name another folder with --out" in failed(["tour", "--out", "../file"], capsys)
     assert "name another folder with --out" in failed(["tour", "--out", "../file/new"], capsys)
+    figure = ["certify", published.MODEL, "--data", "../file.txt", "--figure"]
+    assert "is not a folder with write permission" in failed([*figure, "../file/a.png"], capsys)
     train = ["train", "sae", "ts-nano", "--data", "../file.txt", "--out", "../file"]
     assert "is a file: name a folder for this run as --out" in failed(train, capsys)
     for name in ("a\\b", "gs:/a", "n" * 300, "caf\udce9", "../loop"):
