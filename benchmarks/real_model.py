@@ -2,9 +2,8 @@
 
 The file is SmolLM2-135M-Instruct.Q4_1.gguf (``.ci/run`` gets it). The two programs are processes that take turns, each
 on all cores, in float32, with torch's defaults: sdpa and a cache. Each measurement is the best of its turns, because
-the others were disturbed by something else. The table also has the processor time of the best turn. Where other programs
-run, it says more than the seconds do: torch's threads wait for each other by counting, so that a busy core costs it far
-more than it costs us.
+the others were disturbed by something else. Processor seconds are those of the best turn. Let nothing else run: the
+threads of torch wait for each other without giving up the core, so a busy core costs torch far more than it costs us.
 
 Loading is compared with reading the file. Its peak memory is that of a fresh process, less that of one which only
 imports the library; it is given as a multiple of the float32 weights.

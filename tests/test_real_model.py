@@ -56,8 +56,8 @@ def test_the_greedy_continuation_through_the_cache(real_lm, expected):
 
 
 def test_generate_writes_it_as_text(real_lm):
-    text = real_lm.generate("The capital of France is", max_length=2, temperature=0)
-    assert text == "The capital of France is Paris."
+    text = real_lm.generate("The capital of France is", max_length=24, temperature=0)  # that program is compiled
+    assert text.startswith("The capital of France is Paris.")
 
 
 @pytest.mark.parametrize("row", range(len(TEXTS)))

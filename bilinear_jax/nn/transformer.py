@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bilinear_jax.nn.architecture import GATES, TransformerConfig
-from bilinear_jax.nn.attention import Attention, Tap, linear, rms_norm, untouched, weight_init
+from bilinear_jax.nn.attention import Attention, Tap, linear, rms_norm, rotary_turns, untouched, weight_init
 
 SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """The places inside a layer that can be captured and edited, in the order in which they are computed."""
@@ -102,6 +102,7 @@ class Layer(nn.Module):
         seen: Bool[Array, "batch seq keys"] | None = None,
         blocks: bool = False,
         beta: Float[Array, ""] | None = None,
+        turns: tuple[Array, Array] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
         c = self.config
         norm_attention, norm_mlp, _ = c.norms
@@ -112,7 +113,7 @@ class Layer(nn.Module):
 
         x = tap("resid_pre", x)
         attn_in = norm("attention", x) if norm_attention else x
-        attn_out = Attention(c, name="attention")(attn_in, tap, positions, seen, blocks)
+        attn_out = Attention(c, name="attention")(attn_in, tap, positions, seen, blocks, turns)
         x = x + c.attention_factor * tap("attn_out", attn_out)
         x = tap("resid_mid", x)
         mlp_in = tap("mlp_in", norm("mlp", x) if norm_mlp else x)
@@ -149,6 +150,7 @@ def _scan_layers(
 ) -> tuple[Array, dict[str, Array]]:
     """``length`` layers as one scan over the stacked params ``layers``. Call it inside a compact module."""
     blocks = not {"scores", "pattern"} & {*capture, *edits}
+    turns = rotary_turns(jnp.arange(x.shape[1]), config.d_head, config.rope_theta, config.rope_scaling)
 
     def body(layer: Layer, x: Array, _):
         captured = {}
@@ -160,7 +162,7 @@ def _scan_layers(
                 captured[site] = value
             return value
 
-        return layer(x, tap, blocks=blocks, beta=beta), captured
+        return layer(x, tap, blocks=blocks, beta=beta, turns=turns), captured
 
     if remat is not None:
         if remat not in REMAT:

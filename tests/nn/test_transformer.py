@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.attention import rms_norm, rotate
+from bilinear_jax.nn.attention import QUERY_BLOCK, attend, attend_causally, rms_norm, rotary_turns, rotate
 from bilinear_jax.nn.sites import forward
 from bilinear_jax.nn.transformer import MLP, Transformer, TransformerConfig, swish
 
@@ -30,15 +30,27 @@ def test_rotation_depends_on_the_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 8))
 
     def score(query_position, key_position):
-        return jnp.vdot(rotate(q[None], jnp.asarray([query_position])), rotate(k[None], jnp.asarray([key_position])))
+        turned = (
+            rotate(x[None], rotary_turns(jnp.asarray([position]), 8))
+            for x, position in ((q, query_position), (k, key_position))
+        )
+        return jnp.vdot(*turned)
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
 
+@pytest.mark.parametrize("seq", [1, QUERY_BLOCK, 2 * QUERY_BLOCK + 3])
+@pytest.mark.parametrize("n_kv_head", [1, 2, 6])
+def test_causal_attention_in_blocks_is_attention(seq, n_kv_head):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, seq, n, 4)) for i, n in enumerate((6, n_kv_head, n_kv_head)))
+    expected = attend(q, k, v, jnp.tril(jnp.ones((1, seq, seq), bool)))
+    np.testing.assert_allclose(attend_causally(q, k, v), expected, atol=2e-6)
+
+
 def test_rotation_pairs_halves():
     """At position 1 the first pair (0, 4) of a head of 8 turns by one radian."""
-    turned = rotate(jnp.zeros((1, 1, 8)).at[..., 0].set(1.0), jnp.asarray([1]))[0, 0]
+    turned = rotate(jnp.zeros((1, 1, 8)).at[..., 0].set(1.0), rotary_turns(jnp.asarray([1]), 8))[0, 0]
     np.testing.assert_allclose(turned[jnp.asarray([0, 4])], [np.cos(1), np.sin(1)], rtol=1e-6)
     assert np.count_nonzero(turned) == 2
 
