@@ -105,14 +105,16 @@ def attend(
     grouped = n_head > k.shape[2]
     if grouped:
         q = q.reshape(batch, seq, k.shape[2], -1, d_head)
-        scores = jnp.einsum("bqngd,bknd->bngqk", q, k).reshape(batch, n_head, seq, -1)
+        scores = jnp.einsum("bknd,bqngd->bngqk", k, q).reshape(batch, n_head, seq, -1)
     else:
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     scores = tap("scores", jnp.where(seen[:, None], scores / math.sqrt(d_head), -jnp.inf))
     pattern = tap("pattern", jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype))
     if grouped:
         pattern = pattern.reshape(batch, k.shape[2], -1, *pattern.shape[2:])
-        return jnp.einsum("bngqk,bknd->bqngd", pattern, v).reshape(batch, seq, n_head, d_head)
+        # In this order XLA on a CPU reads the values of a cache as they lie, and copies none.
+        mixed = jnp.einsum("bknd,bngqk->bndgq", v, pattern)
+        return mixed.transpose(0, 4, 1, 3, 2).reshape(batch, seq, n_head, d_head)
     return jnp.einsum("bhqk,bkhd->bqhd", pattern, v)
 
 

@@ -7,6 +7,7 @@ tokens so far, at the positions that it would have without the other rows.
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -181,26 +182,33 @@ def _tokens(
         drawn = sample(logits, keys, 0 if greedy else temperature, top_k)
         return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NOT_FINITE)
 
-    def through_layers(x, cached, *attention):
-        for i, weights in enumerate(layers):
-            edited = edits[i] if edits else {}
+    def through_layer(edited, weights, x, cached, *attention):
+        def tap(site, value):
+            if site in ("keys", "values"):
+                return cached(value)
+            return apply_edit(site, edited[site], value) if site in edited else value
 
-            def tap(site, value, edited=edited):
-                if site in ("keys", "values"):
-                    return cached(value)
-                return apply_edit(site, edited[site], value) if site in edited else value
+        return run_module(Layer(config), weights, x, tap, *attention)
 
-            x = run_module(Layer(config), weights, x, tap, *attention)
-        return x
-
-    def run_prompts():
+    def prompt_layer(x, weights, edited: Mapping[str, Edit] = MappingProxyType({})):
+        """The residual stream after a layer, and the keys and values of the prompts with room for the new tokens."""
         cache = []
 
         def cached(value):
             cache.append(to_cache(jnp.pad(value, ((0, 0), (0, slots), (0, 0), (0, 0)))))
             return value
 
-        x = through_layers(embed(config, params, jnp.where(in_prompt, prompts, 0), compute_dtype), cached)
+        return through_layer(edited, weights, x, cached, None, None, not edited), cache
+
+    def run_prompts():
+        x, cache = embed(config, params, jnp.where(in_prompt, prompts, 0), compute_dtype), []
+        if edits:
+            for weights, edited in zip(layers, edits, strict=True):
+                x, added = prompt_layer(x, weights, edited)
+                cache += added
+        else:  # a loop, which compiles one layer
+            x, parts = jax.lax.scan(prompt_layer, x, stacked)
+            cache = [part[i] for i in range(config.n_layer) for part in parts]
         return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
     def step(state):
@@ -215,7 +223,8 @@ def _tokens(
         in_new = jnp.broadcast_to(jnp.arange(slots)[None] < t, (batch, slots))
         seen = jnp.concatenate([in_prompt, in_new], axis=1)[:, None]
         x = embed(config, params, token[:, None], compute_dtype)
-        x = through_layers(x, cached, (lengths + (t - 1))[:, None], seen)
+        for weights, edited in zip(layers, edits or ({},) * config.n_layer, strict=True):
+            x = through_layer(edited, weights, x, cached, (lengths + (t - 1))[:, None], seen)
         return emit(t, draw(x[:, 0], t), finished, new, cache)
 
     def emit(t, token, finished, new, cache):

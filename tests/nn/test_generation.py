@@ -48,7 +48,18 @@ def recompute(config, params, prompt, max_length, *, row=0, temperature=0.0, top
         ({}, 0.8, None),
         ({"gate": "relu", "bias": True, "attention_bias": True}, 1.3, 5),
         ({"gate": "silu", "bilinear": False, "normalization": (True, False, True)}, 0.0, None),
-        ({"gate": "gelu", "attn_scale": 1.0, "normalization": (False, True, False), "n_head": 1}, 0.0, 3),
+        (
+            {
+                "gate": "gelu",
+                "attn_scale": 1.0,
+                "normalization": (False, True, False),
+                "n_head": 1,
+                "n_kv_head": 1,
+                "d_head": 16,
+            },
+            0.0,
+            3,
+        ),
     ],
 )
 def test_equal_to_recomputing_from_scratch(changes, temperature, top_k):
