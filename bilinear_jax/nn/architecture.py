@@ -71,7 +71,8 @@ class TransformerConfig:
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head}): each head of keys and "
-                "values serves the same number of queries"
+                "values serves the same number of queries. If you replace n_head, also set n_kv_head and d_head, to 0 "
+                "for their defaults"
             )
         if self.d_head % 2:
             raise ValueError(f"d_head must be even, got {self.d_head}: rotary positions pair the coordinates of a head")
