@@ -76,7 +76,7 @@ class DistilRecipe:
 def distil(
     form: BilinearForm,
     recipe: DistilRecipe,
-    tokens: Int[np.ndarray, " tokens"],
+    tokens: np.ndarray,
     held_out,
     directory: str | Path,
     *,

@@ -62,7 +62,7 @@ def test_models_come_back_bit_for_bit(tmp_path_factory, options, dtype, seed):
     params = arrays(published.make_params(config), dtype, seed)
     weights_convert.write_transformer(folder, values, params)
     got, back = weights_convert.read_transformer(folder)
-    assert got == values
+    assert got.items() <= values.items() and TransformerConfig(**got) == config
     assert published.same(back, params)
     assert jax.tree.map(lambda leaf: leaf.dtype, back) == jax.tree.map(lambda leaf: leaf.dtype, params)
 
