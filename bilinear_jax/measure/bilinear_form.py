@@ -29,6 +29,7 @@ from bilinear_jax.language import Batch, LanguageModel
 from bilinear_jax.measure.certificate import Certificate, certify
 from bilinear_jax.measure.quadratic import (
     MASSIVE,
+    after_layers,
     check_gated,
     embedded,
     massive,
@@ -174,7 +175,6 @@ def _all_layers(lm: LanguageModel, x, mask) -> tuple[Any, dict[str, Any]]:
 
 
 _embedded = jax.jit(embedded)
-_after = jax.jit(lambda lm, x: through_layers(lm, x, lambda *_: ())[0])
 
 
 def _at_once(lm, tokens, token_mask, batch_size: int, chosen: Sequence[int]) -> tuple[Sums, np.ndarray]:
@@ -201,7 +201,7 @@ def _sequential(lm, tokens, token_mask, batch_size: int, chosen: Sequence[int]) 
         after = one
         if layer in chosen and lm.config.gate is not None:
             after = with_coefficients(one, coefficients[-1], _thresholds(sums, [0]))
-        streams = [np.asarray(_after(after, x)) for x in streams]
+        streams = [np.asarray(after_layers(after, x)) for x in streams]
     return {name: np.concatenate([sums[name] for sums in found]) for name in found[0]}, np.concatenate(coefficients)
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from bilinear_jax.language import Batch, LanguageModel
 from bilinear_jax.measure.quadratic import (
     Coefficients,
+    after_layers,
     embedded,
     kept,
     quadratic_output,
@@ -240,14 +241,9 @@ def _token_losses(lm: LanguageModel, x: Float[Array, "batch seq d_model"], token
     return jnp.roll(losses, 1, axis=1).at[:, 0].set(0)
 
 
-@jax.jit
-def _stream(lm: LanguageModel, tokens) -> Float[Array, "batch seq d_model"]:
-    return through_layers(lm, embedded(lm, tokens), lambda *_: ())[0]
-
-
 def _counted(lm: LanguageModel, batch: Batch) -> np.ndarray:
     """The losses of the tokens of a batch that count and are predicted."""
-    losses = np.asarray(_token_losses(lm, _stream(lm, batch.tokens), batch.tokens))
+    losses = np.asarray(_token_losses(lm, after_layers(lm, embedded(lm, batch.tokens)), batch.tokens))
     return losses[np.asarray(batch.mask.at[:, 0].set(False))]
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.attention import linear
+from bilinear_jax.nn.attention import linear, rotary_turns
 from bilinear_jax.nn.transformer import NEVER, Layer, embed, run_module
 
 MASSIVE = 50.0
@@ -122,6 +122,9 @@ def through_layers(
     their first axis), and the values of the sites in it.
     """
 
+    c = lm.config
+    turns = rotary_turns(jnp.arange(x.shape[1]), c.d_head, c.rope_theta, c.rope_scaling)
+
     def body(x, scanned):
         params, extra = scanned
         values = {}
@@ -130,10 +133,16 @@ def through_layers(
             values[site] = value
             return value
 
-        x = run_module(Layer(lm.config), params, x, tap, blocks=True)
+        x = run_module(Layer(lm.config), params, x, tap, blocks=True, turns=turns)
         return x, visit(params, extra, values)
 
     return jax.lax.scan(body, x, (lm.params["layers"], extras))
+
+
+@jax.jit
+def after_layers(lm: LanguageModel, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+    """The residual stream after the last layer, given that before the first."""
+    return through_layers(lm, x, lambda *_: ())[0]
 
 
 def massive(
