@@ -186,15 +186,15 @@ class BilinearTensor:
         if basis is None:
             return shift(_quadratic_forms(gates, unit.left, unit.right, symmetric), exponents)
         _check_width("basis", basis.T, "in", self.n_in)
-        basis, at_basis = unit_scale(basis)
+        scaled, at_basis = unit_scale(basis)
         exponents = exponents + 2 * at_basis
-        (number, hidden), (inputs, new) = gates.shape, basis.shape
+        (number, hidden), (inputs, new) = gates.shape, scaled.shape
         build_first = number * inputs * (hidden * inputs + new * (inputs + new))
         factors_first = 2 * hidden * inputs * new + number * hidden * new * new
         if factors_first < build_first:
-            return shift(_quadratic_forms(gates, unit.left @ basis, unit.right @ basis, symmetric), exponents)
+            return shift(_quadratic_forms(gates, unit.left @ scaled, unit.right @ scaled, symmetric), exponents)
         q = _quadratic_forms(gates, unit.left, unit.right, symmetric)
-        q = jnp.einsum("uik,kj->uij", jnp.einsum("ki,ukj->uij", basis, q), basis)
+        q = jnp.einsum("uik,kj->uij", jnp.einsum("ki,ukj->uij", scaled, q), scaled)
         return shift(_symmetrised(q) if symmetric else q, exponents)  # again, as the two products round differently
 
     def matvec(
