@@ -85,8 +85,29 @@ def as_floating(x: Array, weight: Array) -> Array:
 def linear(x: Shaped[Array, "... inp"], weight: Float[Array, "out inp"], bias: Float[Array, " out"] | None = None):
     """``weight x + bias`` over the last axis, in the dtype of ``x``, or of the weight if ``x`` holds integers."""
     x = as_floating(x, weight)
-    y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+    weight = weight.astype(x.dtype)
+    y = _summed_wide(x, weight) if x.dtype == jnp.bfloat16 else jnp.einsum("...i,oi->...o", x, weight)
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+
+
+@jax.custom_vjp
+def _summed_wide(x: Array, weight: Array) -> Array:
+    """``weight x`` of bfloat16 numbers, summed in float32 and rounded once; its gradients too.
+
+    A CPU that multiplies bfloat16 numbers does so only if the result is asked for in float32. It does not work in
+    forward mode (``jax.jvp``).
+    """
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _summed_wide_backward(kept, cotangent):
+    x, weight = kept
+    with_x = jnp.einsum("...o,oi->...i", cotangent, weight, preferred_element_type=jnp.float32)
+    with_weight = jnp.einsum("...o,...i->oi", cotangent, x, preferred_element_type=jnp.float32)
+    return with_x.astype(x.dtype), with_weight.astype(weight.dtype)
+
+
+_summed_wide.defvjp(lambda x, weight: (_summed_wide(x, weight), (x, weight)), _summed_wide_backward)
 
 
 def attend(
