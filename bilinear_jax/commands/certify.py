@@ -21,8 +21,8 @@ EXAMPLES = """examples:
       fitted on one text, measured on another, with a figure
   bilinear-jax certify path/to/a/llama --data stories.txt --sequential --out llama-bilinear
       fitted layer after layer, and saved with its certificate; then bilinear_jax.load("llama-bilinear")
-  bilinear-jax certify path/to/a/llama --data stories.txt --sequential --distil 200 --run runs/llama
-      then trained for 200 updates to do what the model does; the same command resumes it
+  bilinear-jax certify path/to/a/llama --data stories.txt --sequential --distil 600 --run runs/llama
+      then trained for 600 updates to do what the model does; the same command resumes it
 """
 FORMAT, VERSION = "bilinear_jax.certificate", 1
 NOTE = """R2: 1 - squared error / variance of the MLP's output; linear, shuffled: R2 of hidden units that are linear,
@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequential", action="store_true", help="fit each layer on what the replaced layers before it feed it"
     )
-    steps = "then train the bilinear MLPs for this many updates, on the text after the rows of the fit"
+    steps = "then train the bilinear MLPs for this many updates (the first third each layer alone), in bfloat16 with "
+    steps += "float32 weights, on the text after the rows of the fit"
     parser.add_argument("--distil", type=common.positive, metavar="STEPS", help=steps)
     parser.add_argument("--run", type=common.folder, help="folder for the checkpoints of --distil, which resumes there")
     tokens = "measure the loss of single layers on about this many tokens (default: 512)"
@@ -83,7 +84,13 @@ def layers(text: str) -> list[int] | None:
 def _recipe(options: argparse.Namespace, lm) -> "DistilRecipe":
     from bilinear_jax.training.distil import DistilRecipe
 
-    return DistilRecipe(options.distil, n_ctx=min(DistilRecipe.n_ctx, lm.config.n_ctx))
+    return DistilRecipe(
+        options.distil,
+        alone=options.distil // 3,
+        n_ctx=min(DistilRecipe.n_ctx, lm.config.n_ctx),
+        local=3.0,
+        compute_dtype="bfloat16",
+    )
 
 
 def _rows_to_train(options: argparse.Namespace, lm) -> int:

@@ -46,7 +46,7 @@ from bilinear_jax.training.fit import FitOptions
 from bilinear_jax.training.language import check_language_run, fit_language
 from bilinear_jax.training.mesh import make_mesh, on_first_process, one_copy
 from bilinear_jax.training.recipes import DataOptions, Recipe, RunOptions, read_recipe
-from bilinear_jax.training.sae import fit_saes
+from bilinear_jax.training.sae import fit_saes, window
 from weights_convert.files import expanded, read_text
 
 _CHARACTERS = 1 << 26
@@ -171,7 +171,7 @@ def train_saes(
     configs = plan.saes.configs(lm.config)
     mesh, package = _mesh(plan.run), _wandb(wandb)
     text = _tokens(plan.data, data, lm.tokenizer, out, lm.config.n_vocab)
-    rows = _held_out(text, lm.config.n_ctx, plan.run)
+    rows = _held_out(text, window(plan.recipe, lm), plan.run)
     saes = fit_saes(
         lm,
         configs,

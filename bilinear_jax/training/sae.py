@@ -44,7 +44,7 @@ from bilinear_jax.nn.sites import capture
 from bilinear_jax.nn.sparse import FORMS, check_form, fastest_form
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.store.checksums import of_arrays
-from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, check_fields
+from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
 from bilinear_jax.training import folder
 from bilinear_jax.training.batches import batches
 from bilinear_jax.training.fit import (
@@ -79,6 +79,8 @@ class SAERecipe:
     warmup: int = 0  # steps in which the learning rate rises linearly from 0
     buffer_tokens: int = 65_536  # activations of this many tokens are shuffled together
     rows: int = 32  # windows of n_ctx tokens per forward pass of the language model
+    n_ctx: int | None = None  # tokens per window; None: the context of the model
+    compute_dtype: str | None = None  # of the model's activations: "float32", "bfloat16"; None: the model's own
     k_aux: int = 0  # dead features that reconstruct the error in the auxiliary loss; 0: no auxiliary loss
     aux_coefficient: float = 1 / 32  # weight of the auxiliary loss
     dead_after: int = 1_000_000  # tokens without firing after which a feature counts as dead
@@ -91,12 +93,23 @@ class SAERecipe:
         check_fields(self, COUNT._replace(most=10**15), "buffer_tokens", "dead_after")  # memory and int32 allow less
         check_fields(self, NOT_NEGATIVE, "lr", "k_aux", "warmup", "aux_coefficient")
         check_fields(self, SEED, "seed")
+        if self.n_ctx is not None:
+            check_fields(self, Rule("must be at least 2: position 0 is not trained on", lambda n: n >= 2), "n_ctx")
+        if self.compute_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"compute_dtype must be float32, bfloat16 or none; got {self.compute_dtype!r}")
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"final_lr must lie in 0 ... lr ({self.lr}), got {self.final_lr}")
         if self.dead_after + self.batch_size >= 2**31:
             raise ValueError(f"dead_after must be below 2^31 tokens, got {self.dead_after}")
         if self.form not in (*FORMS, FASTEST):
             raise ValueError(f"form is {self.form!r}, but it must be one of {', '.join((*FORMS, FASTEST))}")
+
+
+def window(recipe: SAERecipe, lm: LanguageModel) -> int:
+    """The tokens of a window. Raises ``ValueError`` if the model's context is shorter."""
+    if recipe.n_ctx is not None and recipe.n_ctx > lm.config.n_ctx:
+        raise ValueError(f"n_ctx is {recipe.n_ctx}, but the context of the model is {lm.config.n_ctx}: lower it")
+    return recipe.n_ctx or lm.config.n_ctx
 
 
 def sae_optimizer(recipe: SAERecipe) -> optax.GradientTransformation:
@@ -278,7 +291,9 @@ def fit_saes(
         raise ValueError(f"the model has d_model {lm.config.d_model}, but these SAEs another: {', '.join(other)}")
     sites = list(dict.fromkeys((config.site, config.layer) for config in configs))
     placed = place(lm, mesh)
-    rows = batches(tokens, lm.config.n_ctx, recipe.rows, recipe.seed)
+    if recipe.compute_dtype is not None:
+        placed = dataclasses.replace(placed, compute_dtype=jnp.dtype(recipe.compute_dtype))
+    rows = batches(tokens, window(recipe, lm), recipe.rows, recipe.seed)
     start = rows.get_state()
     means = _means(placed, sites, next(rows))
     rows.set_state(start)

@@ -241,7 +241,7 @@ class TestLanguageModel:
 
     def test_no_recipe_is_left_out(self):
         assert recipe_names("lm") == ["fw-medium", "fw-small", "to-bilinear", "ts", "ts-nano"]
-        assert recipe_names("sae") == ["fw", "ts", "ts-nano"]
+        assert recipe_names("sae") == ["fw", "smollm2", "ts", "ts-nano"]
 
     def test_a_tokenizer_from_a_file(self, run, swiglu):
         assert (swiglu[0] / "tokens").read_bytes() == (run / "tokens").read_bytes()

@@ -1,5 +1,6 @@
 """Training SAEs on activations: the optimiser and the loss by hand, stacks, dead features, exact resume, devices."""
 
+import dataclasses
 import json
 
 import jax
@@ -402,6 +403,31 @@ def test_decoder_biases_start_at_the_mean_activation(lm, tmp_path, monkeypatch):
         np.testing.assert_allclose(means[site], np.mean(served, axis=0), rtol=1e-4, atol=1e-5)
 
 
+def test_windows_may_be_shorter_than_the_context(lm, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 10, 3000)
+    recipe = SAERecipe(steps=2, batch_size=60, buffer_tokens=60, rows=4, n_ctx=8)
+    short = dataclasses.replace(lm, config=dataclasses.replace(lm.config, n_ctx=8))
+    found = fit_saes(lm, configs_of()[:1], recipe, tokens, tmp_path / "window")
+    expected = fit_saes(short, configs_of()[:1], dataclasses.replace(recipe, n_ctx=None), tokens, tmp_path / "context")
+    jax.tree.map(np.testing.assert_array_equal, found[0].params, expected[0].params)
+    with pytest.raises(ValueError, match=f"n_ctx is 99, but the context of the model is {lm.config.n_ctx}: lower it"):
+        fit_saes(lm, configs_of()[:1], dataclasses.replace(recipe, n_ctx=99), tokens, tmp_path / "long")
+
+
+def test_the_model_may_run_in_bfloat16(lm, tmp_path, monkeypatch):
+    served: list = []
+    monkeypatch.setattr(
+        "bilinear_jax.training.sae.train_on_activations", lambda data, *_, **__: served.append(next(data)) or []
+    )
+    tokens = np.random.default_rng(0).integers(0, 10, 3000)
+    recipe = SAERecipe(steps=1, batch_size=60, buffer_tokens=60, rows=4)
+    for dtype in (None, "bfloat16"):
+        fit_saes(lm, configs_of(), dataclasses.replace(recipe, compute_dtype=dtype), tokens, tmp_path)
+    for site, exact in served[0].items():
+        assert not np.array_equal(exact, served[1][site])
+        np.testing.assert_allclose(exact, served[1][site], atol=0.05 * float(np.abs(exact).max()))
+
+
 def test_features_over_eight_devices_give_what_one_device_gives(crowd):
     mesh = make_mesh(data=2, model=4)
     state = place(initial_state(CROWD, CROWD_RECIPE, MEANS), mesh)
@@ -439,6 +465,8 @@ def test_the_optimisers_state_has_one_count_and_two_moments():
         (dict(seed=2**32), "seed must lie in 0 ... 2.32 - 1"),
         (dict(final_lr=1.0), r"final_lr must lie in 0 ... lr \(0.0001\), got 1.0"),
         (dict(dead_after=2**31), "dead_after must be below"),
+        (dict(n_ctx=1), "n_ctx must be at least 2: position 0 is not trained on, got 1"),
+        (dict(compute_dtype="half"), "compute_dtype must be float32, bfloat16 or none; got 'half'"),
         (dict(form="fast"), "form is 'fast', but it must be one of scan, gather, dense, fastest"),
     ],
 )
