@@ -179,12 +179,18 @@ def _save(place, form, result: dict[str, Any]) -> None:
     """Write the model of a form and its tokenizer as a checkpoint, with the result in the same folder."""
     from bilinear_jax.store.checkpoint import save_model
     from bilinear_jax.store.files import atomic_folder
+    from bilinear_jax.store.published import hashes_of
     from bilinear_jax.store.version import library_version
 
     lm = form.lm
     names = ("data", "rows", "seq", "layers", "sequential", "distilled")
     made = {name: result[name] for name in names if name in result}
-    origin = {"source": result["model"], "bilinear_form": made, "written_by": f"bilinear-jax {library_version()}"}
+    origin = {
+        "source": result["model"],
+        "files": hashes_of(result["model"]),
+        "bilinear_form": made,
+        "written_by": f"bilinear-jax {library_version()}",
+    }
     with atomic_folder(place) as partial:
         save_model(partial, lm.config, lm.params, tokenizer=lm.tokenizer_source, origin=origin)
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"

@@ -28,6 +28,7 @@ from bilinear_jax.measure.quadratic import (
     through_layers,
     with_coefficients,
 )
+from bilinear_jax.nn.attention import model_turns
 from bilinear_jax.nn.transformer import MLP, Layer, cross_entropy, run_module, unembed
 from bilinear_jax.store.files import finite_or_null
 
@@ -268,11 +269,14 @@ def _swapped(lm, form, controls, mean, above, tokens) -> dict[str, Float[Array, 
 def _finish(lm: LanguageModel, x: Float[Array, "batch seq d_model"], first: Int[Array, ""] | int, tokens):
     """The losses of the tokens if x is the residual stream before layer ``first``."""
 
+    c = lm.config
+    turns = model_turns(c, x.shape[1])
+
     def body(layer, x):
         params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), lm.params["layers"])
-        return run_module(Layer(lm.config), params, x, blocks=True)
+        return run_module(Layer(c), params, x, blocks=True, turns=turns)
 
-    return _token_losses(lm, jax.lax.fori_loop(first, lm.config.n_layer, body, x), tokens)
+    return _token_losses(lm, jax.lax.fori_loop(first, c.n_layer, body, x), tokens)
 
 
 def _single_layers(lm, form, controls, mean, above, batch: Batch) -> tuple[dict[str, tuple], int]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.attention import linear, rotary_turns
+from bilinear_jax.nn.attention import linear, model_turns
 from bilinear_jax.nn.transformer import NEVER, Layer, embed, run_module
 
 MASSIVE = 50.0
@@ -122,8 +122,7 @@ def through_layers(
     their first axis), and the values of the sites in it.
     """
 
-    c = lm.config
-    turns = rotary_turns(jnp.arange(x.shape[1]), c.d_head, c.rope_theta, c.rope_scaling)
+    turns = model_turns(lm.config, x.shape[1])
 
     def body(x, scanned):
         params, extra = scanned

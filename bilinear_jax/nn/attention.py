@@ -63,6 +63,11 @@ def rotary_turns(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def model_turns(config: TransformerConfig, length: int) -> tuple[Array, Array]:
+    """``rotary_turns`` of the positions 0 ... length - 1 of a model, ``[length, d_head / 2]`` each."""
+    return rotary_turns(jnp.arange(length), config.d_head, config.rope_theta, config.rope_scaling)
+
+
 def rotate(
     x: Float[Array, "... seq head d_head"], turns: tuple[Float[Array, "... seq half"], Float[Array, "... seq half"]]
 ) -> Float[Array, "... seq head d_head"]:

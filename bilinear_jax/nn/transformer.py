@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bilinear_jax.nn.architecture import GATES, TransformerConfig
-from bilinear_jax.nn.attention import Attention, Tap, linear, rms_norm, rotary_turns, untouched, weight_init
+from bilinear_jax.nn.attention import Attention, Tap, linear, model_turns, rms_norm, untouched, weight_init
 
 SITES = ("resid_pre", "attn_out", "scores", "pattern", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """The places inside a layer that can be captured and edited, in the order in which they are computed."""
@@ -150,7 +150,7 @@ def _scan_layers(
 ) -> tuple[Array, dict[str, Array]]:
     """``length`` layers as one scan over the stacked params ``layers``. Call it inside a compact module."""
     blocks = not {"scores", "pattern"} & {*capture, *edits}
-    turns = rotary_turns(jnp.arange(x.shape[1]), config.d_head, config.rope_theta, config.rope_scaling)
+    turns = model_turns(config, x.shape[1])
 
     def body(layer: Layer, x: Array, _):
         captured = {}

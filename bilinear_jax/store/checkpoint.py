@@ -54,9 +54,7 @@ class ModelFiles(NamedTuple):
     config: TransformerConfig
     params: PyTree  # in the dtype asked for
     source: str  # as given
-    tokenizer_source: (
-        str | None
-    )  # a folder with a tokenizer.json, or a GGUF file; None: the tokenizer that config names
+    tokenizer_source: str | None  # a folder with a tokenizer.json, or a GGUF file; None: that which config names
 
 
 def load_model(source: str | Path, *, attn_scale: float | int | None = None, dtype: Any = jnp.float32) -> ModelFiles:

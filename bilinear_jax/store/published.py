@@ -97,19 +97,26 @@ def files_of(place: Path) -> list[Path]:
     return [place] if place.is_file() else [inside(place, "config.json"), *weight_files(place)]
 
 
-def weights_of(source: str | Path) -> str:
-    """One line on the files that the weights of a model come from, with their SHA-256, which is that on the hub.
+def hashes_of(source: str | Path) -> dict[str, str]:
+    """The SHA-256 of each file that the weights of a model come from, by its name.
 
-    A file is read once in a process, at about a gigabyte a second. Of several files it is the SHA-256 of the JSON with
-    that of each. A checkpoint of this library has recorded those of the files that it was converted from.
+    A file is read once in a process, at about a gigabyte a second. A checkpoint of this library has recorded those of
+    the files that it was made from; {} if it has not.
     """
     place = model_place(source)
     if place.is_dir() and "format" in (record := read_json(inside(place, "config.json")) or {}):
         recorded = (record.get("origin") or {}).get("files") or {}
-        hashes = {name: value for name, value in recorded.items() if name != "config.json"}
-    else:
-        paths = [place] if place.is_file() else weight_files(place)
-        hashes = {path.name: _hash(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+        return {name: value for name, value in recorded.items() if name != "config.json"}
+    paths = [place] if place.is_file() else weight_files(place)
+    return {path.name: _hash(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+
+def weights_of(source: str | Path) -> str:
+    """One line on the files that the weights of a model come from, with their SHA-256, which is that on the hub.
+
+    Of several files it is the SHA-256 of the JSON with that of each.
+    """
+    hashes = hashes_of(source)
     if not hashes:
         return "the files of its weights are not recorded"
     if len(hashes) == 1:

@@ -29,7 +29,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.bilinear_form import BilinearForm
 from bilinear_jax.measure.quadratic import kept, massive, thresholds
 from bilinear_jax.nn.architecture import TransformerConfig
-from bilinear_jax.nn.attention import rotary_turns
+from bilinear_jax.nn.attention import model_turns
 from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.transformer import MLP, Layer, embed, run_module, unembed
 from bilinear_jax.store.checksums import of_arrays
@@ -224,7 +224,7 @@ def layer_errors(
     The gradient of a layer is computed where its input is, so that no layer's activations are kept.
     """
     c = _without_original(form)
-    turns = rotary_turns(jnp.arange(tokens.shape[1]), c.d_head, c.rope_theta, c.rope_scaling)
+    turns = model_turns(c, tokens.shape[1])
 
     def body(x, scanned):
         params, trained, fixed, above = scanned
@@ -272,7 +272,7 @@ def divergence(
     gated model's output is massive, and at position 0, the MLPs of the form give that output.
     """
     c = _without_original(form)
-    turns = rotary_turns(jnp.arange(tokens.shape[1]), c.d_head, c.rope_theta, c.rope_scaling)
+    turns = model_turns(c, tokens.shape[1])
     layers = {name: value for name, value in form.params["layers"].items() if not name.startswith("original")}
 
     def body(x, scanned):

@@ -94,6 +94,8 @@ def test_the_saved_form_loads_with_its_tokenizer_and_its_certificate(folder, res
     assert np.abs(np.asarray(saved.logits(tokens) - lm.logits(tokens))).max() > 1e-3
     assert saved.encode("The old dog").tolist() == lm.encode("The old dog").tolist()
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    [weights] = [line.strip() for line in lm.summary().splitlines() if "SHA-256" in line]
+    assert weights in saved.summary()
     assert main(command(folder, "--out", out)) == 1  # before anything is loaded
     assert "already exists: name another folder, or replace it with force (--force)" in capsys.readouterr().err
     assert main(["certify", str(out), "--data", str(folder / "a.txt"), *SMALL]) == 1
