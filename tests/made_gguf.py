@@ -3,11 +3,34 @@
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 
-from weights_convert.gguf import rope_factors
+from weights_convert.families import filled
+from weights_convert.gguf import NAMES, rope_factors
 
 F32 = gguf.GGMLQuantizationType.F32
+
+CONFIG = {
+    **{"n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_head": 64, "d_model": 256, "d_hidden": 256, "n_ctx": 32},
+    **{"n_vocab": 40, "gate": "silu", "bias": False, "attention_bias": False, "qk_norm": False, "tied": True},
+    **{"rope_scaling": None, "rope_theta": 10_000.0, "rms_eps": 1e-5, "family": "llama"},
+}
+"""A tiny Llama whose rows are as long as the longest block of all quantisations, 256."""
+
+
+def random_params(config: dict, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+
+    def fill(name, key, out):
+        out[...] = rng.normal(size=out.shape)
+
+    return filled(config, NAMES, lambda name, key: "float32", fill)
+
+
+def leaves(params) -> dict[str, np.ndarray]:
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(key, simple=True, separator="."): leaf for key, leaf in found}
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -130,6 +130,9 @@ def sae(name: str = "1-mlp-out-x4-k6") -> tuple[dict, dict[str, np.ndarray]]:
 ORIGIN = {"made_by": "a test"}
 
 
+SMALL = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11, bias=True, gate="silu")
+
+
 def make_params(config, seed: int = 0):
     """Random params of the structure and shapes that a ``TransformerConfig`` asks for."""
     shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
