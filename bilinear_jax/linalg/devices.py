@@ -31,9 +31,7 @@ def spread(function: Callable[[PyTree, PyTree], PyTree], mesh: Mesh | None, shar
     whole, part = PartitionSpec(), PartitionSpec(mesh.axis_names)
     shared = jax.device_put(shared, NamedSharding(mesh, whole))
     rows = jax.device_put(jax.tree.map(lambda leaf: leaf[index], rows), NamedSharding(mesh, part))
-    # One program: on many devices of few cores, XLA can wait for ever if each operation is a program of its own.
-    everywhere = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(whole, part), out_specs=part, check_vma=False))
-    result = everywhere(shared, rows)
+    result = jax.shard_map(function, mesh=mesh, in_specs=(whole, part), out_specs=part, check_vma=False)(shared, rows)
     return jax.tree.map(lambda leaf: leaf[:number], result)
 
 
