@@ -14,9 +14,6 @@ flags = ["--xla_backend_optimization_level=0", "--xla_force_host_platform_device
 if "optimization_level" not in given and jaxlib.version.__version_info__ < (0, 11):  # later ones do not know the flags
     flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]  # a third faster
 
-# Threads of XLA. LAPACK's batches wait for threads of the pool that they run in: with fewer of them than devices, a
-# decomposition on every device may wait for ever.
-os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((*flags, given))  # the last of two wins
 

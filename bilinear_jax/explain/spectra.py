@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Shaped
 
 from bilinear_jax.errors import check_count
 from bilinear_jax.linalg.basis import factor_basis
-from bilinear_jax.linalg.devices import spread
+from bilinear_jax.linalg.devices import matrixwise, spread
 from bilinear_jax.linalg.eigenpairs import top_eigenpairs
 from bilinear_jax.linalg.eigenvalues import eigvalsh
 from bilinear_jax.linalg.scale import as_floats, shift, unit_scale
@@ -78,7 +78,7 @@ def eigh(
 
     def decompose(tensor, directions):
         def one(direction):
-            return jnp.linalg.eigh(tensor.interaction(direction[None])[0])
+            return matrixwise(jnp.linalg.eigh)(tensor.interaction(direction[None])[0])
 
         return jax.lax.map(one, directions, batch_size=min(batch_size, max(len(directions), 1)))
 

@@ -35,6 +35,33 @@ def spread(function: Callable[[PyTree, PyTree], PyTree], mesh: Mesh | None, shar
     return jax.tree.map(lambda leaf: leaf[:number], result)
 
 
+def matrixwise(decompose: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
+    """``decompose``, which inside ``spread`` on a CPU takes one matrix at a time.
+
+    JAX divides a batch of matrices among the threads of the process, and waits for them in one of them. If more devices
+    than there are threads do so at once, all wait for ever. So every device works alone there. On one device, and on
+    other platforms, nothing changes.
+
+    Args:
+        decompose: a function of matrices ``[..., n, n]``, for example ``jnp.linalg.eigh``. The result for a matrix must
+            not depend on the others.
+
+    Example:
+        >>> matrixwise(jnp.linalg.eigh)(jnp.diag(jnp.array([3.0, -1.0]))).eigenvalues.tolist()
+        [-1.0, 3.0]
+    """
+
+    def of_each(q):
+        if not jax.sharding.get_abstract_mesh().manual_axes:
+            return decompose(q)
+        one = jax.custom_batching.sequential_vmap(lambda matrix: decompose(matrix))
+        for _ in range(q.ndim - 2):
+            one = jax.vmap(one)
+        return jax.lax.platform_dependent(q, cpu=one, default=decompose)
+
+    return of_each
+
+
 def one_blas_thread():
     """A context in which LAPACK uses one thread.
 

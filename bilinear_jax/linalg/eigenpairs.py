@@ -4,6 +4,7 @@ The pairs come from a search (``lanczos.search``) or, where that is slower or ha
 Either way, every eigenvector is then multiplied by its matrix once more to check it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.linalg.cycle import multiply
+from bilinear_jax.linalg.devices import matrixwise
 from bilinear_jax.linalg.lanczos import COLUMNS, Found, search
 from bilinear_jax.linalg.ritz import strength
 
@@ -129,7 +131,7 @@ def _dense(left, right, gates, k: int, signed: bool) -> Found:
 
     def one(gates):
         half = (left.T * gates[None]) @ right
-        values, vectors = jnp.linalg.eigh((half + half.T) / 2, symmetrize_input=False)
+        values, vectors = matrixwise(functools.partial(jnp.linalg.eigh, symmetrize_input=False))((half + half.T) / 2)
         order = jnp.argsort(-strength(values, signed))[:k]
         apart = jnp.abs(values[order][:, None] - values[None])
         apart = apart.at[jnp.arange(k), order].set(jnp.inf)

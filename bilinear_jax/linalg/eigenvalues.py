@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bilinear_jax.linalg.devices import matrixwise
+
 
 @jax.custom_jvp
 @jax.jit
@@ -49,7 +51,7 @@ def eigvalsh(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch in"]:
 @eigvalsh.defjvp
 def _eigvalsh_jvp(primals, tangents):
     (q,), (tangent,) = primals, tangents
-    values, vectors = jnp.linalg.eigh(q)
+    values, vectors = matrixwise(jnp.linalg.eigh)(q)
     with jax.default_matmul_precision("highest"):
         return values, jnp.sum(vectors * (tangent @ vectors), axis=-2)
 
@@ -57,7 +59,7 @@ def _eigvalsh_jvp(primals, tangents):
 def _by_bisection(q: Float[Array, "*batch in in"]) -> Float[Array, "*batch in"]:
     scale = jnp.max(jnp.abs(q), axis=(-2, -1), keepdims=True)
     q = q / jnp.where(scale == 0, 1, scale)  # so that no square overflows or underflows
-    _, diagonal, beside, _ = jax.lax.linalg.tridiagonal((q + q.swapaxes(-2, -1)) / 2)
+    _, diagonal, beside, _ = matrixwise(jax.lax.linalg.tridiagonal)((q + q.swapaxes(-2, -1)) / 2)
     # Zeros beside the diagonal can make the bisection divide 0 by 0. This minimum is too small to change the values.
     beside = jnp.maximum(jnp.abs(beside), jnp.finfo(q.dtype).eps ** 1.5)
     bisect = functools.partial(jax.scipy.linalg.eigh_tridiagonal, eigvals_only=True)

@@ -3,10 +3,13 @@
 Source: Lehmann 1949 and Parlett, "The symmetric eigenvalue problem", chapter 10 (bounds).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from bilinear_jax.linalg.devices import matrixwise
 
 
 class RitzPairs(NamedTuple):
@@ -37,7 +40,7 @@ def ritz_pairs(
     beyond = jnp.where(norm > 0, 2 * norm, 1)
     diagonal = jnp.arange(size)
     projected = projected.at[:, diagonal, diagonal].add(jnp.where(live, 0, beyond[:, None]))
-    values, vectors = jnp.linalg.eigh(projected, symmetrize_input=False)
+    values, vectors = matrixwise(functools.partial(jnp.linalg.eigh, symmetrize_input=False))(projected)
     number = jnp.sum(live, axis=1, keepdims=True)
     exists = diagonal[None] < number
     last = vectors[:, size - block :, :]
