@@ -21,12 +21,12 @@ from bilinear_jax.language import Batch, LanguageModel
 from bilinear_jax.measure.quadratic import (
     Coefficients,
     after_layers,
+    after_swapped,
     embedded,
     kept,
     quadratic_output,
     thresholds,
     through_layers,
-    with_coefficients,
 )
 from bilinear_jax.nn.attention import model_turns
 from bilinear_jax.nn.transformer import MLP, Layer, cross_entropy, run_module, unembed
@@ -138,22 +138,21 @@ def certify(
         ValueError: as ``LanguageModel.batches``, and if a value is not finite.
     """
     above = thresholds(form)
-    sums = None
-    for batch in lm.batches(tokens, token_mask, batch_size, description="R2"):
-        found = jax.device_get(_sums(lm, form, dict(controls), above, batch.tokens, batch.mask))
-        found = jax.tree.map(lambda value: np.asarray(value, np.float64), found)
+    sums, losses = None, []
+    for batch in lm.batches(tokens, token_mask, batch_size, description="R2 and losses"):
+        x = embedded(lm, batch.tokens)
+        after, found = _sums(lm, form, dict(controls), above, x, batch.mask)
+        found = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(found))
         if not all(np.isfinite(value).all() for value in jax.tree.leaves(found)):
             raise batch.not_finite()
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
+        streams = {"clean": after, "form": after_layers(form, x)}
+        streams |= {name: after_swapped(lm, c, above, x) for name, c in controls.items()}
+        counted = np.asarray(batch.mask.at[:, 0].set(False))
+        losses.append({name: np.asarray(_token_losses(lm, x, batch.tokens))[counted] for name, x in streams.items()})
     assert sums is not None  # batches gives at least one
-
-    def all_tokens(model: LanguageModel) -> np.ndarray:
-        parts = [_counted(model, batch) for batch in lm.batches(tokens, token_mask, batch_size, description="losses")]
-        return np.concatenate(parts)
-
-    clean = all_tokens(lm)
-    whole = {"form": all_tokens(form)}
-    whole |= {name: all_tokens(with_coefficients(lm, c, above)) for name, c in controls.items()}
+    whole = {name: np.concatenate([batch[name] for batch in losses]) for name in losses[0]}
+    clean = whole.pop("clean")
     rows = max(1, loss_tokens // np.shape(tokens)[1])
     first = next(iter(lm.batches(tokens[:rows], None if token_mask is None else token_mask[:rows], rows)))
     single, loss_count = _single_layers(lm, form, dict(controls), mean, above, first)
@@ -195,8 +194,9 @@ def _added(swapped: np.ndarray, clean: np.ndarray) -> tuple[Any, Any]:
 
 
 @jax.jit
-def _sums(lm, form, controls, above, tokens, mask) -> dict[str, Any]:
-    """Sums over the counted tokens of a batch, in every layer; with ``kept_``, over those that keep the original."""
+def _sums(lm, form, controls, above, x, mask) -> tuple[Float[Array, "batch seq d_model"], dict[str, Any]]:
+    """The residual stream after the last layer, given that before the first, and sums over the counted tokens in every
+    layer; with ``kept_``, over those that keep the original MLP."""
 
     def visit(params, extra, values):
         mlp, coefficients, above = extra
@@ -227,7 +227,7 @@ def _sums(lm, form, controls, above, tokens, mask) -> dict[str, Any]:
     filled = mask.at[:, 0].set(jnp.any(mask, axis=1))
     mask = mask.at[:, 0].set(False)
     extras = form.params["layers"]["mlp"], controls, above
-    return through_layers(lm, embedded(lm, tokens), visit, extras)[1]
+    return through_layers(lm, x, visit, extras)
 
 
 @jax.jit
@@ -240,12 +240,6 @@ def _token_losses(lm: LanguageModel, x: Float[Array, "batch seq d_model"], token
 
     losses = jax.lax.map(of_row, (x, jnp.roll(tokens, -1, axis=1)))
     return jnp.roll(losses, 1, axis=1).at[:, 0].set(0)
-
-
-def _counted(lm: LanguageModel, batch: Batch) -> np.ndarray:
-    """The losses of the tokens of a batch that count and are predicted."""
-    losses = np.asarray(_token_losses(lm, after_layers(lm, embedded(lm, batch.tokens)), batch.tokens))
-    return losses[np.asarray(batch.mask.at[:, 0].set(False))]
 
 
 @jax.jit

@@ -114,12 +114,17 @@ def embedded(lm: LanguageModel, tokens: Any) -> Float[Array, "batch seq d_model"
 
 
 def through_layers(
-    lm: LanguageModel, x: Float[Array, "batch seq d_model"], visit: Visit, extras: PyTree = ()
+    lm: LanguageModel,
+    x: Float[Array, "batch seq d_model"],
+    visit: Visit,
+    extras: PyTree = (),
+    swap: Visit | None = None,
 ) -> tuple[Float[Array, "batch seq d_model"], PyTree]:
     """The residual stream after the last layer, given that before the first, and what ``visit`` returns, by layer.
 
     ``visit(params, extra, values)`` is given the params of a layer, its part of ``extras`` (arrays with ``n_layer`` as
-    their first axis), and the values of the sites in it.
+    their first axis), and the values of the sites in it. ``swap`` is given the same, with the values up to ``mlp_out``,
+    and returns another ``mlp_out``.
     """
 
     turns = model_turns(lm.config, x.shape[1])
@@ -130,7 +135,9 @@ def through_layers(
 
         def tap(site, value):
             values[site] = value
-            return value
+            if site == "mlp_out" and swap is not None:
+                values[site] = swap(params, extra, values)
+            return values[site]
 
         x = run_module(Layer(lm.config), params, x, tap, blocks=True, turns=turns)
         return x, visit(params, extra, values)
@@ -142,6 +149,20 @@ def through_layers(
 def after_layers(lm: LanguageModel, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
     """The residual stream after the last layer, given that before the first."""
     return through_layers(lm, x, lambda *_: ())[0]
+
+
+@jax.jit
+def after_swapped(
+    lm: LanguageModel, coefficients: Coefficients, above: Float[Array, " n_layer"], x: Float[Array, "batch seq d_model"]
+) -> Float[Array, "batch seq d_model"]:
+    """``after_layers`` of ``with_coefficients(lm, coefficients, above)``, which is not made: no weight is copied."""
+
+    def swap(params, extra, values):
+        c, above = extra
+        y = values["mlp_out"]
+        return jnp.where(kept(y, above)[..., None], y, quadratic_output(params["mlp"], c, values["mlp_in"]))
+
+    return through_layers(lm, x, lambda *_: (), (coefficients, above), swap)[0]
 
 
 def massive(

@@ -10,7 +10,14 @@ import pytest
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.bilinear_form import bilinear_form
-from bilinear_jax.measure.quadratic import quadratic_output, with_coefficients
+from bilinear_jax.measure.quadratic import (
+    after_layers,
+    after_swapped,
+    embedded,
+    quadratic_output,
+    through_layers,
+    with_coefficients,
+)
 from bilinear_jax.nn.transformer import GATES, MLP, TransformerConfig, run_module
 from bilinear_jax.store.checkpoint import load_model, save_model
 
@@ -168,6 +175,16 @@ def massive():
     tokens = np.where(TOKENS == 3, 4, TOKENS)
     tokens[::3, 5] = 3  # 8 of 264
     return dataclasses.replace(lm, params=params), tokens
+
+
+def test_swapped_in_place_or_as_a_model_of_its_own_is_the_same(massive):
+    lm = massive[0]
+    coefficients = jax.random.normal(jax.random.key(3), (2, 5, lm.config.d_hidden))
+    x = embedded(lm, jnp.asarray(TOKENS, jnp.int32))
+    lengths = through_layers(lm, x, lambda *given: jnp.linalg.norm(given[2]["mlp_out"], axis=-1))[1]
+    above = jnp.stack([jnp.median(lengths[0]), jnp.median(lengths[1])])  # half of the tokens keep the original
+    expected = after_layers(with_coefficients(lm, coefficients, above), x)
+    np.testing.assert_allclose(after_swapped(lm, coefficients, above, x), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_other_massive_positions_keep_the_original_too(massive):
