@@ -54,6 +54,7 @@ def matrixwise(decompose: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array]
     def of_each(q):
         if not jax.sharding.get_abstract_mesh().manual_axes:
             return decompose(q)
+        # The lambda keeps options of ``decompose`` from becoming arguments, which would be traced.
         one = jax.custom_batching.sequential_vmap(lambda matrix: decompose(matrix))
         for _ in range(q.ndim - 2):
             one = jax.vmap(one)

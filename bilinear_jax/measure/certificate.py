@@ -149,7 +149,9 @@ def certify(
         streams = {"clean": after, "form": after_layers(form, x)}
         streams |= {name: after_swapped(lm, c, above, x) for name, c in controls.items()}
         counted = np.asarray(batch.mask.at[:, 0].set(False))
-        losses.append({name: np.asarray(_token_losses(lm, x, batch.tokens))[counted] for name, x in streams.items()})
+        losses.append(
+            {name: np.asarray(_token_losses(lm, end, batch.tokens))[counted] for name, end in streams.items()}
+        )
     assert sums is not None  # batches gives at least one
     whole = {name: np.concatenate([batch[name] for batch in losses]) for name in losses[0]}
     clean = whole.pop("clean")
