@@ -215,7 +215,7 @@ def sae_choice(text: str) -> dict[str, Any]:
 
 
 def _site(text: str) -> str:
-    from bilinear_jax.nn.sae import site_name
+    from bilinear_jax.nn.sae_config import site_name
 
     try:
         site_name(text)

@@ -90,7 +90,7 @@ def _saes(options: argparse.Namespace) -> list[Any]:
         parts = parse_sae_name(name)
         if parts is None:
             raise common.WrongUse(f"--saes: {name!r} is not the name of an SAE; write for instance 2-mlp-in-x4-k20")
-        found.append(load_sae(scope, parts.site, parts.layer, parts.expansion, parts.k, parts.tag))
+        found.append(load_sae(scope, **parts._asdict()))
     return found
 
 

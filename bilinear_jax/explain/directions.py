@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.scale import as_floats
-from bilinear_jax.nn.sae import SAE, site_name
+from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.sae_config import site_name
 from bilinear_jax.nn.transformer import unembedding
 
 SITES = {"inp": ("mlp_in", "resid_mid"), "out": ("mlp_out",)}
@@ -217,6 +218,7 @@ def resolve(argument: str, given, lm: LanguageModel, layer: int, source) -> SAE 
         from bilinear_jax.store.checkpoint import load_sae
 
         sae = load_sae(source, layer=layer, **wanted)
+    _check_reconstructs(argument, sae)
     if sae.config.layer != layer:
         raise ValueError(f"{argument} is the SAE {sae.name} of layer {sae.config.layer}, but layer {layer} is traced")
     if sae.config.d_model != lm.config.d_model:
@@ -224,6 +226,16 @@ def resolve(argument: str, given, lm: LanguageModel, layer: int, source) -> SAE 
             f"{argument} is the SAE {sae.name} with d_model {sae.config.d_model}, but the model has {lm.config.d_model}"
         )
     return sae
+
+
+def _check_reconstructs(argument: str, sae: SAE) -> None:
+    """Raise ``ValueError`` for what is no SAE of its own site: the parts of x or y would not be those of its decoder."""
+    if sae.config.target is not None or sae.config.skip:
+        kind = "a transcoder" if sae.config.target else "an SAE with a skip"
+        raise ValueError(
+            f"{argument} is {sae.name}, {kind}, but a tracer needs an SAE that reconstructs what it reads: for a "
+            "bilinear transcoder, use bj.Tracer.of_transcoder"
+        )
 
 
 def _check_site(argument: str, site: str, sites: tuple[str, ...]) -> None:

@@ -206,7 +206,7 @@ def _inputs_and_codes(lm: LanguageModel, sae: SAE, tokens: Int[Array, "batch seq
 def _stream(lm: LanguageModel, tensor: BilinearTensor, out: SAE, tokens, token_mask, batch_size: int) -> "_Stream":
     tokens = sites.token_array(tokens)
     batches = lm.batches(tokens, token_mask, batch_size, description="activations")
-    most, k = len(tokens) * tokens.shape[1], out.config.k
+    most, k = len(tokens) * tokens.shape[1], out.config.slots
     x = np.empty((most, tensor.n_in), np.float32)  # memory pages that are not filled are never allocated
     codes, features = np.empty((most, k), np.float32), np.empty((most, k), np.int32)
     filled = 0

@@ -36,9 +36,8 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.cofiring import entries
 from bilinear_jax.measure.pairs import check_request, checked_pairs
 from bilinear_jax.nn import sites
-from bilinear_jax.nn.sae import SAE, SparseCodes, TopKSAE
-from bilinear_jax.nn.sparse import damage, largest
-from bilinear_jax.nn.transformer import Edit, Site, run_module
+from bilinear_jax.nn.sae import SAE, SparseCodes
+from bilinear_jax.nn.transformer import Edit, Site
 from bilinear_jax.tensor import BilinearTensor
 
 REMOVE = ("these", "other_pairs", "all_else")
@@ -154,15 +153,14 @@ def code_alone(
     """A feature's code if its own pre-activation falls by ``change``, and no other changes.
 
         z       = pre-activations of y, with z_feature - change in place of z_feature
-        code    = z_feature if it is among the k largest of z, else 0; NaN if any z is not finite
+        code    = that of the feature in activation(z); NaN if any z is not finite
 
     In the run ``alone`` the MLP's output is ``y + d_out (code - clean code)``. It shows what the change of this feature
     does downstream while everything else that the MLP writes stays.
     """
-    z = run_module(TopKSAE(out.config), out.params, y, method="preactivations")
-    z = z.at[..., feature].add(-change)
-    selected = (largest(z, out.config.k) == feature).any(axis=-1)
-    return jnp.where(selected, z[..., feature], 0) + damage(z)[..., 0]
+    codes = out.codes_of(out.preactivations(y).at[..., feature].add(-change))
+    its_own = jnp.where(codes.indices == feature, codes.values, 0).sum(axis=-1)
+    return jnp.where(jnp.isnan(codes.values).any(axis=-1), jnp.nan, its_own)
 
 
 def ablate_pairs(
@@ -297,7 +295,7 @@ def _ablated(effects: PairEffects, out: SAE, feature, direction, x, y, mask, *, 
         clean = code_alone(out, feature, y, nothing)
         codes = (clean, code_alone(out, feature, y - whole, nothing), code_alone(out, feature, y, fall))
         alone = jnp.where(mask[..., None], _written(out, feature, clean - codes[2]), 0)
-        z = run_module(TopKSAE(out.config), out.params, y, method="preactivations")[..., feature]
+        z = out.preactivations(y)[..., feature]
     fired = mask & (clean != 0)
 
     def run(code) -> _RunSums:
@@ -311,7 +309,7 @@ def _ablated(effects: PairEffects, out: SAE, feature, direction, x, y, mask, *, 
 def _written(sae: SAE, feature, amount: Float[Array, "*tokens"]) -> Float[Array, "*tokens d_model"]:
     """What the SAE's reconstruction gains if a feature's code grows by ``amount``."""
     codes = SparseCodes(amount[..., None], jnp.full((*amount.shape, 1), feature), sae.config.n_features)
-    return run_module(TopKSAE(sae.config), sae.params, codes, method="decode_directions")
+    return sae.decode_directions(codes)
 
 
 def _result(pairs, remove: str, tokens: int, predicted: float, clean: float, sums: _Sums) -> Ablation:

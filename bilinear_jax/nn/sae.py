@@ -1,10 +1,17 @@
-"""Top-k sparse autoencoders with the published options: config, Flax module, sparse codes, and ``SAE`` with its params.
+"""Dictionaries: sparse autoencoders (SAEs) and transcoders as a Flax module, their codes, and ``SAE`` with its params.
 
-    z     = TopK(W_enc (x - b_dec) + b_enc)      the k largest by value, no ReLU: codes can be negative
-    x_hat = W_dec z + b_dec                       and x_hat[passthrough] += x[passthrough]
+    y     = W_enc (x - b_dec) + b_enc        x without - b_dec unless ``centred``; + b_enc with ``encoder_bias``
+    z     = y                                of a bilinear encoder: y_left * y_right  (+ y_linear)  (+ b_z)
+    codes = activation(z)                    sparse, see ``nn.activations``
+    x_hat = W_dec codes + b_dec              + W_skip x with ``skip``; and x_hat[passthrough] += x[passthrough]
 
-Source: Gao et al. 2024 ("Scaling and evaluating sparse autoencoders") for top-k SAEs. The options are those of the
-checkpoints published with "Bilinear MLPs enable weight-based mechanistic interpretability".
+A transcoder reconstructs another site of its layer from x: with ``site = "mlp_in"`` and ``target = "mlp_out"`` it goes
+through the MLP. As elsewhere in the field, ``SAE`` is also the name of the class of transcoders.
+
+Sources: Gao et al. 2024 ("Scaling and evaluating sparse autoencoders") for top-k SAEs; Dunefsky et al. 2024
+("Transcoders find interpretable LLM feature circuits"); Paulo et al. 2025 ("Transcoders beat sparse autoencoders for
+interpretability") for the skip. The options of top-k SAEs are those of the checkpoints published with "Bilinear MLPs
+enable weight-based mechanistic interpretability".
 """
 
 import dataclasses
@@ -19,25 +26,11 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.nn.activations import damage, first_slots, is_active, largest
 from bilinear_jax.nn.attention import as_floating, linear
-from bilinear_jax.nn.configs import LARGEST_SIZE, check_sizes, check_types
-from bilinear_jax.nn.sparse import damage, decode_at, largest, linear_at
-from bilinear_jax.nn.transformer import SITES, run_module
-
-SAE_SITES = tuple(site for site in SITES if site not in ("scores", "pattern"))
-"""The sites that an SAE can read: those with ``d_model`` coordinates."""
-
-
-def site_name(name: str) -> str:
-    """The name of a site in this library's spelling. The given name may have hyphens or underscores.
-
-    Raises:
-        UnknownNameError: if no SAE can read the site.
-    """
-    site = name.replace("-", "_")
-    if site not in SAE_SITES:
-        raise UnknownNameError("site", repr(name), SAE_SITES, of="what an SAE can read")
-    return site
+from bilinear_jax.nn.sae_config import SAEConfig
+from bilinear_jax.nn.sparse import decode_at, linear_at
+from bilinear_jax.nn.transformer import run_module
 
 
 def unit_columns(columns: Float[Array, "d_model features"]) -> Float[Array, "d_model features"]:
@@ -48,64 +41,6 @@ def unit_columns(columns: Float[Array, "d_model features"]) -> Float[Array, "d_m
 
     columns = divided(columns, jnp.max(jnp.abs(columns), axis=0))  # so that no square underflows
     return divided(columns, jnp.linalg.norm(columns, axis=0))
-
-
-@dataclasses.dataclass(frozen=True)
-class SAEConfig:
-    """What an SAE reads and how it encodes; hashable, so it can be a static argument of ``jit``."""
-
-    site: str  # where it reads: "mlp_in", "mlp_out", "resid_mid", ...
-    layer: int  # the layer of that site, from 0
-    d_model: int  # width of its input
-    expansion: int  # features / d_model
-    k: int  # active features a token
-    bilinear_encoder: bool = False  # codes from (W_l x) * (W_r x) instead of W_enc x
-    encoder_bias: bool = False  # add b_enc before the top-k
-    passthrough: tuple[int, ...] = ()  # coordinates of x that are added to the reconstruction
-    normalize: float | None = None  # a divisor; the published files record it but never apply it
-    apply_normalize: bool = False  # True: encode x / normalize, and multiply the reconstruction by normalize
-    tag: str | None = None  # distinguishes SAEs that agree in all else
-
-    def __post_init__(self):
-        check_types(self)
-        object.__setattr__(self, "site", site_name(self.site))
-        if not 0 <= self.layer <= LARGEST_SIZE:
-            raise ValueError(f"layer is {self.layer}, but layers are numbered from 0, up to {LARGEST_SIZE}")
-        check_sizes(self, "d_model", "expansion", "n_features")
-        if not 1 <= self.k <= self.n_features:
-            raise ValueError(f"k is {self.k}, but it must be between 1 and {self.n_features} (the number of features)")
-        if len(set(self.passthrough)) < len(self.passthrough):
-            raise ValueError(f"passthrough is {list(self.passthrough)}, but each coordinate can be named only once")
-        outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
-        if outside:
-            raise ValueError(f"passthrough coordinates {outside} lie outside 0 ... {self.d_model - 1}")
-        if self.tag is not None and (not self.tag or {*"/\\"} & {*self.tag} or not self.tag.isprintable()):
-            raise ValueError(
-                f"tag is {self.tag!r}, but it must be None or a part of a folder's name, without '/', a backslash and "
-                "characters that cannot be printed"
-            )
-        single = jnp.finfo(jnp.float32)
-        if self.normalize is not None and not abs(self.normalize) <= float(single.max):
-            raise ValueError(f"normalize must be a finite number in float32, got {self.normalize}")
-        if self.apply_normalize and not abs(self.normalize or 0) >= float(single.tiny):
-            raise ValueError(
-                f"normalize is {self.normalize}, but apply_normalize needs a number other than 0: give normalize"
-            )
-
-    @property
-    def n_features(self) -> int:
-        return self.d_model * self.expansion
-
-    @property
-    def scale(self) -> float:
-        """``normalize`` if it is applied, else 1: the unit of the SAE's own space, in that of its site."""
-        return self.normalize if self.apply_normalize and self.normalize else 1.0
-
-    @property
-    def name(self) -> str:
-        """The published folder name: ``<layer>-<site>-x<expansion>-k<k>[-<tag>]``, the site with hyphens."""
-        name = f"{self.layer}-{self.site.replace('_', '-')}-x{self.expansion}-k{self.k}"
-        return f"{name}-{self.tag}" if self.tag else name
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indices"], meta_fields=["n_features"])
@@ -126,13 +61,16 @@ class SparseCodes:
         return dense.reshape(*self.values.shape[:-1], self.n_features)
 
 
-class TopKSAE(nn.Module):
-    """The SAE as a Flax module: params ``w_enc [features, d_model]``, ``w_dec [d_model, features]``, ``b_dec``.
+class SAEModule(nn.Module):
+    """A dictionary as a Flax module. Params: ``w_enc [features, d_model]``, ``w_dec [d_model, features]``, ``b_dec``.
 
-    A bilinear encoder has ``w_enc [2 features, d_model]``, left rows first. ``encoder_bias`` adds ``b_enc``.
+    A bilinear encoder has ``w_enc [2 features, d_model]``, left rows first, or ``[3 features, d_model]`` with the rows
+    of its linear term last. ``encoder_bias`` adds ``b_enc``, one number for each row of ``w_enc``; ``product_bias``
+    adds ``b_z [features]``; ``skip`` adds ``w_skip [d_model, d_model]``. ``threshold`` is ``[]`` for BatchTopK and
+    ``[features]`` for JumpReLU.
 
-    The derivatives of ``encode_sparse``, and of ``decode`` of its codes, use only the k active features
-    (``nn.sparse``). They equal those of the same function written densely.
+    The derivatives of ``encode_sparse``, and of ``decode`` of its codes, use only the active features (``nn.sparse``).
+    They equal those of the same function written densely.
     """
 
     config: SAEConfig
@@ -140,80 +78,153 @@ class TopKSAE(nn.Module):
 
     def setup(self):
         c = self.config
-        rows = c.n_features * (2 if c.bilinear_encoder else 1)
-        self.w_enc = self.param("w_enc", nn.initializers.normal(1 / math.sqrt(c.d_model)), (rows, c.d_model))
-        self.w_dec = self.param("w_dec", nn.initializers.normal(1 / math.sqrt(c.d_model)), (c.d_model, c.n_features))
+        rows, init = c.n_features * c.encoder_blocks, nn.initializers.normal(1 / math.sqrt(c.d_model))
+        self.w_enc = self.param("w_enc", init, (rows, c.d_model))
+        self.w_dec = self.param("w_dec", init, (c.d_model, c.n_features))
         self.b_dec = self.param("b_dec", nn.initializers.zeros, (c.d_model,))
         if c.encoder_bias:
             self.b_enc = self.param("b_enc", nn.initializers.zeros, (rows,))
+        if c.product_bias:
+            self.b_z = self.param("b_z", nn.initializers.zeros, (c.n_features,))
+        if c.skip:
+            self.w_skip = self.param("w_skip", nn.initializers.zeros, (c.d_model, c.d_model))
+        if c.activation in ("batchtopk", "jumprelu"):
+            shape = (c.n_features,) if c.activation == "jumprelu" else ()
+            self.threshold = self.param("threshold", nn.initializers.zeros, shape)
 
     def preactivations(self, x: Shaped[Array, "... d_model"]) -> Float[Array, "... features"]:
-        """The pre-activations, from which the top-k selects."""
-        return self._product(self._linear(self._centred(x)))
+        """The pre-activations z, from which the activation selects."""
+        return self.product(self.linear_part(x))
+
+    def linear_part(self, x: Shaped[Array, "... d_model"]) -> Float[Array, "... rows"]:
+        """y: ``W_enc`` times the input, with ``b_enc``. The pre-activations are ``product(y)``."""
+        return linear(self._centred(x), self.w_enc, self.b_enc if self.config.encoder_bias else None)
+
+    def product(
+        self, y: Float[Array, "... rows"], indices: Int[Array, "... k"] | None = None
+    ) -> Float[Array, "... features"]:
+        """The pre-activations z from y. With ``indices``, y has only the rows of these features."""
+        c = self.config
+        if not c.bilinear_encoder:
+            return y
+        left, right, *rest = jnp.split(y, c.encoder_blocks, axis=-1)
+        z = left * right
+        if rest:
+            z = z + rest[0]
+        if c.product_bias:
+            bias = self.b_z.astype(z.dtype)
+            z = z + (jnp.broadcast_to(bias, z.shape) if indices is None else bias[indices])
+        return z
+
+    def at(
+        self, x: Shaped[Array, "... d_model"], y: Float[Array, "... rows"], indices: Int[Array, "... k"], counts=None
+    ) -> Float[Array, "... k"]:
+        """The pre-activations of some features, looked up in y, with derivatives that use these features only.
+
+        Derivatives count in the first ``counts`` of the k features of each token; None: in all.
+        """
+        c = self.config
+        rows = jnp.stack([indices + block * c.n_features for block in range(c.encoder_blocks)], axis=-1)
+        rows = rows.reshape(*indices.shape[:-1], indices.shape[-1] * c.encoder_blocks)  # a feature's side by side
+        counts = None if counts is None else counts * c.encoder_blocks
+        bias = self.b_enc if c.encoder_bias else None
+        found = linear_at(self._centred(x), self.w_enc, y, rows, bias, self.form, counts)
+        found = found.reshape(*indices.shape, c.encoder_blocks)
+        return self.product(jnp.concatenate(list(jnp.moveaxis(found, -1, 0)), axis=-1), indices)
 
     def encode_sparse(
         self,
         x: Shaped[Array, "... d_model"],
         k: int | None = None,
         among: Bool[Array, " features"] | None = None,
-    ) -> SparseCodes:
-        """The ``k`` largest pre-activations of each token. The default k is that of the config.
+    ) -> "SparseCodes":
+        """The codes of the active features of each token.
 
-        With ``among``, only those features can be chosen. If they are fewer than ``k``, the rest are codes of 0. If any
-        pre-activation of a token is not finite, also one that was not chosen, all codes of this token are NaN.
+        Of a top-k activation they are the ``k`` largest pre-activations (default: the k of the config); with ``among``,
+        only those features can be chosen, and if they are fewer than ``k``, the rest are codes of 0. Of a thresholded
+        activation, at most ``config.slots`` features of a token can be active: the codes of a token with more are NaN.
+
+        If any pre-activation of a token is not finite, also one that was not chosen, all codes of this token are NaN.
         """
+        y = jax.lax.stop_gradient(self.linear_part(x))
+        return self._codes(self.product(y), lambda indices: self.at(x, y, indices), k, among)
+
+    def codes_of(self, z: Float[Array, "... features"]) -> "SparseCodes":
+        """The codes that the activation makes of pre-activations, as ``encode_sparse`` of their input."""
+        return self._codes(z, lambda indices: jnp.take_along_axis(z, indices, axis=-1))
+
+    def _codes(self, z, values_at, k=None, among=None) -> "SparseCodes":
         c = self.config
-        x = self._centred(x)
-        y = jax.lax.stop_gradient(self._linear(x))
-        z = self._product(y)
         unsound = damage(z)
+        if c.thresholded and k is None:
+            active = self.active(z)
+            indices, counts = first_slots(z, active, c.slots)
+            values = values_at(indices)
+            used = jnp.take_along_axis(active, indices, axis=-1)
+            values = jnp.where(used, values, jnp.zeros_like(values))
+            too_many = jnp.where(counts > c.slots, jnp.nan, 0)[..., None].astype(values.dtype)
+            return SparseCodes(values + jnp.broadcast_to(unsound + too_many, values.shape), indices, c.n_features)
         if among is not None:
             z = jnp.where(jnp.broadcast_to(among, z.shape), z, -jnp.inf)
-        indices = largest(z, k or c.k)
-        rows = jnp.concatenate([indices, indices + c.n_features], axis=-1) if c.bilinear_encoder else indices
-        values = linear_at(x, self.w_enc, y, rows, self.b_enc if c.encoder_bias else None, self.form)
-        values = self._product(values)
+        indices = largest(z, k or c.slots)
+        values = values_at(indices)
+        if c.activation == "topk_relu":
+            values = jnp.maximum(values, 0)
         if among is not None:
             values = jnp.where(among[indices], values, jnp.zeros_like(values))
-        values = values + jnp.broadcast_to(unsound, values.shape)
-        return SparseCodes(values, indices, c.n_features)
+        return SparseCodes(values + jnp.broadcast_to(unsound, values.shape), indices, c.n_features)
+
+    def active(self, z: Float[Array, "... features"]) -> Bool[Array, "... features"]:
+        """Whether each feature is active under a thresholded activation."""
+        return is_active(z, None if self.config.activation == "relu" else self.threshold)
+
+    def encode_dense(self, x: Shaped[Array, "... d_model"]) -> Float[Array, "... features"]:
+        """The codes of all features. Of a thresholded activation there is no limit of active ones."""
+        if not self.config.thresholded:
+            return self.encode_sparse(x).dense()
+        z = self.preactivations(x)
+        codes = jnp.where(self.active(z), z, jnp.zeros_like(z))
+        return codes + jnp.broadcast_to(damage(z), z.shape)
 
     def _centred(self, x):
         x = as_floating(x, self.b_dec) / self.config.scale
-        return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape)
+        return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape) if self.config.centred else x
 
-    def _linear(self, x):
-        return linear(x, self.w_enc, self.b_enc if self.config.encoder_bias else None)
+    def decode_directions(self, codes: Any, counts: Int[Array, "..."] | None = None) -> Float[Array, "... d_model"]:
+        """``W_dec codes``: the reconstruction without bias, skip and passthrough.
 
-    def _product(self, y):
-        if not self.config.bilinear_encoder:
-            return y
-        left, right = jnp.split(y, 2, axis=-1)
-        return left * right
-
-    def decode_directions(self, codes: Any) -> Float[Array, "... d_model"]:
-        """``W_dec z``: the reconstruction without bias and passthrough."""
+        ``counts`` says how many of the sparse codes of each token, the first ones, count; None: all.
+        """
         if isinstance(codes, SparseCodes):
-            y = decode_at(codes.values, codes.indices, self.w_dec.T, self.form)
+            y = decode_at(codes.values, codes.indices, self.w_dec.T, self.form, counts)
         else:
             y = linear(codes, self.w_dec)
         return y * self.config.scale
 
     def decode(self, codes: Any, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
-        """``W_dec z + b_dec``. With ``passthrough`` it also needs the input ``x``, whose coordinates are added."""
-        c = self.config
+        """``W_dec codes + b_dec``. With ``passthrough`` and ``skip`` it also needs the input ``x``.
+
+        Without ``x``, the skip is left out, and passthrough is an error.
+        """
         y = self.decode_directions(codes)
-        y = y + jnp.broadcast_to((self.b_dec * c.scale).astype(y.dtype), y.shape)
+        return y + self.beside(y, x)
+
+    def beside(self, y: Float[Array, "... d_model"], x: Float[Array, "... d_model"] | None) -> Array:
+        """What a reconstruction, of the shape and dtype of y, has beside ``W_dec codes``."""
+        c = self.config
+        rest = jnp.broadcast_to((self.b_dec * c.scale).astype(y.dtype), y.shape)
+        if c.skip and x is not None:
+            rest = rest + linear(as_floating(x, self.w_skip), self.w_skip).astype(y.dtype)
         if not c.passthrough:
-            return y
+            return rest
         if x is None:
             raise ValueError(
                 f"SAE {c.name} passes coordinates {list(c.passthrough)} of its input through: call decode(codes, x)"
             )
         dims = jnp.asarray(c.passthrough)
-        return y.at[..., dims].add(x[..., dims])
+        return rest.at[..., dims].add(x[..., dims])
 
-    def __call__(self, x: Float[Array, "... d_model"]) -> tuple[Float[Array, "... d_model"], SparseCodes]:
+    def __call__(self, x: Float[Array, "... d_model"]) -> "tuple[Float[Array, '... d_model'], SparseCodes]":
         codes = self.encode_sparse(x)
         return self.decode(codes, x), codes
 
@@ -234,13 +245,16 @@ class SAE:
         ((3, 8), (3, 32), 6)
     """
 
-    params: dict[str, Array]  # as in TopKSAE
+    params: dict[str, Array]  # as in SAEModule
     config: SAEConfig
 
     @staticmethod
     def init(config: SAEConfig, key: Array) -> "SAE":
-        """A new SAE with random unit decoder columns. The encoder rows equal them, unless the encoder is bilinear."""
-        params: Any = TopKSAE(config).init(key, method=lambda module: module.b_dec)["params"]  # does not run the SAE
+        """A new SAE with random unit decoder columns. The encoder rows equal them, unless the encoder is bilinear.
+
+        Thresholds are 0, so the first codes of BatchTopK and JumpReLU are those of ReLU.
+        """
+        params: Any = SAEModule(config).init(key, method=lambda module: module.b_dec)["params"]  # does not run the SAE
         params["w_dec"] = unit_columns(params["w_dec"])
         if not config.bilinear_encoder:
             params["w_enc"] = params["w_dec"].T
@@ -258,7 +272,7 @@ class SAE:
             ValueError: if the encoder is bilinear.
         """
         if self.config.bilinear_encoder:
-            raise ValueError(f"SAE {self.name} has a bilinear encoder: use both rows of a feature, in params['w_enc']")
+            raise ValueError(f"SAE {self.name} has a bilinear encoder: use all rows of a feature, in params['w_enc']")
         return self.params["w_enc"]
 
     @property
@@ -291,27 +305,46 @@ class SAE:
         return self.b_dec * self.config.scale
 
     def _apply(self, method: str, *args):
-        return run_module(TopKSAE(self.config), self.params, *args, method=method)
+        return run_module(SAEModule(self.config), self.params, *args, method=method)
 
     @overload
     def encode(self, x: Float[Array, "... d_model"]) -> Float[Array, "... features"]: ...
     @overload
     def encode(self, x: Float[Array, "... d_model"], *, sparse: bool) -> Any: ...
     def encode(self, x, *, sparse: bool = False):
-        """The codes of ``x``: dense ``[..., features]``, or ``SparseCodes`` with ``sparse=True``."""
+        """The codes of ``x``: dense ``[..., features]``, or ``SparseCodes`` with ``sparse=True``.
+
+        Sparse codes of a thresholded activation hold at most ``config.slots`` active features of a token. The codes of
+        a token with more are NaN there, never cut off in silence; raise ``config.max_active`` if you meet them.
+        """
         x = jnp.asarray(x)
         self._check(x)
-        codes = self._apply("encode_sparse", x)
-        return codes if sparse else codes.dense()
+        return self._apply("encode_sparse" if sparse else "encode_dense", x)
+
+    def codes_of(self, z: Float[Array, "... features"]) -> SparseCodes:
+        """The codes that the activation makes of pre-activations."""
+        return self._apply("codes_of", z)
+
+    def preactivations(self, x: Float[Array, "... d_model"]) -> Float[Array, "... features"]:
+        """The pre-activations of ``x``."""
+        return self._apply("preactivations", x)
 
     def decode(self, codes, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
-        """The reconstruction from dense or sparse codes. An SAE with passthrough also needs its input ``x``."""
+        """The reconstruction from dense or sparse codes.
+
+        With passthrough or a skip it needs the input ``x``. Without it, passthrough is an error, and the skip is left
+        out: the result is then what the features and the bias write.
+        """
         return self._apply("decode", codes, x)
+
+    def decode_directions(self, codes) -> Float[Array, "... d_model"]:
+        """What the features write: ``decode`` without bias, skip and passthrough."""
+        return self._apply("decode_directions", codes)
 
     def __call__(self, x: Float[Array, "... d_model"]):
         """``(reconstruction [..., d_model], codes [..., features])`` of ``x``."""
-        codes = self.encode(x, sparse=True)
-        return self.decode(codes, x), codes.dense()
+        codes = self.encode(x)
+        return self.decode(codes, x), codes
 
     def check_feature(self, feature) -> int:
         """The feature as an int.
@@ -342,13 +375,28 @@ class SAE:
         """
         c = self.config
         size = sum(leaf.size for leaf in self.params.values())
+        kind = "SAE" if c.target is None else "transcoder"
+        target = "it" if c.target is None else f"{c.target} of the same layer"
         scaled = f"divided by {c.normalize:g}" if c.apply_normalize else "not normalised"
         passed = f"coordinates {', '.join(map(str, c.passthrough))} pass" if c.passthrough else "no coordinate passes"
         encoder = "bilinear" if c.bilinear_encoder else "linear"
+        extra = [
+            text
+            for text, there in (
+                (f"{c.activation} activation", c.activation != "topk"),
+                ("a linear term", c.linear_term),
+                ("a bias of the products", c.product_bias),
+                ("a linear skip", c.skip),
+            )
+            if there
+        ]
+        number = "a varying number" if c.k is None else c.k
+        active = f"{number} active at a token" + (" on average" if c.thresholded and c.k else "")
         return (
-            f"SAE {self.name}: {c.n_features} features, {c.k} active at a token, {size:,} parameters\n"
-            f"trained on: {c.site} of layer {c.layer}, d_model {c.d_model}, and reconstructs it\n"
+            f"{kind} {self.name}: {c.n_features} features, {active}, {size:,} parameters\n"
+            f"trained on: {c.site} of layer {c.layer}, d_model {c.d_model}, and reconstructs {target}\n"
             f"encoder: {encoder}, {'a' if c.encoder_bias else 'no'} bias; input {scaled}; {passed} through"
+            + "".join(f"; {text}" for text in extra)
         )
 
     def _check(self, x) -> None:

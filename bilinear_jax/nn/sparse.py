@@ -7,6 +7,9 @@ A token has k active features: values ``v [tokens, k]`` at indices ``i [tokens, 
     dots            s_tk   =  W[i_tk] . x_t                        [tokens, k]
     scatter_outer   G[f]   =  sum over (t, k) with i_tk = f of v_tk x_t      [features, d_model]
 
+Where the number of active features varies, ``counts [tokens]`` says how many of the k of each token count, the first
+ones. The time of "scan" is then proportional to their sum, not to k (``_by_count``).
+
 Each has three forms, which differ only in rounding, time and memory:
 
     "scan"      one active feature after another, or a few tokens; almost no memory beyond the result
@@ -19,6 +22,7 @@ scan 10, 22, 36; gather 93, 109, 112; dense 239, 220, 249. Nothing has been meas
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +34,6 @@ FORMS = ("scan", "gather", "dense")
 
 _UNROLL = 5  # active features in one pass over the result in "scan": it is read and written once, not five times
 _BLOCK = 64  # tokens whose active rows dots and scatter_outer hold together in "scan": they stay in the cache
-_RUN = 32  # features in a run of ``largest``
 
 
 def combine(
@@ -38,14 +41,23 @@ def combine(
     indices: Int[Array, "tokens k"],
     rows: Float[Array, "features d_model"],
     form: str = "scan",
+    counts: Int[Array, " tokens"] | None = None,
 ) -> Float[Array, "tokens d_model"]:
-    """``y_t = sum_k values_tk rows[indices_tk]``.
+    """``y_t = sum_k values_tk rows[indices_tk]``, over the first ``counts`` of the k.
 
     Example:
         >>> combine(jnp.array([[2.0, 1.0]]), jnp.array([[0, 2]]), jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 3.0]]))
         Array([[2., 3.]], dtype=float32)
     """
     check_form(form)
+    if counts is not None and form == "scan":
+
+        def block(values, indices, most):
+            start = jnp.zeros((values.shape[1], rows.shape[1]), rows.dtype)
+            return _repeat(most, start, lambda j, total: total + values[j][:, None] * rows[indices[j]])
+
+        return _by_count(block, counts, values, indices)
+    values = _counted(values, counts)
     if form == "dense":
         return _written_out(values, indices, rows.shape[0]) @ rows
     if form == "gather":
@@ -64,8 +76,9 @@ def dots(
     rows: Float[Array, "features d_model"],
     x: Float[Array, "tokens d_model"],
     form: str = "scan",
+    counts: Int[Array, " tokens"] | None = None,
 ) -> Float[Array, "tokens k"]:
-    """``s_tk = rows[indices_tk] . x_t``.
+    """``s_tk = rows[indices_tk] . x_t`` for the first ``counts`` of the k, else 0.
 
     Example:
         >>> dots(jnp.array([[0, 2]]), jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 3.0]]), jnp.array([[2.0, 1.0]]))
@@ -73,9 +86,18 @@ def dots(
     """
     check_form(form)
     if form == "dense":
-        return jnp.take_along_axis(x @ rows.T, indices, axis=1)
+        return _counted(jnp.take_along_axis(x @ rows.T, indices, axis=1), counts)
     if form == "gather":
-        return jnp.einsum("tkd,td->tk", rows[indices], x)
+        return _counted(jnp.einsum("tkd,td->tk", rows[indices], x), counts)
+    if counts is not None:
+
+        def block(indices, x, most):
+            def dot(j, found):
+                return found.at[j].set(jnp.sum(rows[indices[j]] * x, axis=-1))
+
+            return _repeat(most, jnp.zeros(indices.shape, x.dtype), dot).T
+
+        return _counted(_by_count(block, counts, indices, whole=(x,)), counts)
     return jax.lax.map(lambda token: rows[token[0]] @ token[1], (indices, x), batch_size=_BLOCK)
 
 
@@ -85,8 +107,11 @@ def scatter_outer(
     x: Float[Array, "tokens d_model"],
     n_features: int,
     form: str = "scan",
+    counts: Int[Array, " tokens"] | None = None,
 ) -> Float[Array, "features d_model"]:
     """``G[f] = sum of values_tk x_t`` over the pairs (t, k) with ``indices_tk = f``; other rows are 0.
+
+    With ``counts``, only the first ``counts`` of the k of each token count.
 
     Example:
         >>> scatter_outer(jnp.array([[2.0, 1.0]]), jnp.array([[0, 2]]), jnp.array([[1.0, 3.0]]), 3)
@@ -95,9 +120,16 @@ def scatter_outer(
                [1., 3.]], dtype=float32)
     """
     check_form(form)
+    start = jnp.zeros((n_features, x.shape[1]), x.dtype)
+    if counts is not None and form == "scan":
+
+        def add_block(total, values, indices, x, most):
+            return _repeat(most, total, lambda j, total: total.at[indices[j]].add(values[j][:, None] * x))
+
+        return _by_count(add_block, counts, values, indices, whole=(x,), carry=start)
+    values = _counted(values, counts)
     if form == "dense":
         return _written_out(values, indices, n_features).T @ x
-    start = jnp.zeros((n_features, x.shape[1]), x.dtype)
     if form == "gather":
         return start.at[indices].add(values[:, :, None] * x[:, None, :])
 
@@ -116,59 +148,16 @@ def scatter_outer(
     return jax.lax.scan(add, start, jnp.arange(passes))[0]
 
 
-def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:
-    """The indices of the k largest entries. They are the same as those of ``jax.lax.top_k``, also for ties.
-
-    NaN counts as ``-inf``, whatever its sign bit, so it never takes the place of another entry.
-
-    If there are many features, only those in the k runs of 32 with the largest maxima are ranked. No other can be among
-    the k largest. This takes less time than ``top_k`` of all on a CPU.
-
-    Example:
-        >>> largest(jnp.array([[1.0, 5.0, 3.0, 5.0]]), 3).tolist()
-        [[1, 3, 2]]
-    """
-    y, lowest = jax.lax.stop_gradient(y), jnp.array(-jnp.inf, y.dtype)
-
-    def top(entries):
-        return jax.lax.top_k(jnp.where(jnp.isnan(entries), lowest, entries), k)[1]
-
-    runs = y.shape[-1] // _RUN
-    if y.shape[-1] % _RUN or runs < 4 * k:
-        return top(y)
-    cut = y.reshape(*y.shape[:-1], runs, _RUN)
-    maxima = jax.lax.reduce(cut, lowest, _larger, (cut.ndim - 1,))
-    chosen = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=-1)  # sorted, so that ties keep their order
-    entries = jnp.take_along_axis(cut, chosen[..., None], axis=-2).reshape(*y.shape[:-1], k * _RUN)
-    places = top(entries)
-    return jnp.take_along_axis(chosen, places // _RUN, axis=-1) * _RUN + places % _RUN
-
-
-def _larger(a, b):
-    """The larger of two entries, as ``top_k`` ranks them: 0 above -0. No comparison with NaN is true, so b is not NaN.
-
-    In XLA, ``jnp.max`` of ``jnp.where(jnp.isnan(...))`` takes 15 times as long.
-    """
-    return jnp.where((b > a) | ((b == a) & ~jnp.signbit(b)), b, a)
-
-
-def damage(z: Float[Array, "... features"]) -> Float[Array, "... 1"]:
-    """0 where all entries are finite, else NaN. Added to what is chosen from z, it shows also what was not chosen.
-
-    Example:
-        >>> damage(jnp.array([[1.0, 2.0], [-jnp.inf, 2.0]])).tolist()
-        [[0.0], [nan]]
-    """
-    return jnp.sum(0 * jax.lax.stop_gradient(z), axis=-1, keepdims=True)  # several times as fast as isfinite
-
-
 def decode_at(
     values: Float[Array, "... k"],
     indices: Int[Array, "... k"],
     rows: Float[Array, "features d_model"],
     form: str = "scan",
+    counts: Int[Array, "..."] | None = None,
 ) -> Float[Array, "... d_model"]:
     """``sum_k values_k rows[indices_k]``, for any leading axes, with derivatives in ``values`` and ``rows``.
+
+    With ``counts``, the sum is over the first ``counts`` of the k values only, and only these have derivatives.
 
     Let ``g`` be the derivative with respect to the result. The derivative by the values is ``rows[indices_k] . g``
     (``dots``), and that by the rows is the sum of ``values_k g`` (``scatter_outer``), the only array as large as
@@ -187,7 +176,8 @@ def decode_at(
         Array([2., 0., 1.], dtype=float32)
     """
     flat_values, flat_indices = (part.reshape(-1, part.shape[-1]) for part in (values, indices))
-    flat = _decode(form, flat_values, flat_indices, rows.astype(values.dtype))
+    counts = None if counts is None else counts.reshape(-1)
+    flat = _decode(form, flat_values, flat_indices, rows.astype(values.dtype), counts)
     return flat.reshape(*values.shape[:-1], rows.shape[1])
 
 
@@ -198,6 +188,7 @@ def linear_at(
     indices: Int[Array, "... k"],
     bias: Float[Array, " features"] | None = None,
     form: str = "scan",
+    counts: Int[Array, "..."] | None = None,
 ) -> Float[Array, "... k"]:
     """``rows[indices_k] . x + bias[indices_k]``, looked up in ``y = x rows^T + bias``, for any leading axes.
 
@@ -205,7 +196,7 @@ def linear_at(
     no derivative of size ``[tokens, features]`` is computed. Let ``g_k`` be the derivative with respect to the result.
     The derivative by the rows is the sum of ``g_k x`` (``scatter_outer``), that by x is ``sum_k g_k rows[indices_k]``
     (``combine``), and that by the bias is ``g_k``. It works in ``jit``, in ``vmap`` and for reverse-mode derivatives of
-    any order, not in forward mode.
+    any order, not in forward mode. With ``counts``, only the first ``counts`` of the k have derivatives by x and rows.
 
     Raises:
         ValueError: if the form is not one of ``FORMS``.
@@ -219,7 +210,8 @@ def linear_at(
     """
     flat_x, flat_indices = (part.reshape(-1, part.shape[-1]) for part in (x, indices))
     chosen = jnp.take_along_axis(jax.lax.stop_gradient(y), indices, axis=-1)
-    result = _linear(form, flat_x, rows.astype(x.dtype), chosen.reshape(flat_indices.shape), flat_indices)
+    counts = None if counts is None else counts.reshape(-1)
+    result = _linear(form, flat_x, rows.astype(x.dtype), chosen.reshape(flat_indices.shape), flat_indices, counts)
     result = result.reshape(indices.shape)
     if bias is None:
         return result
@@ -271,33 +263,76 @@ def _seconds(function, *args) -> float:
     return time.perf_counter() - start
 
 
+def _counted(values: Float[Array, "tokens k"], counts: Int[Array, " tokens"] | None) -> Float[Array, "tokens k"]:
+    """The first ``counts`` values of each token, and 0 for the others."""
+    if counts is None:
+        return values
+    return jnp.where(jnp.arange(values.shape[1])[None] < counts[:, None], values, jnp.zeros_like(values))
+
+
+def _repeat(most: Int[Array, ""], start: Array, add: Callable[[Array, Array], Array]) -> Array:
+    """``add(j, total)`` for j = 0 ... most - 1, a number that is known only when it runs."""
+    return jax.lax.fori_loop(0, most, add, start)
+
+
+def _by_count(block: Callable, counts: Int[Array, " tokens"], *slotted: Array, whole=(), carry=None) -> Array:
+    """Blocks of tokens with about as many active features, so that a block passes over few empty slots.
+
+    Args:
+        block: ``block([carry], *slotted, *whole, most)``, with slotted arrays as ``[k, block]``, whole ones as
+            ``[block, d]``, and the largest count of the block. Without a carry it returns ``[block, ...]``.
+        slotted: ``[tokens, k]``. Floating values are set to 0 from ``counts`` on.
+        whole: ``[tokens, d]``.
+        carry: what goes from block to block, and is returned; None: the results of all tokens are returned.
+    """
+    tokens = len(counts)
+    size = max(1, min(_BLOCK, tokens))
+    passes = max(1, -(-tokens // size))
+    order = jnp.argsort(-counts)
+    slotted = tuple(_counted(part, counts) if jnp.issubdtype(part.dtype, jnp.floating) else part for part in slotted)
+
+    def cut(part: Array) -> Array:
+        filled = [(0, size * passes - tokens)] + [(0, 0)] * (part.ndim - 1)
+        return jnp.pad(part[order], filled).reshape(passes, size, *part.shape[1:])
+
+    parts = (*(jnp.swapaxes(cut(part), 1, 2) for part in slotted), *map(cut, whole), jnp.max(cut(counts), axis=1))
+    if carry is not None:
+        return jax.lax.scan(lambda carry, part: (block(carry, *part), None), carry, parts)[0]
+    found = jax.lax.map(lambda part: block(*part), parts)
+    return found.reshape(size * passes, *found.shape[2:])[:tokens][jnp.argsort(order)]
+
+
 def _written_out(values, indices, n_features: int):
     """The codes as a dense array, [tokens, features]."""
     tokens = jnp.broadcast_to(jnp.arange(values.shape[0])[:, None], indices.shape)
     return jnp.zeros((values.shape[0], n_features), values.dtype).at[tokens, indices].add(values)
 
 
-def _decode_forward(form: str, values, indices, rows):
-    return combine(values, indices, rows, form), (values, indices, rows)
+def _decode_forward(form: str, values, indices, rows, counts):
+    return combine(values, indices, rows, form, counts), (values, indices, rows, counts)
 
 
 def _decode_backward(form: str, kept, g):
-    values, indices, rows = kept
-    return dots(indices, rows, g, form), None, scatter_outer(values, indices, g, rows.shape[0], form)
+    values, indices, rows, counts = kept
+    by_rows = scatter_outer(values, indices, g, rows.shape[0], form, counts)
+    return dots(indices, rows, g, form, counts), None, by_rows, None
 
 
-_decode: Any = jax.custom_vjp(lambda form, v, i, rows: combine(v, i, rows, form), nondiff_argnums=(0,))
+_decode: Any = jax.custom_vjp(
+    lambda form, values, indices, rows, counts: combine(values, indices, rows, form, counts), nondiff_argnums=(0,)
+)
 _decode.defvjp(_decode_forward, _decode_backward)
 
 
-def _linear_forward(form: str, x, rows, chosen, indices):
-    return chosen, (x, rows, indices)
+def _linear_forward(form: str, x, rows, chosen, indices, counts):
+    return chosen, (x, rows, indices, counts)
 
 
 def _linear_backward(form: str, kept, g):
-    x, rows, indices = kept
-    return combine(g, indices, rows, form), scatter_outer(g, indices, x, rows.shape[0], form), None, None
+    x, rows, indices, counts = kept
+    by_rows = scatter_outer(g, indices, x, rows.shape[0], form, counts)
+    return combine(g, indices, rows, form, counts), by_rows, None, None, None
 
 
-_linear: Any = jax.custom_vjp(lambda form, x, rows, chosen, indices: chosen, nondiff_argnums=(0,))
+_linear: Any = jax.custom_vjp(lambda form, x, rows, chosen, indices, counts: chosen, nondiff_argnums=(0,))
 _linear.defvjp(_linear_forward, _linear_backward)

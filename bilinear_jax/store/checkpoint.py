@@ -30,7 +30,8 @@ from jaxtyping import PyTree
 import weights_convert
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.configs import typed
-from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE, site_name
+from bilinear_jax.nn.sae import SAE, SAEModule
+from bilinear_jax.nn.sae_config import SAEConfig, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.store import checksums
 from bilinear_jax.store.files import Kind, Place, atomic_folder, check_place, read_json, replace_file
@@ -99,9 +100,11 @@ def load_sae(
     source: str | Path,
     site: str = "mlp-out",
     layer: int | None = None,
-    expansion: int | None = None,
+    expansion: int | float | None = None,
     k: int | None = None,
     tag: str | None = None,
+    activation: str | None = None,
+    target: str | None = None,
 ) -> SAE:
     """Load the one SAE of a source that has the given properties. None means any value.
 
@@ -113,6 +116,8 @@ def load_sae(
         expansion: features / d_model.
         k: active features per token.
         tag: tells SAEs apart that are otherwise the same. None: the one without a tag, if there is one.
+        activation: "topk", "topk_relu", "batchtopk", "jumprelu" or "relu".
+        target: the site that a transcoder reconstructs. None: an SAE, if there is one, else a transcoder.
 
     Raises:
         UnknownNameError: if no SAE can read at this site, or if no SAE matches. The message lists the SAEs.
@@ -123,7 +128,11 @@ def load_sae(
         >>> load_sae("ts-nano", site="mlp-in", layer=2).config.site
         'mlp_in'
     """
-    folder = sae_folder(source, find_sae(source, site_name(site), layer, expansion, k, tag))
+    return read_sae(sae_folder(source, find_sae(source, site_name(site), layer, expansion, k, tag, activation, target)))
+
+
+def read_sae(folder: Path) -> SAE:
+    """The SAE in a folder that this library wrote, or in the published layout. Raises the errors of ``load_sae``."""
     path = inside(folder, "config.json")
     raw = read_json(path)
     if raw is not None and "format" in raw:
@@ -293,13 +302,16 @@ _RECORD = {"config": dict, "origin": dict, "files": dict, "crc32": dict}
 """The parts of a config.json of this library, and their types."""
 
 
-_LATER = frozenset(
-    {
+_LATER: dict[type, set[str]] = {
+    TransformerConfig: {
         *("n_kv_head", "d_head", "gains", "rms_eps", "rope_theta", "rope_scaling", "qk_norm", "embed_scale"),
         *("tied", "linear", "original_gate", "original_above", "family"),
-    }
-)
-"""The fields of ``TransformerConfig`` that came after version 0.2. Older files lack them, and mean their defaults."""
+    },
+    SAEConfig: {
+        *("activation", "target", "skip", "centred", "product_bias", "linear_term", "max_active"),
+    },
+}
+"""The fields of a config that came after version 0.2. Older files lack them, and mean their defaults."""
 
 
 def _own_config(path: Path, raw: Mapping[str, Any], kind: str, cls: type) -> Any:
@@ -315,7 +327,7 @@ def _own_config(path: Path, raw: Mapping[str, Any], kind: str, cls: type) -> Any
     check_kinds(path, raw, _RECORD)
     config = raw.get("config") or {}
     known = {field.name for field in dataclasses.fields(cls)}
-    later = _LATER if cls is TransformerConfig else frozenset()
+    later = _LATER[cls]
     unknown, lacking = sorted(config.keys() - known), sorted(known - later - config.keys())
     if unknown or lacking:
         raise ValueError(
@@ -339,4 +351,4 @@ def _abstract_transformer(config: TransformerConfig) -> PyTree:
 
 def _abstract_sae(config: SAEConfig) -> PyTree:
     x = jax.ShapeDtypeStruct((1, config.d_model), jnp.float32)
-    return jax.eval_shape(TopKSAE(config).init, jax.random.key(0), x)["params"]
+    return jax.eval_shape(SAEModule(config).init, jax.random.key(0), x)["params"]

@@ -18,11 +18,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.files import read_json
 from weights_convert.families import FAMILIES
 from weights_convert.files import expanded, inside, weight_files
-from weights_convert.names import SAEName, sae_folders, sae_names_among
+from weights_convert.names import ACTIVATIONS, SAEName, sae_folders, sae_names_among
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """The folder of the models that ship with the package."""
@@ -138,7 +140,7 @@ def list_saes(source: str | Path) -> list[SAEName]:
     Example:
         >>> import bilinear_jax as bj
         >>> bj.list_saes("ts-nano")[0]
-        SAEName(layer=2, site='mlp_in', expansion=4, k=20, tag=None)
+        SAEName(layer=2, site='mlp_in', expansion=4, k=20, tag=None, activation='topk', target=None)
         >>> saes = [bj.load_sae("ts-nano", **name._asdict()) for name in bj.list_saes("ts-nano")]
     """
     return list(_scope(source)[1].values())
@@ -161,11 +163,18 @@ def sae_configs(source: str | Path) -> dict[str, Path]:
 
 
 def find_sae(
-    source: str | Path, site: str, layer: int | None, expansion: int | None, k: int | None, tag: str | None
+    source: str | Path,
+    site: str,
+    layer: int | None,
+    expansion: int | float | None,
+    k: int | None,
+    tag: str | None,
+    activation: str | None = None,
+    target: str | None = None,
 ) -> str:
     """The name of the one SAE that has these properties. None means any value.
 
-    Without a ``tag``, SAEs that have no tag are preferred.
+    Without a ``target``, SAEs are preferred to transcoders; without a ``tag``, those that have no tag.
 
     Raises:
         UnknownNameError: if no SAE matches.
@@ -173,28 +182,35 @@ def find_sae(
 
     Both messages list the SAEs of the source.
     """
-    for name, value in (("layer", layer), ("expansion", expansion), ("k", k)):
+    for name, value in (("layer", layer), ("k", k)):
         if value is not None and not hasattr(value, "__index__"):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
-    wanted = layer, site.replace("-", "_"), expansion, k, tag
+    if not isinstance(expansion, int | float | np.number | None) or isinstance(expansion, bool):
+        raise ValueError(f"expansion must be a number, got {expansion!r}")
+    target = target and target.replace("-", "_")
+    wanted = layer, site.replace("-", "_"), expansion, k, tag, activation, target
     names = _scope(source)[1]
     found = [
         name
         for name, parts in names.items()
         if all(value is None or value == part for value, part in zip(wanted, parts, strict=True))
     ]
-    untagged = [name for name in found if names[name].tag is None]
-    found = untagged if tag is None and untagged else found
+    for part, value in (("target", target), ("tag", tag)):
+        plain = [name for name in found if getattr(names[name], part) is None]
+        found = plain if value is None and plain else found
     if len(found) == 1:
         return found[0]
+    sites = "-to-".join(one.replace("_", "-") for one in (site, target) if one)
+    mark = ACTIVATIONS.get(activation or "topk", activation)
     asked = "-".join(
         f"{mark}{'*' if value is None else value}"
-        for mark, value in zip(("", "", "x", "k"), (layer, site.replace("_", "-"), expansion, k), strict=True)
+        for mark, value in zip(("", "", "x", mark), (layer, sites, expansion, k), strict=True)
     )
     asked = f"{asked}-{tag}" if tag else asked
     if found:
         raise ValueError(
-            f"{asked} matches several SAEs in {source}: {', '.join(found)}. Give layer, expansion, k or tag"
+            f"{asked} matches several SAEs in {source}: {', '.join(found)}. Give layer, expansion, k, tag, activation "
+            "or target"
         )
     raise UnknownNameError("SAE", asked, names, of=str(source))
 

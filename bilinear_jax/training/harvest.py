@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites as nn_sites
-from bilinear_jax.nn.sae import site_name
+from bilinear_jax.nn.sae_config import site_name
 from bilinear_jax.training.fit import BatchIterator
 from bilinear_jax.training.mesh import place_rows
 

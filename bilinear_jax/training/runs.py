@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.measure import evaluation
-from bilinear_jax.store.checkpoint import load_sae, save_model, save_sae
+from bilinear_jax.store.checkpoint import read_sae, save_model, save_sae
 from bilinear_jax.store.documents import as_sources, read_documents, up_to, without_last
 from bilinear_jax.store.files import check_name, finite_or_null, replace_file
 from bilinear_jax.store.terminal import say
@@ -190,9 +190,8 @@ def train_saes(
         for sae in saes:
             if _is_free(scope / sae.name):
                 save_sae(scope / sae.name, sae, origin=origin, dtype=jnp.dtype(plan.run.weights))
-            c = sae.config
-            read = functools.partial(load_sae, scope, c.site, c.layer, c.expansion, c.k, c.tag)
-            saved.append(_read_back(scope / sae.name, read, c, sae.params, plan.run))
+            read = functools.partial(read_sae, scope / sae.name)
+            saved.append(_read_back(scope / sae.name, read, sae.config, sae.params, plan.run))
         scores = evaluation.evaluate_saes(lm, saved, rows)
         replace_file(out / "saes.json", evaluation.to_json(scores) + "\n")
         say(f"{scope}, on {rows.size:,} held-out tokens:\n\n{evaluation.table(scores)}")

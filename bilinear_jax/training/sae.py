@@ -39,7 +39,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.configs import check_types
-from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
+from bilinear_jax.nn.sae import SAE, SAEConfig, SAEModule
 from bilinear_jax.nn.sites import capture
 from bilinear_jax.nn.sparse import FORMS, check_form, fastest_form
 from bilinear_jax.nn.transformer import run_module
@@ -224,7 +224,7 @@ def reconstruction_loss(
         and with ``k_aux > 0`` ``aux``, the auxiliary loss before its coefficient, which is 0 while no feature is dead.
         A batch of zeros has loss 0.
     """
-    module = TopKSAE(config, form)
+    module = SAEModule(config, form)
 
     def run(method, *args):
         return run_module(module, params, *args, method=method)
@@ -425,11 +425,11 @@ def _recorded_form(directory: Path) -> str | None:
 
 def _measured_form(configs: Sequence[SAEConfig], recipe: SAERecipe, mesh: Mesh | None) -> str:
     """The fastest form for the largest SAE, at the shapes on one device. Process 0 decides."""
-    largest = max(configs, key=lambda config: (config.n_features, config.k))
+    largest = max(configs, key=lambda config: (config.n_features, config.slots))
     tokens, features = recipe.batch_size, largest.n_features
     if mesh is not None:
         tokens, features = max(1, tokens // mesh.shape["data"]), max(1, features // mesh.shape["model"])
-    form = fastest_form(tokens, largest.k, features, largest.d_model)
+    form = fastest_form(tokens, largest.slots, features, largest.d_model)
     if jax.process_count() == 1:
         return form
     from jax.experimental import multihost_utils

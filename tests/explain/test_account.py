@@ -13,8 +13,8 @@ from bilinear_jax.explain.account import TERMS, account, account_at, output_feat
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.nn.attention import rms_norm
-from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
-from bilinear_jax.nn.transformer import MLP, TransformerConfig, run_module
+from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.transformer import MLP, TransformerConfig
 
 D = 8
 
@@ -41,7 +41,7 @@ def case(site="mlp_in", bias=False, inp=(), out=(), expansion=3, k=3):
 
 
 def preactivations(out: SAE, y) -> jax.Array:
-    return run_module(TopKSAE(out.config), out.params, y, method="preactivations")
+    return out.preactivations(y)
 
 
 def adds_up(found, true):

@@ -15,8 +15,8 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.interventions import REMOVE, Ablation, ablate_pairs, pair_effects, removed, steer
 from bilinear_jax.measure.pairs import pair_summaries
 from bilinear_jax.nn.generation import generate
-from bilinear_jax.nn.sae import SAE, SAEConfig, TopKSAE
-from bilinear_jax.nn.transformer import TransformerConfig, run_module
+from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.transformer import TransformerConfig
 
 FEATURE = 3
 CASES = {
@@ -144,7 +144,7 @@ def test_over_a_dataset(made, remove):
     x, y = both_sides(tracer, tokens)
 
     def preactivations(y):
-        return np.asarray(run_module(TopKSAE(tracer.out.config), tracer.out.params, y, method="preactivations"))
+        return np.asarray(tracer.out.preactivations(y))
 
     codes, z = np.asarray(tracer.out.encode(y)), preactivations(y)
     feature = int(np.argmax((codes[mask] != 0).sum(axis=0)))

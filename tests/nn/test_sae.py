@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.errors import UnknownNameError
-from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes, TopKSAE
+from bilinear_jax.nn.sae import SAE, SAEConfig, SAEModule, SparseCodes
 from bilinear_jax.nn.transformer import run_module
 
 
@@ -207,8 +207,8 @@ def test_codes_among_some_features_only():
     """Features 2, 5 and 7 are left: of four codes that are asked for, one is 0, and no other feature has one."""
     sae, x = small(), jax.random.normal(jax.random.key(1), (6, 4))
     among = jnp.zeros(12, bool).at[jnp.asarray([2, 5, 7])].set(True)
-    codes = run_module(TopKSAE(sae.config), sae.params, x, 4, among, method="encode_sparse").dense()
-    z = run_module(TopKSAE(sae.config), sae.params, x, method="preactivations")
+    codes = run_module(SAEModule(sae.config), sae.params, x, 4, among, method="encode_sparse").dense()
+    z = run_module(SAEModule(sae.config), sae.params, x, method="preactivations")
     np.testing.assert_allclose(codes, jnp.where(among[None], z, 0.0), rtol=1e-6)
 
 

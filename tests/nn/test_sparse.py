@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilinear_jax.nn import sparse
-from bilinear_jax.nn.sparse import FORMS, combine, decode_at, dots, fastest_form, largest, linear_at, scatter_outer
+from bilinear_jax.nn.activations import largest
+from bilinear_jax.nn.sparse import FORMS, combine, decode_at, dots, fastest_form, linear_at, scatter_outer
 
 FEATURES, D_MODEL, K = 12, 5, 3
 every_form = pytest.mark.parametrize("form", FORMS)

@@ -21,7 +21,7 @@ from typing import Any
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.configs import check_types, fitted, spelled, type_hints
-from bilinear_jax.nn.sae import SAEConfig, site_name
+from bilinear_jax.nn.sae_config import SAEConfig, site_name
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store.documents import LARGEST_DOCUMENT
 from bilinear_jax.store.fields import COUNT, Rule, check_fields, field_comments
