@@ -229,7 +229,7 @@ def resolve(argument: str, given, lm: LanguageModel, layer: int, source) -> SAE 
 
 
 def _check_reconstructs(argument: str, sae: SAE) -> None:
-    """Raise ``ValueError`` for what is no SAE of its own site: the parts of x or y would not be those of its decoder."""
+    """Raise ``ValueError`` for what does not reconstruct its own site from its features alone."""
     if sae.config.target is not None or sae.config.skip:
         kind = "a transcoder" if sae.config.target else "an SAE with a skip"
         raise ValueError(
