@@ -22,7 +22,10 @@ import numpy as np
 
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.training.fit import TrainState, apply_optimizer
-from bilinear_jax.training.sae import SAERecipe, initial_state, reconstruction_loss, sae_optimizer, sae_update, saes_of
+from bilinear_jax.training.sae import sae_update
+from bilinear_jax.training.sae_loss import reconstruction_loss
+from bilinear_jax.training.sae_recipe import SAERecipe
+from bilinear_jax.training.sae_state import initial_state, sae_optimizer, saes_of
 
 
 def dense_loss(params, config: SAEConfig, x):

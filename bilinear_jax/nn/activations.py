@@ -13,7 +13,7 @@ Sources: Gao et al. 2024 (top-k); Bussmann et al. 2024, "BatchTopK sparse autoen
 "Jumping ahead: improving reconstruction fidelity with JumpReLU sparse autoencoders".
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,16 +122,18 @@ def batch_threshold(z: Float[Array, "tokens n"], number: int) -> Float[Array, ""
 
 
 def _near(z: Array, threshold: Array, bandwidth: float) -> Array:
-    """The kernel of the straight-through derivative: 1 / bandwidth within half a bandwidth of the threshold, else 0."""
-    return (jnp.abs(z - threshold) < bandwidth / 2).astype(z.dtype) / bandwidth
+    """The kernel of the straight-through derivative: 1 / width within half a width of the threshold, else 0."""
+    width = bandwidth * threshold
+    inside = jnp.abs(z - threshold) < width / 2
+    return jnp.where(inside, 1 / jnp.where(inside, width, 1), 0).astype(z.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def jump(z: Float[Array, "..."], threshold: Float[Array, "..."], bandwidth: float) -> Float[Array, "..."]:
-    """``z`` where ``z > threshold``, else 0, of arrays of equal shape, with a derivative by the threshold.
+    """``z`` where ``z > threshold``, else 0, of arrays of equal shape, with a derivative by the threshold t.
 
-    That derivative is the straight-through one, ``-(threshold / bandwidth) [|z - threshold| < bandwidth / 2]``: the
-    derivative of the expected value, with the density of z taken from the entries near the threshold.
+    That derivative is the straight-through one, ``-(t / width) [|z - t| < width / 2]`` with ``width = bandwidth t``. It
+    is the derivative of the expected value, with the density of z estimated from the entries near t. The published
+    width is the same for all thresholds; in units of t it needs no scale of the activations.
 
     Example:
         >>> jump(jnp.array([0.9, 1.2]), jnp.array([1.0, 1.0]), 0.5).tolist()
@@ -139,11 +141,15 @@ def jump(z: Float[Array, "..."], threshold: Float[Array, "..."], bandwidth: floa
 
     Source: Rajamanoharan et al. 2024, equation 11.
     """
+    return _jump(z, threshold, bandwidth)
+
+
+def _jump_value(z, threshold, bandwidth):
     return jnp.where(z > threshold, z, jnp.zeros_like(z))
 
 
 def _jump_forward(z, threshold, bandwidth):
-    return jump(z, threshold, bandwidth), (z, threshold)
+    return _jump_value(z, threshold, bandwidth), (z, threshold)
 
 
 def _jump_backward(bandwidth, kept, g):
@@ -151,22 +157,26 @@ def _jump_backward(bandwidth, kept, g):
     return jnp.where(z > threshold, g, jnp.zeros_like(g)), -g * threshold * _near(z, threshold, bandwidth)
 
 
-jump.defvjp(_jump_forward, _jump_backward)
+_jump: Any = jax.custom_vjp(_jump_value, nondiff_argnums=(2,))
+_jump.defvjp(_jump_forward, _jump_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def step(z: Float[Array, "..."], threshold: Float[Array, "..."], bandwidth: float) -> Float[Array, "..."]:
-    """1 where ``z > threshold``, else 0, with the straight-through derivative by the threshold, as ``jump``.
+    """1 where ``z > threshold``, else 0, with the straight-through derivative by the threshold t, as ``jump``.
 
-    The derivative is ``-(1 / bandwidth) [|z - threshold| < bandwidth / 2]``; that by z is 0.
+    The derivative is ``-(1 / width) [|z - t| < width / 2]``, with ``width = bandwidth t``; that by z is 0.
 
     Source: Rajamanoharan et al. 2024, equation 12.
     """
+    return _step(z, threshold, bandwidth)
+
+
+def _step_value(z, threshold, bandwidth):
     return (z > threshold).astype(z.dtype)
 
 
 def _step_forward(z, threshold, bandwidth):
-    return step(z, threshold, bandwidth), (z, threshold)
+    return _step_value(z, threshold, bandwidth), (z, threshold)
 
 
 def _step_backward(bandwidth, kept, g):
@@ -174,4 +184,5 @@ def _step_backward(bandwidth, kept, g):
     return jnp.zeros_like(z), -g * _near(z, threshold, bandwidth)
 
 
-step.defvjp(_step_forward, _step_backward)
+_step: Any = jax.custom_vjp(_step_value, nondiff_argnums=(2,))
+_step.defvjp(_step_forward, _step_backward)

@@ -41,7 +41,9 @@ CUTS: dict[str, tuple[str | None, ...]] = {
     "w_enc": ("model", None),
     "w_dec": (None, "model"),
     "b_enc": ("model",),
-    "w_dec_rows": ("model", None),  # the decoder as it is trained, see training/sae.py
+    "w_dec_rows": ("model", None),  # the decoder as it is trained, see training/sae_state.py
+    "b_z": ("model",),
+    "log_threshold": ("model",),
     "quiet": ("model",),
 }
 """How the last axes of an array are sharded, by the last part of its path. Other arrays are whole on every device."""

@@ -46,7 +46,8 @@ from bilinear_jax.training.fit import FitOptions
 from bilinear_jax.training.language import check_language_run, fit_language
 from bilinear_jax.training.mesh import make_mesh, on_first_process, one_copy
 from bilinear_jax.training.recipes import DataOptions, Recipe, RunOptions, read_recipe
-from bilinear_jax.training.sae import fit_saes, window
+from bilinear_jax.training.sae import fit_saes
+from bilinear_jax.training.sae_recipe import window
 from weights_convert.files import expanded, read_text
 
 _CHARACTERS = 1 << 26

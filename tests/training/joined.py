@@ -19,7 +19,8 @@ from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.fit import ByStep, TrainState, fit
 from bilinear_jax.training.language import LanguageRecipe, fit_language
 from bilinear_jax.training.mesh import OnMesh, join_processes, make_mesh, one_copy, place
-from bilinear_jax.training.sae import SAERecipe, fit_saes
+from bilinear_jax.training.sae import fit_saes
+from bilinear_jax.training.sae_recipe import SAERecipe
 
 CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=16, d_hidden=32, n_ctx=16, n_vocab=32, pad_id=0)
 SAES = [SAEConfig("mlp_in", 0, 16, 4, 4), SAEConfig("mlp_out", 1, 16, 4, 4)]

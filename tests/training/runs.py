@@ -15,7 +15,8 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAEConfig
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.training.fit import TrainState, apply_optimizer, fit
-from bilinear_jax.training.sae import SAERecipe, fit_saes
+from bilinear_jax.training.sae import fit_saes
+from bilinear_jax.training.sae_recipe import SAERecipe
 
 OPTIMIZER = optax.adam(1e-2)
 STEPS = 60

@@ -16,7 +16,8 @@ from bilinear_jax.store.tokenizers import train_tokenizer
 from bilinear_jax.store.tokens import tokenize
 from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.language import LanguageRecipe, fit_language
-from bilinear_jax.training.sae import SAERecipe, fit_saes
+from bilinear_jax.training.sae import fit_saes
+from bilinear_jax.training.sae_recipe import SAERecipe
 
 ADJECTIVES = ("big", "red", "sad", "old", "shy", "hot", "wet", "new")
 NOUNS = ("cat", "dog", "pig", "hen", "owl", "fox", "cow", "bee")

@@ -14,17 +14,10 @@ from bilinear_jax.nn.sae import SAE, SAEConfig, unit_columns
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.training.fit import ByStep, apply_optimizer, cosine_with_warmup
 from bilinear_jax.training.mesh import make_mesh, one_copy, place, place_rows
-from bilinear_jax.training.sae import (
-    SAERecipe,
-    fit_saes,
-    initial_state,
-    reconstruction_loss,
-    sae_optimizer,
-    sae_update,
-    saes_of,
-    stacks,
-    train_on_activations,
-)
+from bilinear_jax.training.sae import fit_saes, sae_update, train_on_activations
+from bilinear_jax.training.sae_loss import reconstruction_loss
+from bilinear_jax.training.sae_recipe import Loss, SAERecipe
+from bilinear_jax.training.sae_state import initial_state, sae_optimizer, saes_of, stacks
 from bilinear_jax.training.unit_decoder import unit_decoder
 
 D_MODEL, BATCH = 8, 64
@@ -228,7 +221,7 @@ def test_the_auxiliary_loss_by_hand():
     x, dead = jnp.asarray([[3.0, 2.0, 1.0, 0.0]]), jnp.asarray([False, False, True, True])
 
     def loss(params, dead):
-        return reconstruction_loss(config, params, x, dead, 1, 0.5)
+        return reconstruction_loss(config, params, x, dead=dead, loss=Loss(1, 0.5))
 
     (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, dead)
     np.testing.assert_allclose(parts["aux"], 4 / 5, rtol=1e-6)

@@ -26,8 +26,9 @@ from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store.documents import LARGEST_DOCUMENT
 from bilinear_jax.store.fields import COUNT, Rule, check_fields, field_comments
 from bilinear_jax.training.language import LanguageRecipe
-from bilinear_jax.training.sae import SAERecipe
+from bilinear_jax.training.sae_recipe import SAERecipe
 from weights_convert.files import read_text
+from weights_convert.names import ACTIVATIONS
 
 RECIPES = Path(__file__).parent
 """The folder of the recipes that ship with the package: ``lm/*.toml`` and ``sae/*.toml``."""
@@ -71,35 +72,60 @@ class RunOptions:
         check_fields(self, Rule("must be two numbers of at least 1", lambda mesh: min(mesh) >= 1), "mesh")
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "sae": {},
+    "transcoder": {"target": "mlp_out", "encoder_bias": True},
+    "skip-transcoder": {"target": "mlp_out", "encoder_bias": True, "skip": True},
+    "bilinear-transcoder": {"target": "mlp_out", "bilinear_encoder": True, "product_bias": True},
+}
+"""The kinds of dictionaries that a recipe can name, each with the fields of its config. Transcoders read mlp_in."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SAEGrid:
-    """The SAEs to train: one for each combination of site, layer, expansion and k."""
+    """The dictionaries to train: one for each combination of kind, layer, site, expansion, activation and k."""
 
-    sites: tuple[str, ...]  # where the SAEs read: "mlp_in", "mlp_out", "resid_mid", ...
     expansions: tuple[int, ...]  # features / d_model
-    ks: tuple[int, ...]  # active features per token
+    ks: tuple[int, ...]  # active features per token: of each (topk), on average (batchtopk), a target (jumprelu, relu)
+    sites: tuple[str, ...] = ("mlp_in", "mlp_out")  # where the SAEs read; transcoders go from mlp_in to mlp_out
     layers: tuple[int, ...] | None = None  # layers of the sites; None: all
+    kinds: tuple[str, ...] = ("sae",)  # sae, transcoder, skip-transcoder, bilinear-transcoder
+    activations: tuple[str, ...] = ("topk",)  # topk, topk_relu, batchtopk, jumprelu, relu
     tag: str | None = None  # tells these SAEs apart from others with the same properties
 
     def __post_init__(self):
         check_types(self)
         object.__setattr__(self, "sites", tuple(site_name(site) for site in self.sites))
         each_once = Rule("must name at least one, and each only once", lambda them: 0 < len(them) == len(set(them)))
-        check_fields(self, each_once, "sites", "expansions", "ks", "layers")
+        check_fields(self, each_once, "sites", "expansions", "ks", "layers", "kinds", "activations")
+        for name, known in (("kinds", KINDS), ("activations", ACTIVATIONS)):
+            if unknown := [one for one in getattr(self, name) if one not in known]:
+                raise UnknownNameError(name[:-1], repr(unknown[0]), known, of=f"saes.{name}")
 
     def configs(self, model: TransformerConfig) -> list[SAEConfig]:
-        """The configs of the SAEs. Raises ``ValueError`` for a layer that the model does not have.
+        """The configs of the dictionaries. Raises ``ValueError`` for a layer that the model does not have.
+
+        Skip and bilinear transcoders have their kind in their tag.
 
         Example:
             >>> model = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
             >>> [config.name for config in SAEGrid(sites=("mlp_in",), expansions=(4,), ks=(2, 3)).configs(model)]
             ['0-mlp-in-x4-k2', '0-mlp-in-x4-k3', '1-mlp-in-x4-k2', '1-mlp-in-x4-k3']
+            >>> SAEGrid(expansions=(4,), ks=(2,), kinds=("bilinear-transcoder",)).configs(model)[1].name
+            '1-mlp-in-to-mlp-out-x4-k2-bilinear'
         """
         layers = range(model.n_layer) if self.layers is None else self.layers
         if outside := [layer for layer in layers if not 0 <= layer < model.n_layer]:
             raise ValueError(f"saes.layers must lie in 0 ... {model.n_layer - 1} for this model, got {outside}")
-        grid = itertools.product(layers, self.sites, self.expansions, self.ks)
-        return [SAEConfig(site, layer, model.d_model, expansion, k, tag=self.tag) for layer, site, expansion, k in grid]
+        found = []
+        for layer, kind in itertools.product(layers, self.kinds):
+            sites = self.sites if kind == "sae" else ("mlp_in",)
+            mark = kind.removesuffix("-transcoder") if "-" in kind else None
+            tag = "-".join(part for part in (mark, self.tag) if part) or None
+            for site, expansion, activation, k in itertools.product(sites, self.expansions, self.activations, self.ks):
+                options = {"tag": tag, "activation": activation, **KINDS[kind]}
+                found.append(SAEConfig(site, layer, model.d_model, expansion, k, **options))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

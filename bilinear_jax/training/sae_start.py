@@ -1,0 +1,108 @@
+"""Where the training of a dictionary starts, from the model and some of its activations, if random is worse.
+
+    SAE                     random unit columns, encoder rows equal to them
+    linear transcoder       encoder rows ``d_f^T M``, with the columns d_f and the least-squares map M from x to y
+    skip                    ``w_skip = M``, and the decoder bias is the mean of y - M x
+    bilinear transcoder     of a gated or bilinear MLP: the hidden units that write most. The feature of unit m is
+    (mlp_in to mlp_out)     (l_m . x)(r_m . x) |p_m| along p_m / |p_m|, so the start computes a part of the MLP exactly
+                            (half of it where the MLP has a gate, whose derivative at 0 is about one half)
+    jumprelu                each threshold is the value that a share k / features of the tokens exceeds
+
+Each hidden unit is turned so that its mean contribution is positive, since the largest pre-activations are active.
+If there are more features than units, each further feature is a unit turned round.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.sae_config import SAEConfig
+
+Samples = Mapping[tuple[str, int], Float[Array | np.ndarray, "tokens d_model"]]
+"""Activations of some tokens, by site and layer: row i of every site belongs to the same token."""
+
+Start = Callable[[SAEConfig, dict[str, Array]], dict[str, Array]]
+"""``start(config, random params) -> params``."""
+
+RIDGE = 1e-3
+"""Added to the covariance of x, in units of its mean eigenvalue, when M is fitted."""
+
+
+def start_from(lm: LanguageModel, samples: Samples) -> Start:
+    """The start of each dictionary, as in the docstring of this module. A pure function of the model and the samples.
+
+    Example:
+        >>> import jax
+        >>> from bilinear_jax.nn.transformer import TransformerConfig
+        >>> model = TransformerConfig(n_layer=1, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
+        >>> lm = LanguageModel.init(model, jax.random.key(0))
+        >>> x = jax.random.normal(jax.random.key(1), (50, 8))
+        >>> config = SAEConfig("mlp_in", 0, 8, 2, 3, bilinear_encoder=True, target="mlp_out")
+        >>> start = start_from(lm, {("mlp_in", 0): x, ("mlp_out", 0): x})
+        >>> start(config, SAE.init(config, jax.random.key(2)).params)["w_enc"].shape
+        (32, 8)
+    """
+
+    def start(config: SAEConfig, params: dict[str, Array]) -> dict[str, Array]:
+        x, y = (np.asarray(samples[site, config.layer], np.float64) for site in (config.site, config.reconstructs))
+        if config.target is not None:
+            if config.bilinear_encoder:
+                params = params | _of_hidden_units(lm, config, x)
+            else:
+                rows = np.asarray(params["w_dec"], np.float64).T @ _least_squares(x, y)
+                params = params | {"w_enc": _single(rows)}
+                if config.encoder_bias:
+                    params["b_enc"] = _single(-rows @ x.mean(axis=0))
+        if config.skip:
+            skip = _least_squares(x, y)
+            bias = y.mean(axis=0) - (skip @ x.mean(axis=0))
+            params = params | {"w_skip": _single(skip), "b_dec": _single(bias)}
+        if config.activation == "jumprelu" and config.k is not None:
+            z = np.asarray(SAE(params, config).preactivations(_single(x)))
+            params = params | {
+                "threshold": _single(np.maximum(np.quantile(z, 1 - config.k / z.shape[1], axis=0), 1e-3))
+            }
+        return params
+
+    return start
+
+
+def _single(array: np.ndarray) -> Float[Array, "..."]:
+    return jnp.asarray(array, jnp.float32)
+
+
+def _least_squares(x: Float[np.ndarray, "tokens d"], y: Float[np.ndarray, "tokens d"]) -> Float[np.ndarray, "d d"]:
+    """M that minimises ``|y - M x|^2`` of the centred samples, with a small ridge."""
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    covariance = x.T @ x
+    ridge = RIDGE * np.trace(covariance) / len(covariance)
+    return np.linalg.solve(covariance + max(ridge, 1e-12) * np.eye(len(covariance)), x.T @ y).T
+
+
+def _of_hidden_units(lm: LanguageModel, config: SAEConfig, x: Float[np.ndarray, "tokens d"]) -> dict[str, Array]:
+    """Params from the hidden units of the MLP. Nothing if the dictionary does not go through one."""
+    if (config.site, config.target) != ("mlp_in", "mlp_out") or not lm.config.bilinear:
+        return {}
+    mlp = {
+        name: np.asarray(lm.params["layers"]["mlp"][name][config.layer], np.float64) for name in ("w_l", "w_r", "w_p")
+    }
+    left, right, down = mlp["w_l"], mlp["w_r"], mlp["w_p"].T
+    hidden = (x @ left.T) * (x @ right.T)
+    lengths = np.linalg.norm(down, axis=1)
+    written = np.sqrt(np.mean(hidden**2, axis=0)) * lengths
+    order = np.argsort(-written, kind="stable")
+    chosen = np.resize(order, config.n_features)
+    signs = np.where(hidden.mean(axis=0) < 0, -1.0, 1.0)[chosen]
+    turns = np.arange(config.n_features) // len(order)
+    signs = signs * np.where(turns % 2, -1.0, 1.0)
+    share = 1.0 if lm.config.gate is None else 0.5
+    size = np.sqrt(lengths[chosen] * share)[:, None]
+    blocks = [signs[:, None] * size * left[chosen], size * right[chosen]]
+    if config.linear_term:
+        blocks.append(np.zeros_like(blocks[0]))
+    columns = signs[:, None] * down[chosen] / np.maximum(lengths[chosen], 1e-30)[:, None]
+    return {"w_enc": _single(np.concatenate(blocks)), "w_dec": _single(columns.T)}

@@ -1,0 +1,331 @@
+"""Training each kind of dictionary: gradients against dense autodiff, thresholds, starts, resume, devices."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.activations import batch_threshold, jump, step
+from bilinear_jax.nn.sae import SAE, SAEConfig
+from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.training.fit import ByStep
+from bilinear_jax.training.mesh import make_mesh, one_copy, place, place_rows
+from bilinear_jax.training.sae import fit_saes, sae_update, train_on_activations
+from bilinear_jax.training.sae_loss import reconstruction_loss, training_slots
+from bilinear_jax.training.sae_recipe import Loss, SAERecipe
+from bilinear_jax.training.sae_start import start_from
+from bilinear_jax.training.sae_state import initial_state, saes_of
+
+D, TOKENS = 8, 48
+MANY = 16  # times d_model: more features than places for active ones
+
+TRANSCODERS = {
+    "sae": {},
+    "transcoder": dict(target="mlp_out", encoder_bias=True),
+    "skip": dict(target="mlp_out", encoder_bias=True, skip=True),
+    "bilinear": dict(target="mlp_out", bilinear_encoder=True, product_bias=True),
+    "bilinear-linear": dict(target="mlp_out", bilinear_encoder=True, product_bias=True, linear_term=True),
+}
+LOSS = Loss(k_aux=3, aux_coefficient=0.5, matryoshka=(0.25, 0.5), bandwidth=0.4)
+
+
+def config_of(kind: str, activation: str, expansion: int = MANY) -> SAEConfig:
+    return SAEConfig("mlp_in", 0, D, expansion, 3, tag=kind, activation=activation, **TRANSCODERS[kind])
+
+
+def params_of(config: SAEConfig, key: int = 0, threshold: float = 1.0) -> dict:
+    params = SAE.init(config, jax.random.key(key)).params
+    keys = dict(zip(params, jax.random.split(jax.random.key(key + 1), len(params)), strict=True))
+    found = {name: leaf + 0.3 * jax.random.normal(keys[name], leaf.shape) for name, leaf in params.items()}
+    if "threshold" in params:
+        found["threshold"] = jnp.full(params["threshold"].shape, threshold)
+    return found
+
+
+def dense_loss(config: SAEConfig, params: dict, x, y, dead, loss: Loss, weight: float):
+    """The loss as its module defines it, with every code written out, for JAX to differentiate."""
+    centre = params["b_dec"][None] if config.centred else 0.0
+    h = (x - centre) @ params["w_enc"].T
+    h = h + params["b_enc"][None] if config.encoder_bias else h
+    if config.bilinear_encoder:
+        left, right, *linear = jnp.split(h, config.encoder_blocks, axis=-1)
+        z = left * right + params["b_z"][None] + (linear[0] if linear else 0.0)
+    else:
+        z = h
+
+    def top(z, k):
+        chosen = jnp.zeros(z.shape, bool).at[jnp.arange(len(z))[:, None], jax.lax.top_k(z, k)[1]].set(True)
+        return jnp.where(chosen, z, 0.0)
+
+    l0 = 0.0
+    if config.activation in ("topk", "topk_relu"):
+        codes = top(z, config.k)
+        codes = jnp.maximum(codes, 0) if config.activation == "topk_relu" else codes
+    elif config.activation == "batchtopk":
+        codes = jnp.maximum(top(z.reshape(1, -1), config.k * len(x)).reshape(z.shape), 0)
+    elif config.activation == "jumprelu":
+        its = jnp.broadcast_to(params["threshold"], z.shape)
+        codes = jump(jnp.maximum(z, 0), its, loss.bandwidth)
+        l0 = jnp.sum(step(jnp.maximum(z, 0), its, loss.bandwidth)) / len(x)
+    else:
+        codes = jnp.maximum(z, 0)
+    skip = x @ params["w_skip"].T if config.skip else 0.0
+    beside = params["b_dec"][None] + skip
+    total, errors = 0.0, []
+    for share in (*loss.matryoshka, 1):
+        first = (jnp.arange(config.n_features) < round(share * config.n_features))[None]
+        errors.append(y - jnp.where(first, codes, 0) @ params["w_dec"].T - beside)
+        total = total + jnp.sum(errors[-1] ** 2) / jnp.sum(y**2) / (len(loss.matryoshka) + 1)
+    if config.activation == "jumprelu":
+        total = total + weight * (l0 / config.k - 1) ** 2
+    if config.activation == "relu":
+        total = total + weight * jnp.mean(jnp.sum(codes, axis=-1)) / jnp.sqrt(jnp.mean(jnp.sum(y**2, axis=-1)))
+    missed = jax.lax.stop_gradient(errors[-1])
+    among = top(jnp.where(dead[None], z, -jnp.inf), loss.k_aux)
+    if config.activation == "topk_relu":
+        among = jnp.maximum(among, 0)
+    guess = jnp.where(dead[None], among, 0) @ params["w_dec"].T
+    return total + loss.aux_coefficient * jnp.sum((missed - guess) ** 2) / jnp.sum(missed**2)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    config = TransformerConfig(n_layer=2, n_head=2, d_model=D, d_hidden=20, n_ctx=16, n_vocab=10)
+    return LanguageModel.init(config, jax.random.key(0))
+
+
+CASES = [(kind, "topk", 1.0) for kind in TRANSCODERS] + [
+    (kind, activation, threshold)
+    for kind, activation in [
+        *(("sae", "topk_relu"), ("sae", "batchtopk"), ("skip", "relu"), ("transcoder", "jumprelu")),
+        *(("bilinear", "batchtopk"), ("bilinear-linear", "jumprelu")),
+    ]
+    for threshold in (0.05, 3.0)[activation == "topk_relu" :]  # more active features than places, and fewer
+]
+"""Every kind of encoder and target, and every activation; both are separate parts."""
+
+
+@pytest.mark.parametrize(("kind", "activation", "threshold"), CASES)
+def test_loss_and_gradients_are_those_of_dense_autodiff(kind, activation, threshold):
+    """Also where a token has more active features than places, and where a threshold is moved by what lies below it."""
+    config = config_of(kind, activation, 6 if activation == "relu" and threshold > 1 else MANY)  # 48 all have a place
+    params = params_of(config, threshold=threshold)
+    keys = jax.random.split(jax.random.key(5), 3)
+    x = jax.random.normal(keys[0], (TOKENS, D))
+    y = x if config.target is None else jax.random.normal(keys[1], (TOKENS, D))
+    dead = jax.random.bernoulli(keys[2], 0.3, (config.n_features,))
+
+    def ours(params):
+        return reconstruction_loss(config, params, x, y, dead=dead, loss=LOSS, weight=0.7)[0]
+
+    def dense(params):
+        return dense_loss(config, params, x, y, dead, LOSS, 0.7)
+
+    with jax.default_matmul_precision("highest"):
+        (value, found), (other, expected) = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, dense))
+    np.testing.assert_allclose(value, other, rtol=1e-5)
+    for name, leaf in expected.items():
+        if name == "threshold" and activation == "batchtopk":
+            continue  # not trained by its gradient
+        scale = max(float(jnp.max(jnp.abs(leaf))), 1e-6)
+        np.testing.assert_allclose(found[name] / scale, leaf / scale, atol=1e-5, err_msg=name)
+    if activation == "jumprelu":
+        assert float(jnp.max(jnp.abs(found["threshold"]))) > 0
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_both_ways_of_computing_a_batch_are_taken(activation, monkeypatch):
+    """With as many places as features nothing is dense, with few all is: the numbers are equal."""
+    config = config_of("sae", activation)
+    params, x = params_of(config, threshold=0.3), jax.random.normal(jax.random.key(5), (TOKENS, D))
+    found = []
+    for slots in (config.n_features, 4):
+        monkeypatch.setattr("bilinear_jax.training.sae_loss.training_slots", lambda config, slots=slots: slots)
+        with jax.default_matmul_precision("highest"):
+            found.append(
+                jax.value_and_grad(
+                    lambda params: reconstruction_loss(config, params, x, loss=LOSS, weight=0.7), has_aux=True
+                )(params)
+            )
+    (((loss, parts), gradient), ((other, its), expected)) = found
+    np.testing.assert_allclose(loss, other, rtol=1e-5)
+    np.testing.assert_array_equal(parts["fired"], its["fired"])
+    np.testing.assert_allclose(parts["l0"], its["l0"], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected)
+
+
+@pytest.mark.parametrize("number", [1, 7, 100, 5000])
+def test_the_threshold_of_a_batch_is_that_of_a_sort(number):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(40, 30)), jnp.float32).at[0, 0].set(jnp.nan)
+    z = z.at[1].set(0.5)  # ties
+    positive = np.sort(np.asarray(z)[np.asarray(z) > 0])[::-1]
+    expected = positive[number - 1] if number <= len(positive) else 0
+    assert float(batch_threshold(z, number)) == expected
+
+
+def test_jumps_derivative_by_the_threshold_by_hand():
+    """Threshold 2, bandwidth .5: entries within .5 of it have the derivatives -t / 1 and -1 / 1."""
+    z, t = jnp.asarray([1.4, 1.6, 2.4, 2.6]), jnp.full(4, 2.0)
+    by_z, by_t = jax.grad(lambda z, t: jnp.sum(jump(z, t, 0.5)), argnums=(0, 1))(z, t)
+    assert by_z.tolist() == [0, 0, 1, 1] and by_t.tolist() == [0, -2, -2, 0]
+    by_z, by_t = jax.grad(lambda z, t: jnp.sum(step(z, t, 0.5)), argnums=(0, 1))(z, t)
+    assert by_z.tolist() == [0, 0, 0, 0] and by_t.tolist() == [0, -1, -1, 0]
+
+
+def test_l0_of_a_batch_is_k_and_the_running_threshold_gives_it_afterwards():
+    config = config_of("sae", "batchtopk")
+    recipe, means = SAERecipe(steps=20, batch_size=512, lr=1e-4), {("mlp_in", 0): np.zeros(D, np.float32)}
+    state, update = initial_state([config], recipe, means), jax.jit(sae_update([config], recipe))
+    metrics = {}
+    for i in range(20):
+        state, metrics = update(state, {("mlp_in", 0): jax.random.normal(jax.random.key(i), (512, D))})
+    np.testing.assert_allclose(metrics[f"l0.{config.name}"], 3, rtol=1e-5)
+    [sae] = saes_of(state, [config])
+    codes = sae.encode(jax.random.normal(jax.random.key(99), (4096, D)))
+    np.testing.assert_allclose(jnp.mean(jnp.sum(codes > 0, axis=-1)), 3, rtol=0.05)
+    assert float(sae.params["threshold"]) > 0 and float(codes[codes != 0].min()) > float(sae.params["threshold"])
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_l0_is_trained_to_its_target(lm, activation):
+    """It starts at the target with JumpReLU and far above it with ReLU."""
+    config = config_of("sae", activation, expansion=6)
+    recipe = SAERecipe(steps=600, batch_size=256, lr=1e-2, final_lr=1e-3, sparsity=1.0)
+    directions = jax.random.normal(jax.random.key(7), (30, D))
+
+    def batch(i):
+        sparse = jax.random.bernoulli(jax.random.key(i), 0.1, (256, 30)).astype(jnp.float32)
+        return {("mlp_in", 0): sparse @ directions}
+
+    start = start_from(lm, batch(0))
+    state = initial_state([config], recipe, {("mlp_in", 0): np.zeros(D, np.float32)}, start)
+    update, metrics = jax.jit(sae_update([config], recipe)), []
+    for i in range(recipe.steps):
+        state, found = update(state, batch(i))
+        metrics.append(float(found[f"l0.{config.name}"]))
+    np.testing.assert_allclose(np.mean(metrics[-20:]), 3, rtol=0.15)
+    if activation == "jumprelu":
+        np.testing.assert_allclose(metrics[0], 3, rtol=0.4)
+    else:
+        assert metrics[0] > 10
+
+
+def test_a_frozen_decoder_stays_as_it_is():
+    config = config_of("sae", "topk")
+    recipe, means = SAERecipe(steps=5, lr=1e-2, frozen_decoder=True), {("mlp_in", 0): np.zeros(D, np.float32)}
+    state = initial_state([config], recipe, means)
+    before, update = saes_of(state, [config])[0], jax.jit(sae_update([config], recipe))
+    for i in range(5):
+        state, _ = update(state, {("mlp_in", 0): jax.random.normal(jax.random.key(i), (TOKENS, D))})
+    after = saes_of(state, [config])[0]
+    np.testing.assert_allclose(after.w_dec, before.w_dec, atol=1e-6)
+    assert float(jnp.max(jnp.abs(after.w_enc - before.w_enc))) > 1e-3
+
+
+# The start.
+
+
+def test_a_bilinear_transcoder_with_all_units_starts_as_the_mlp(lm):
+    """24 features for 20 hidden units: with all active, each unit counts once, and the four turned ones once more."""
+    mlp = {name: leaf[1] for name, leaf in lm.params["layers"]["mlp"].items()}
+    x = jax.random.normal(jax.random.key(1), (200, D)) + 1.0
+    y = ((x @ mlp["w_l"].T) * (x @ mlp["w_r"].T)) @ mlp["w_p"].T
+    config = SAEConfig("mlp_in", 1, D, 2.5, 20, bilinear_encoder=True, target="mlp_out")
+    start = start_from(lm, {("mlp_in", 1): x, ("mlp_out", 1): y})
+    sae = SAE(start(config, SAE.init(config, jax.random.key(2)).params), config)
+    np.testing.assert_allclose(sae.decode_directions(sae.preactivations(x)), y, rtol=1e-3, atol=1e-4)
+    assert np.all(np.mean(sae.preactivations(x), axis=0) > 0)  # turned so that they can be the largest
+    np.testing.assert_allclose(np.linalg.norm(sae.w_dec, axis=0), 1, rtol=1e-5)
+    few = dataclasses.replace(config, expansion=1, k=4)
+    chosen = SAE(start(few, SAE.init(few, jax.random.key(2)).params), few)
+    sizes = np.sqrt(np.mean(np.asarray(sae.preactivations(x)) ** 2, axis=0))
+    np.testing.assert_allclose(
+        np.sqrt(np.mean(np.asarray(chosen.preactivations(x)) ** 2, axis=0)), np.sort(sizes)[::-1][:8], rtol=1e-4
+    )
+
+
+def test_a_skip_starts_as_the_least_squares_map_and_encoders_read_it(lm):
+    x = jax.random.normal(jax.random.key(1), (400, D)) + 2.0
+    true = jax.random.normal(jax.random.key(3), (D, D))
+    y = x @ true.T + 5.0
+    start = start_from(lm, {("mlp_in", 0): x, ("mlp_out", 0): y})
+    config = config_of("skip", "topk")
+    sae = SAE(start(config, SAE.init(config, jax.random.key(2)).params), config)
+    np.testing.assert_allclose(sae.params["w_skip"], true, atol=0.02)
+    np.testing.assert_allclose(sae.decode(jnp.zeros((400, config.n_features)), x), y, atol=0.1)
+    z = np.asarray(sae.preactivations(x))
+    expected = (np.asarray(y) - np.asarray(y).mean(axis=0)) @ np.asarray(sae.w_dec)
+    np.testing.assert_allclose(z - z.mean(axis=0), expected, atol=0.1)
+
+
+# Runs.
+
+
+def both_sites(i: int) -> dict:
+    x = jax.random.normal(jax.random.key(i), (64, D))
+    return {("mlp_in", 0): x, ("mlp_out", 0): x**2 - 1}
+
+
+ALL = [config_of("bilinear", "batchtopk", 3), config_of("sae", "relu", 3)]
+MEANS = {("mlp_in", 0): np.zeros(D, np.float32), ("mlp_out", 0): np.zeros(D, np.float32)}
+RECIPE = SAERecipe(steps=8, batch_size=64, lr=1e-2)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_kinds_train_in_one_run_which_goes_on_with_the_same_bits(tmp_path):
+    def until(last):
+        def batch_at(i):
+            if i == last:
+                raise Stopped
+            return both_sites(i)
+
+        return ByStep(batch_at)
+
+    whole = train_on_activations(until(None), ALL, RECIPE, tmp_path / "whole", MEANS, save_every=3)
+    with pytest.raises(Stopped):
+        train_on_activations(until(5), ALL, RECIPE, tmp_path / "halved", MEANS, save_every=3)
+    halved = train_on_activations(until(None), ALL, RECIPE, tmp_path / "halved", MEANS, save_every=3)
+    for mine, other in zip(halved, whole, strict=True):
+        assert mine.config == other.config
+        jax.tree.map(np.testing.assert_array_equal, mine.params, other.params)
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {f"nmse.{config.name}" for config in ALL} <= last.keys()
+
+
+def test_kinds_over_eight_devices_gives_what_one_device_gives():
+    mesh = make_mesh(data=2, model=4)
+    states = []
+    for placed in (None, mesh):
+        state = place(initial_state(ALL, RECIPE, MEANS), placed)
+        update = jax.jit(sae_update(ALL, RECIPE))
+        for i in range(3):
+            batch = jax.tree.map(np.asarray, both_sites(i))
+            state, _ = update(state, batch if placed is None else place_rows(batch, placed))
+        states.append(one_copy(state, placed))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), states[0].params, states[1].params
+    )
+
+
+def test_transcoders_are_harvested_from_both_sites(lm, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 10, 3000)
+    configs = [SAEConfig("mlp_in", 1, D, 2, 3, **options) for options in list(TRANSCODERS.values())[1:2]]
+    recipe = SAERecipe(steps=60, batch_size=64, lr=1e-2, buffer_tokens=512, rows=8)
+    [found] = fit_saes(lm, configs, recipe, tokens, tmp_path)
+    captured = lm.capture(tokens[:160].reshape(10, 16), [("mlp_in", 1), ("mlp_out", 1)])
+    x, y = captured["mlp_in", 1], captured["mlp_out", 1]
+    error = jnp.sum((found(x[:, 1:])[0] - y[:, 1:]) ** 2) / jnp.sum(y[:, 1:] ** 2)
+    assert float(error) < 0.6
+
+
+@pytest.mark.parametrize("number", [2, 3, 30])
+def test_places_of_active_features(number):
+    assert training_slots(SAEConfig("mlp_in", 0, D, 100, number, activation="batchtopk")) == max(64, 4 * number)
+    assert training_slots(SAEConfig("mlp_in", 0, D, 6, number, activation="batchtopk")) == 48
