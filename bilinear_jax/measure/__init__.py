@@ -8,6 +8,7 @@ Every measurement takes a model (or a ``Tracer``, which holds one) and token ids
     pairs           what pairs of input features do to an output feature
     evaluation      how well a dictionary replaces the site that it reconstructs; sums: of one batch
     controls        random dictionaries to compare trained ones with
+    saebench        SAEs as SAEBench takes them
     correlation     how well a few eigenpairs predict a feature
     interventions   ablation of pairs of features, steering of features
     bilinear_form   gated models as bilinear tensors; certificate and quadratic: how far, and what they are
