@@ -19,6 +19,7 @@ from bilinear_jax.measure.correlation import low_rank_correlation
 from bilinear_jax.measure.evaluation import evaluate_saes
 from bilinear_jax.measure.interventions import ablate_pairs, steer
 from bilinear_jax.measure.pairs import pair_summaries
+from bilinear_jax.measure.saebench import saebench_adapter
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
 from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
 from bilinear_jax.nn.toy import ToyConfig
@@ -74,6 +75,7 @@ __all__ = [
     "low_rank_correlation",
     "pair_summaries",
     "pixel_eigenvectors",
+    "saebench_adapter",
     "save_model",
     "save_sae",
     "similarity",

@@ -7,7 +7,7 @@ from typing import Any
 
 from bilinear_jax.commands import common
 
-HELP = "the loss of a model on a text, and how well its SAEs reconstruct what they read"
+HELP = "the loss of a model on a text, and how well its SAEs and transcoders reconstruct a site"
 EXAMPLES = """examples:
   bilinear-jax eval
       the model that ships with the package and all its SAEs, on 256 rows of its corpus
@@ -15,14 +15,23 @@ EXAMPLES = """examples:
       the loss of your own model on the first 1,000 rows of a text
   bilinear-jax eval --saes 2-mlp-in-x4-k20,2-mlp-out-x4-k20 --data tokens.npy --json
       two SAEs, on token ids [rows, seq], as JSON
+  bilinear-jax eval --controls
+      below each SAE the scores of a random one of the same size, with the same number of active features
   bilinear-jax eval --model tdooms/ts-medium --attn-scale auto --data stories.txt --saes none
       find the scale of the attention's output, which older files do not give, by the loss on text like the training's
 """
-COLUMNS = ("nmse", "explained_variance", "l0", "dead", "loss_patched", "loss_zeroed", "loss_added", "loss_recovered")
+COLUMNS = (
+    *("nmse", "explained_variance", "cosine", "l0", "dead", "loss_patched", "loss_zeroed", "loss_mean_ablated"),
+    *("loss_added", "loss_recovered", "loss_recovered_mean"),
+)
 CLEAR = 0.1  # nats per token: the smallest difference of losses that decides between the two attention scales
-NOTE = """nmse: squared error / squared norm; l0: active features per token; dead: fraction of features that never fire;
-loss patched: with the site replaced by the reconstruction, zeroed: by 0; loss added: (patched - clean) / clean;
-loss recovered: 1 - (patched - clean) / (zeroed - clean)"""
+NOTE = """nmse: squared error / squared norm; cosine: of the site and its reconstruction, the mean over tokens;
+l0: active features per token; dead: fraction of features that never fire;
+loss patched: with the site replaced by the reconstruction, zeroed: by 0, mean ablated: by its mean over the text;
+loss added: (patched - clean) / clean; loss recovered: 1 - (patched - clean) / (zeroed - clean), recovered mean: the
+same with mean ablated in place of zeroed"""
+CONTROLS = """random: random unit directions in place of encoder rows and decoder columns, as many active features, the
+mean of the site as the bias, and the one scale that is best on this text"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="also measure how well K eigenpairs predict the features of each SAE at mlp_out; slower than the rest",
     )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="also score a random dictionary beside each SAE; takes somewhat longer than the SAEs themselves",
+    )
     parser.add_argument("--batch-size", type=common.positive, default=16, help="rows in a batch (default: 16)")
     common.add_json(parser)
 
@@ -55,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     lm = load(options.model, attn_scale=1.0) if measured else common.load_model(options)
     saes = _saes(options)
     tokens, name = common.load_tokens(options, lm, options.rows)
-    scores, size = {}, options.batch_size
+    scores, random, size = {}, {}, options.batch_size
     scales = {}
     if measured:
         scales = evaluation.attn_scale_losses(lm, tokens, size)
@@ -64,6 +78,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if saes:
         metrics = evaluation.evaluate_saes(lm, saes, tokens, batch_size=size, correlation_ks=options.correlation_ks)
         scores = json.loads(evaluation.to_json(metrics))
+        if options.controls:
+            random = json.loads(evaluation.to_json(evaluation.controls(lm, saes, tokens, batch_size=size)))
         first = next(iter(metrics.values()))
         loss, count = first.loss_clean, first.tokens
     elif measured:
@@ -73,6 +89,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         **{"model": options.model, "data": name, "rows": len(tokens), "seq": tokens.shape[1], "tokens": count},
         **{"loss": loss, "attn_scale": lm.config.attn_scale, "attn_scale_losses": list(scales.items()), "saes": scores},
+        **({"controls": random} if options.controls else {}),
     }
 
 
@@ -105,12 +122,14 @@ def text(result: dict[str, Any]) -> str:
     if not result["saes"]:
         return "\n".join(lines)
     ks = sorted({k for scores in result["saes"].values() for k in scores["correlation"]}, key=int)
-    rows = []
+    random, rows = result.get("controls", {}), []
     for name, scores in result["saes"].items():
-        numbers = [scores[column] for column in COLUMNS] + [scores["correlation"].get(k) for k in ks]
-        rows.append([name, *("" if number is None else f"{number:.4g}" for number in numbers)])
+        for label, one in [(name, scores), *([("  random", random[name])] if name in random else [])]:
+            numbers = [one[column] for column in COLUMNS] + [one["correlation"].get(k) for k in ks]
+            rows.append([label, *("" if number is None else f"{number:.4g}" for number in numbers)])
     titles = ["SAE", *(column.replace("_", " ") for column in COLUMNS), *(f"r at k = {k}" for k in ks)]
-    return "\n".join([*lines, "", common.columns(titles, rows, left=["SAE"]), "", NOTE])
+    notes = [NOTE, *([CONTROLS] if random else [])]
+    return "\n".join([*lines, "", common.columns(titles, rows, left=["SAE"]), "", *notes])
 
 
 def _measured(result: dict[str, Any]) -> list[str]:

@@ -155,7 +155,8 @@ def encoder_constant(out: SAE | Directions, features) -> Float[Array, "*U"]:
     if isinstance(out, Directions):
         return jnp.zeros_like(out.vectors[features, 0])
     with jax.default_matmul_precision("highest"):
-        constant = -(out.encoder[features] @ out.decoder_bias) * bool(out.config.centred)
+        constant = -(out.encoder[features] @ out.decoder_bias)
+    constant = constant if out.config.centred else jnp.zeros_like(constant)
     return constant + out.params["b_enc"][features] if out.config.encoder_bias else constant
 
 

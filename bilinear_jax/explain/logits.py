@@ -38,7 +38,8 @@ def logit_effects(lm: LanguageModel, sae: SAE, feature, k: int = 10) -> LogitEff
     The effects are those of what the feature writes into the residual stream, per unit of activation. Later layers are
     ignored. So is the scale of the final norm, a positive factor ``1 / rms`` that all logits of a token share. Logits
     are not centred. At ``attn_out``, effects are multiplied by the model's ``attn_scale``. An SAE at ``mlp_in`` does
-    not write: there, the effects are those of the feature's direction in the residual stream that the norm reads.
+    not write: there, the effects are those of the feature's direction in the residual stream that the norm reads. A
+    transcoder writes at its target.
 
     Args:
         feature: the number of the feature. It may be traced, and is then not checked.
@@ -94,4 +95,4 @@ def _effects(lm: LanguageModel, sae: SAE, features, k: int) -> LogitEffects:
 def direct_effects(lm: LanguageModel, sae: SAE, feature) -> Float[Array, " n_vocab"]:
     """How much a feature raises the logit of every token, see ``logit_effects``."""
     effects = jnp.einsum("vd,d->v", lm.w_u, sae.decoder[:, feature])
-    return lm.config.attention_factor * effects if sae.config.site == "attn_out" else effects
+    return lm.config.attention_factor * effects if sae.config.reconstructs == "attn_out" else effects

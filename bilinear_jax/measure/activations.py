@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.errors import check_count
-from bilinear_jax.language import LanguageModel
+from bilinear_jax.language import Batch, LanguageModel
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE, SparseCodes
 from bilinear_jax.store import checksums
@@ -57,7 +57,7 @@ def top_activations(
 ) -> dict[str, TopActivations]:
     """The ``k`` largest activations of every feature of every SAE, in one pass over a dataset.
 
-    Only codes other than 0 that the SAE's top-k selects are counted: an inactive feature has no activation. Ties go to
+    Only codes other than 0 of active features are counted: an inactive feature has no activation. Ties go to
     the earlier row, then to the earlier position. The model stops after the last layer that an SAE reads. Only one
     batch of codes is held at a time. A progress bar shows on a terminal.
 
@@ -75,7 +75,8 @@ def top_activations(
 
     Raises:
         ValueError: if there is no SAE, two have the same name, or one does not fit the model; if the tokens do not fit
-            the model, or the mask leaves no token; if a value is not finite; or if k is below 1.
+            the model, or the mask leaves no token; if a value is not finite, or more features of a token are active
+            than the ``max_active`` of a thresholded activation; or if k is below 1.
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig
@@ -95,7 +96,7 @@ def top_activations(
     for batch in lm.batches(tokens, token_mask, batch_size, description="top activations"):
         best, finite = _merge_batch(lm, saes, best, batch.tokens, batch.mask, batch.first, one_per_row=one_per_row)
         if not finite:
-            raise batch.not_finite()
+            raise _not_finite(batch, saes)
     return {sae.name: _finished(top) for sae, top in zip(saes, best, strict=True)}
 
 
@@ -104,6 +105,17 @@ def site_values(lm: LanguageModel, saes: Iterable[SAE], tokens: Int[Array, "batc
     wanted = [(sae.config.site, sae.config.layer) for sae in saes]
     got = sites.capture(lm.config, lm.params, tokens, dict.fromkeys(wanted), compute_dtype=lm.compute_dtype)
     return [got[site].astype(jnp.float32) for site in wanted]
+
+
+def _not_finite(batch: Batch, saes: Iterable[SAE]) -> ValueError:
+    """The error for codes that are not finite. Those of a token with more active features than slots are NaN too."""
+    slots = [f"{sae.config.slots} of {sae.name}" for sae in saes if sae.config.thresholded]
+    if not slots:
+        return batch.not_finite()
+    return ValueError(
+        f"{batch.not_finite()}; or more features of a token are active than max_active ({', '.join(slots)}): give the "
+        "config a larger max_active, with dataclasses.replace"
+    )
 
 
 @functools.partial(jax.jit, static_argnames="one_per_row")
@@ -195,7 +207,7 @@ def row_codes(lm: LanguageModel, sae: SAE, tokens, rows, batch_size: int = 8) ->
     for batch in lm.batches(chosen, batch_size=batch_size, allow_no_token=True):
         codes, finite = _sparse_codes(lm, sae, batch.tokens)
         if not finite:
-            raise batch.not_finite()
+            raise _not_finite(batch, [sae])
         parts.append(codes)
     return jax.tree.map(lambda *part: jnp.concatenate(part)[: len(rows)], *parts)
 
@@ -330,8 +342,8 @@ def find_top(tops: Mapping[str, Any], sae: SAE, where: str) -> TopActivations | 
     Raises:
         ValueError: if there is none, or it has another number of features. The message lists the entries there are.
     """
-    point = "-".join([str(sae.config.layer), *sae.config.site.split("_")])
-    for key in (sae.name, point):
+    point = "-".join([str(sae.config.layer), *sae.config.site.split("_")])  # published ones are those of SAEs
+    for key in (sae.name,) if sae.config.target else (sae.name, point):
         if key in tops:
             found = tops[key].rows.shape[0]
             if found != sae.config.n_features:

@@ -1,146 +1,84 @@
-"""How well an SAE replaces the site that it reads. Metrics are sums and counts, divided once at the end."""
+"""How well a dictionary replaces the site that it reconstructs. Scores are sums and counts, divided once at the end.
 
+An SAE reads x at a site and reconstructs it; a transcoder reconstructs another site of the same layer. y is the value
+of the site that is reconstructed, x what the dictionary reads in the same run, and ``y_hat = decode(encode(x), x)``.
+``measure.sums`` has the sums of one batch, as pure functions, and ``measure.controls`` the random dictionaries.
+"""
+
+import collections
 import dataclasses
 import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, SupportsIndex
+from types import MappingProxyType
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.explain.tracer import mlp_tensor
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.linalg.scale import shift, unit_scale
-from bilinear_jax.measure.activations import check_names, site_values
+from bilinear_jax.measure.activations import check_names
+from bilinear_jax.measure.controls import random_dictionaries
 from bilinear_jax.measure.correlation import sae_correlation
+from bilinear_jax.measure.sums import (
+    Place,
+    SAESums,
+    dictionary_sums,
+    edited_loss,
+    merge,
+    nothing,
+    places,
+    reads,
+    target,
+)
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
-from bilinear_jax.nn.transformer import Edit, Site
 from bilinear_jax.store.files import finite_or_null
 
-CLEAN, PATCHED, ZEROED = 0, 1, 2
-"""What ``edited_loss`` does with a site: leave it, replace it by the SAE's reconstruction, or replace it by 0."""
+DENSITY_EDGES = (-math.inf, *(edge / 2 for edge in range(-12, 1)))
+"""The edges of the bins of ``SAEMetrics.density``, by log10: ``-inf, -6, -5.5, ..., -0.5, 0``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SAEMetrics:
-    """The metrics of one SAE, as ``evaluate_saes`` measures them. Losses are in nats per token."""
+    """The scores of one SAE or transcoder, as ``evaluate_saes`` measures them. Losses are in nats per token.
 
-    nmse: float  # sum |x - x_hat|^2 / sum |x|^2 over tokens: 0 is perfect, 1 is as bad as x_hat = 0
-    explained_variance: float  # 1 - sum |x - x_hat|^2 / sum |x - mean|^2: 1 is perfect, 0 is as bad as the mean; or nan
-    mse: float  # squared error per coordinate: sum |x - x_hat|^2 / (tokens d_model), in squared units of the site
+    Sums are over the tokens that count; ``mean`` is that of y over them, d a coordinate of y.
+    """
+
+    nmse: float  # sum |y - y_hat|^2 / sum |y|^2: 0 is perfect, 1 is as bad as y_hat = 0
+    explained_variance: float  # 1 - sum |y - y_hat|^2 / sum |y - mean|^2: 1 is perfect, 0 is as bad as the mean; or nan
+    explained_variance_per_dim: float  # mean over d of 1 - sum (y - y_hat)_d^2 / sum (y - mean)_d^2, if y_d varies
+    cosine: float  # mean of y . y_hat / (|y| |y_hat|): 1 is perfect; 0 for a token at which one of the two is 0
+    mse: float  # squared error per coordinate: sum |y - y_hat|^2 / (tokens d_model), in squared units of the site
     l0: float  # codes other than 0 per token: k, or fewer where the top-k holds exact zeros
     l1: float  # sum of |codes| per token, in units of the codes
     dead: float  # fraction of the features, 0 to 1, that are active at no token
+    density: tuple[int, ...]  # how many features fire at which share of the tokens: counts in bins of DENSITY_EDGES
     loss_clean: float  # the model's own cross entropy on the text
-    loss_patched: float  # the same with the site replaced by the SAE's reconstruction
-    loss_zeroed: float  # the same with the site replaced by 0
+    loss_patched: float  # the same with y replaced by y_hat
+    loss_zeroed: float  # the same with y replaced by 0
+    loss_mean_ablated: float  # the same with y replaced by its mean
     loss_added: float  # (patched - clean) / clean: the relative increase of the loss; 0 is perfect
     loss_recovered: float  # 1 - (patched - clean) / (zeroed - clean): 1 is perfect, 0 is as bad as zeroing; or nan
+    loss_recovered_mean: float  # 1 - (patched - clean) / (mean ablated - clean): 0 is as bad as the mean; or nan
     tokens: int  # number of tokens over which the codes were measured
     correlation: Mapping[int, float]  # by k: the mean r of low_rank_correlation; empty unless asked for
 
 
-class SAESums(NamedTuple):
-    """The sums from which the metrics of one SAE are computed. ``merge`` adds those of two batches.
-
-    Squares are divided by ``4^exponent``, so that they stay in the range of float32; after ``merge``, exponent is 0.
-    """
-
-    squared_error: Float[Array | np.ndarray, ""]  # sum |x - x_hat|^2 / 4^exponent
-    squared_norm: Float[Array | np.ndarray, ""]  # sum |x|^2 / 4^exponent
-    spread: Float[Array | np.ndarray, ""]  # sum |x - mean|^2 / 4^exponent, with the mean of these tokens
-    exponent: Int[Array | np.ndarray, ""] | Float[np.ndarray, ""]  # the largest |x| is about 2^exponent
-    mean: Float[Array | np.ndarray, " d_model"]  # of x; 0 if there are no tokens
-    active: Float[Array | np.ndarray, ""]  # number of codes other than 0
-    absolute: Float[Array | np.ndarray, ""]  # sum of |codes|
-    fired: Float[Array | np.ndarray, " features"]  # tokens on which each feature's code is not 0
-    tokens: Float[Array | np.ndarray, ""]  # number of tokens in the mask
+@functools.partial(jax.jit, static_argnames="wanted")
+def _clean(lm: LanguageModel, wanted: tuple[Place, ...], tokens, mask):
+    """The summed loss of the model itself, and the values of some sites, in one run."""
+    options = {"compute_dtype": lm.compute_dtype}
+    loss, got = sites.captured_loss(lm.config, lm.params, tokens, mask, wanted, **options)
+    return loss, {place: got[place].astype(jnp.float32) for place in wanted}
 
 
-def sae_sums(
-    lm: LanguageModel, saes: Iterable[SAE], tokens: Int[Array, "batch seq"], token_mask: Bool[Array, "batch seq"]
-) -> tuple[SAESums, ...]:
-    """The sums of one batch for each SAE. The model is run once, up to the last layer that an SAE reads.
-
-    A pure function, for your own ``jit`` and loop. Arguments as in ``evaluate_saes``.
-    """
-    saes = tuple(saes)
-    counted = token_mask[..., None]
-    number = jnp.sum(counted, dtype=jnp.float32)
-
-    def sums(sae: SAE, x: Float[Array, "batch seq d_model"]) -> SAESums:
-        codes = sae.encode(x, sparse=True)
-        nonzero = ((codes.values != 0) & counted).astype(jnp.float32)
-        mean = jnp.sum(x, axis=(0, 1), where=counted) / jnp.maximum(number, 1)
-        exponent = unit_scale(jnp.where(counted, x, 0))[1]
-
-        def squares(part: Float[Array, "batch seq d_model"]) -> Float[Array, ""]:
-            return jnp.sum(shift(part, -exponent) ** 2, where=counted)
-
-        return SAESums(
-            squared_error=squares(x - sae.decode(codes, x)),
-            squared_norm=squares(x),
-            spread=squares(x - mean[None, None]),
-            exponent=exponent,
-            mean=mean,
-            active=jnp.sum(nonzero),
-            absolute=jnp.sum(jnp.abs(codes.values), where=counted),
-            fired=jnp.zeros(sae.config.n_features).at[codes.indices].add(nonzero),
-            tokens=number,
-        )
-
-    return tuple(sums(sae, x) for sae, x in zip(saes, site_values(lm, saes, tokens), strict=True))
-
-
-def merge(a: SAESums, b: SAESums) -> SAESums:
-    """The sums of two batches together, in float64 on the host.
-
-    All fields are added, except two. With n tokens in all, ``mean = (n_a mean_a + n_b mean_b) / n`` and
-    ``spread = spread_a + spread_b + |mean_b - mean_a|^2 n_a n_b / n``. Nothing cancels in the latter.
-
-    Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
-    """
-    a, b = map(_unscaled, (a, b))
-    total = jax.tree.map(np.add, a, b)
-    share = b.tokens / max(total.tokens, 1)
-    shift = b.mean - a.mean
-    return total._replace(mean=a.mean + share * shift, spread=a.spread + b.spread + a.tokens * share * np.sum(shift**2))
-
-
-def _unscaled(sums: SAESums) -> SAESums:
-    """The same sums in float64, with the exponent 0."""
-    sums = jax.tree.map(functools.partial(np.asarray, dtype=np.float64), sums)
-    squares = {name: getattr(sums, name) * 4.0**sums.exponent for name in ("squared_error", "squared_norm", "spread")}
-    return sums._replace(**squares, exponent=np.zeros_like(sums.exponent))
-
-
-def edited_loss(
-    lm: LanguageModel, sae: SAE, how, tokens: Int[Array, "batch seq"], token_mask: Bool[Array, "batch seq"]
-) -> sites.SummedLoss:
-    """The summed cross entropy, and the number of tokens, with the SAE's site left, reconstructed or zeroed.
-
-    A pure function. ``how`` is ``CLEAN``, ``PATCHED`` or ``ZEROED``. It may be traced, to compile once for all three.
-    """
-
-    def reconstructed(value):
-        found = value.astype(jnp.float32)
-        return sae.decode(sae.encode(found, sparse=True), found).astype(value.dtype)
-
-    def edit(value):
-        other = jax.lax.switch(how, [lambda v: v, reconstructed, jnp.zeros_like], value)
-        return jnp.where(token_mask[..., None], other, value)
-
-    edits: dict[Site, Edit] = {(sae.config.site, sae.config.layer): edit}
-    return sites.loss(lm.config, lm.params, tokens, token_mask, edits, compute_dtype=lm.compute_dtype)
-
-
-_sae_sums = jax.jit(sae_sums)
-_edited_loss = jax.jit(edited_loss)
+_dictionary_sums = jax.jit(dictionary_sums)
+_edited_loss = jax.jit(edited_loss, static_argnames="place")
 
 
 def evaluate_saes(
@@ -152,39 +90,39 @@ def evaluate_saes(
     *,
     correlation_ks: Iterable[SupportsIndex] = (),
 ) -> dict[str, SAEMetrics]:
-    """Measure the reconstruction, the sparsity and the effect on the model's loss of SAEs, in one pass over a dataset.
+    """Measure the reconstruction, the sparsity and the effect on the model's loss of SAEs and transcoders.
 
     For each batch the model is run
 
-    - once for its own loss,
-    - once for the activations that the SAEs read,
-    - once per site, with the site replaced by 0,
-    - once per SAE, with its site replaced by the SAE's reconstruction.
+    - once for its own loss, and for all that the dictionaries read and reconstruct,
+    - once per dictionary, with the site that it reconstructs replaced by its reconstruction,
+    - twice per site that is reconstructed, with the site replaced by 0, and by its mean.
 
-    All sums are in float64 and are divided once, so the result does not depend on ``batch_size``. Each SAE is compiled
-    once: a second call with other parameters, for instance during training, compiles nothing. A progress bar shows on
-    a terminal. ``table`` and ``to_json`` turn the result into text.
+    The mean is known only after all batches, so the last of these are a second pass over the dataset. All sums are in
+    float64 and are divided once, so the result does not depend on ``batch_size``. Each dictionary is compiled once: a
+    second call with other parameters, for instance during training, compiles nothing. Progress bars show on a terminal.
+    ``table`` and ``to_json`` turn the result into text.
 
     Args:
-        saes: at any sites and layers, with different names.
+        saes: SAEs and transcoders at any sites and layers, with different names.
         tokens: token ids ``[rows, seq]``; may be a memory-mapped array.
         token_mask: ``[rows, seq]``; by default the tokens that count (see ``LanguageModel.batches``). Only these
             tokens are encoded and counted. The site is replaced at these tokens only. Only the losses of predicting
             these tokens are summed; position 0 is never predicted.
         batch_size: rows that are run through the model at once.
-        correlation_ks: numbers of eigenpairs at which ``low_rank_correlation`` is measured too, for SAEs that read the
-            ``mlp_out`` of a bilinear model. It costs more than everything else here.
+        correlation_ks: numbers of eigenpairs at which ``low_rank_correlation`` is measured too, for dictionaries that
+            read the ``mlp_out`` of a bilinear model. It costs more than everything else here.
 
     Returns:
-        The metrics of each SAE, by its name.
+        The scores of each dictionary, by its name. Each formula is in ``SAEMetrics``.
 
     Raises:
         ValueError: if there is no SAE, two have the same name, or one does not fit the model; if the tokens do not fit
             the model, or the mask leaves no token; if the model or an SAE gives values that are not finite; and, with
             ``correlation_ks``, as ``low_rank_correlation``.
 
-    Memory: one run of the model; for each SAE also ``batch_size * seq * (d_model + 2 k)`` numbers, for the activations
-    of its site and its codes.
+    Memory: one run of the model; ``batch_size * seq * d_model`` numbers for each site and two more, and the codes of
+    one dictionary at a time. Those of a thresholded activation are dense: any number of features of a token counts.
 
     Example:
         >>> from bilinear_jax.nn.sae import SAEConfig
@@ -195,34 +133,51 @@ def evaluate_saes(
         >>> saes = [SAE.init(SAEConfig(site, 1, d_model=8, expansion=4, k=2), jax.random.key(1)) for site in
         ...         ("mlp_in", "mlp_out")]
         >>> metrics = evaluate_saes(lm, saes, tokens)["1-mlp-out-x4-k2"]
-        >>> metrics.l0, metrics.tokens, 0 < metrics.nmse < 1
-        (2.0, 25, True)
+        >>> metrics.l0, metrics.tokens, 0 < metrics.nmse < 1, sum(metrics.density)
+        (2.0, 25, True, 32)
 
     Source: the metrics of Gao et al. 2024, section 2; ``loss_added`` is the measure of the bilinear-MLP paper.
+    ``explained_variance`` is that of SAELens (6) and of dictionary_learning (``frac_variance_explained``); the mean
+    over coordinates is scikit-learn's ``r2_score``. ``loss_recovered`` is their ``ce_loss_score`` and
+    ``frac_recovered``, and mean ablation the other usual baseline.
     """
     saes = tuple(saes)
     check_names(saes)
     correlations = _correlations(lm, saes, tokens, token_mask, batch_size, tuple(correlation_ks))
 
-    runs = [(saes[0], CLEAN), *((sae, PATCHED) for sae in saes)]
-    runs += [(sae, ZEROED) for sae in {_site(sae): sae for sae in reversed(saes)}.values()]
+    wanted, targets = places(saes), tuple(dict.fromkeys(map(target, saes)))
     totals: list[SAESums] = []
-    losses: dict[tuple, float] = {}
+    losses: dict[Any, float] = collections.defaultdict(float)  # by what was done, in which SAE or site
     predicted = 0.0
     for batch in lm.batches(tokens, token_mask, batch_size, description="evaluate SAEs"):
-        sums = _sae_sums(lm, saes, batch.tokens, batch.mask)
-        totals = [merge(*pair) for pair in zip(totals or map(_nothing, sums), sums, strict=True)]
-        summed = {_key(sae, how): _edited_loss(lm, sae, how, batch.tokens, batch.mask) for sae, how in runs}
-        losses = {key: losses.get(key, 0.0) + float(one.total) for key, one in summed.items()}
-        if not all(map(math.isfinite, [*losses.values(), *(total.squared_error for total in totals)])):
+        clean, values = _clean(lm, wanted, batch.tokens, batch.mask)
+        sums: list[SAESums] = []
+        found: dict[Any, sites.SummedLoss] = {"clean": clean}
+        for sae in saes:
+            one, y_hat = _dictionary_sums(sae, values[reads(sae)], values[target(sae)], batch.mask)
+            sums.append(one)
+            found["patched", sae.name] = _edited_loss(lm, target(sae), y_hat, batch.tokens, batch.mask)
+        for place in targets:
+            zero = jnp.zeros_like(values[place])
+            found["zeroed", place] = _edited_loss(lm, place, zero, batch.tokens, batch.mask)
+        totals = [merge(*pair) for pair in zip(totals or map(nothing, sums), sums, strict=True)]
+        for key, summed in found.items():
+            losses[key] += float(summed.total)
+        predicted += float(clean.tokens)
+        if not all(map(math.isfinite, [*losses.values(), *(np.sum(total.squared_error) for total in totals)])):
             raise batch.not_finite()
-        predicted += float(summed[_key(saes[0], CLEAN)].tokens)
-    means = {key: _ratio(loss, predicted) for key, loss in losses.items()}
-    found = {}
-    for sae, sums, correlation in zip(saes, totals, correlations, strict=True):
-        clean, patched, zeroed = (means[_key(sae, how)] for how in (CLEAN, PATCHED, ZEROED))
-        found[sae.name] = _metrics(sae, sums, clean, patched, zeroed, correlation)
-    return found
+    means = {target(sae): jnp.asarray(total.mean, jnp.float32) for sae, total in zip(saes, totals, strict=True)}
+    for batch in lm.batches(tokens, token_mask, batch_size, description="ablate to the mean"):
+        for place, mean in means.items():
+            every = jnp.broadcast_to(mean, (*batch.tokens.shape, len(mean)))
+            losses["mean", place] += float(_edited_loss(lm, place, every, batch.tokens, batch.mask).total)
+        if not all(map(math.isfinite, losses.values())):
+            raise batch.not_finite()
+    by_run = {key: _ratio(loss, predicted) for key, loss in losses.items()}
+    return {
+        sae.name: _metrics(sae, total, by_run, correlation)
+        for sae, total, correlation in zip(saes, totals, correlations, strict=True)
+    }
 
 
 def evaluate_sae(lm: LanguageModel, sae: SAE, tokens, token_mask=None, batch_size: int = 16) -> SAEMetrics:
@@ -230,17 +185,37 @@ def evaluate_sae(lm: LanguageModel, sae: SAE, tokens, token_mask=None, batch_siz
     return evaluate_saes(lm, [sae], tokens, token_mask, batch_size)[sae.name]
 
 
-def _site(sae: SAE) -> tuple[str, int]:
-    return sae.config.site, sae.config.layer
+def controls(
+    lm: LanguageModel, saes: Iterable[SAE], tokens, token_mask=None, batch_size: int = 16, *, seed: int = 0
+) -> dict[str, SAEMetrics]:
+    """The scores of random dictionaries, to be read beside those of the trained ones, which should be better.
 
+    For each dictionary, ``random_dictionaries`` makes one of the same size, site, target and mean number of active
+    features. Its encoder rows and decoder columns are the same random unit directions. Its bias is the mean of the site
+    and its one scale the best for this text, so nothing but directions is compared. The formulas, and what a skip and a
+    passthrough do, are at the top of ``measure.controls``.
 
-def _key(sae: SAE, how: int) -> tuple:
-    """What a loss depends on: nothing, the SAE or its site."""
-    return {CLEAN: (), PATCHED: (sae.name,), ZEROED: _site(sae)}[how]
+    The arguments are those of ``evaluate_saes``; ``seed`` is that of the directions. The model is run over the text
+    twice more than by ``evaluate_saes``.
 
+    Returns:
+        The scores of each control, by the name of the trained dictionary.
 
-def _nothing(like: SAESums) -> SAESums:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape), like)
+    Example:
+        >>> import bilinear_jax as bj
+        >>> lm, sae = bj.load("ts-nano"), bj.load_sae("ts-nano", site="mlp-out", layer=2)
+        >>> tokens = bj.load_corpus("ts-nano")[:4]
+        >>> control = bj.evaluation.controls(lm, [sae], tokens)[sae.name]
+        >>> control.explained_variance < 0.5 < bj.evaluate_saes(lm, [sae], tokens)[sae.name].explained_variance
+        True
+    """
+    drawn = random_dictionaries(lm, saes, tokens, token_mask, batch_size, seed=seed)
+    renamed = {
+        name: SAE(sae.params, dataclasses.replace(sae.config, tag=f"control-{number}"))  # names must differ
+        for number, (name, sae) in enumerate(drawn.items())
+    }
+    found = evaluate_saes(lm, renamed.values(), tokens, token_mask, batch_size)
+    return {name: found[sae.name] for name, sae in renamed.items()}
 
 
 def _correlations(lm, saes, tokens, token_mask, batch_size: int, ks) -> list[dict[int, float]]:
@@ -257,23 +232,48 @@ def _correlations(lm, saes, tokens, token_mask, batch_size: int, ks) -> list[dic
     return found
 
 
-def _metrics(sae: SAE, sums: SAESums, clean: float, patched: float, zeroed: float, correlation) -> SAEMetrics:
-    varies = sums.spread > 1e-12 * sums.squared_norm  # less is float32 rounding, for instance of one token
+def _metrics(sae: SAE, sums: SAESums, losses: Mapping[Any, float], correlation) -> SAEMetrics:
+    clean, patched = losses["clean"], losses["patched", sae.name]
+    zeroed, mean = losses["zeroed", target(sae)], losses["mean", target(sae)]
+    error, norm, spread = (float(np.sum(part)) for part in (sums.squared_error, sums.squared_norm, sums.spread))
+    varies = sums.spread > ROUNDING * sums.squared_norm
+    by_dim = 1 - sums.squared_error[varies] / sums.spread[varies]
     return SAEMetrics(
-        nmse=_ratio(sums.squared_error, sums.squared_norm),
-        explained_variance=1 - _ratio(sums.squared_error, sums.spread if varies else 0),
-        mse=_ratio(sums.squared_error, sums.tokens * sae.config.d_model),
+        nmse=_ratio(error, norm),
+        explained_variance=1 - _ratio(error, spread if spread > ROUNDING * norm else 0),
+        explained_variance_per_dim=_ratio(np.sum(by_dim), len(by_dim)),
+        cosine=_ratio(sums.cosine, sums.tokens),
+        mse=_ratio(error, sums.tokens * sae.config.d_model),
         l0=_ratio(sums.active, sums.tokens),
         l1=_ratio(sums.absolute, sums.tokens),
-        dead=_ratio(np.sum(np.asarray(sums.fired) == 0), len(sums.fired)),
+        dead=_ratio(np.sum(sums.fired == 0), len(sums.fired)),
+        density=_density(sums.fired, sums.tokens),
         loss_clean=clean,
         loss_patched=patched,
         loss_zeroed=zeroed,
+        loss_mean_ablated=mean,
         loss_added=_ratio(patched - clean, clean),
         loss_recovered=1 - _ratio(patched - clean, zeroed - clean),
+        loss_recovered_mean=1 - _ratio(patched - clean, mean - clean),
         tokens=int(sums.tokens),
         correlation=correlation,
     )
+
+
+ROUNDING = 1e-12
+"""A spread below this part of the squared norm is float32 rounding, for instance of one token."""
+
+
+def _density(fired, tokens) -> tuple[int, ...]:
+    """How many features fire at which share of the tokens. Each bin holds its lower edge, the last also its upper one.
+
+    Example:
+        >>> _density(np.array([0, 1, 10, 100]), 100)  # never, at 1 % of the tokens, at 10 %, always
+        (1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 1)
+    """
+    with np.errstate(divide="ignore"):
+        shares = np.log10(np.asarray(fired, np.float64) / float(tokens))
+    return tuple(np.histogram(shares, DENSITY_EDGES)[0].tolist())
 
 
 def _ratio(numerator, denominator) -> float:
@@ -284,13 +284,18 @@ def _ratio(numerator, denominator) -> float:
 # The result as text
 
 
-def table(metrics: Mapping[str, SAEMetrics]) -> str:
+def table(metrics: Mapping[str, SAEMetrics], random: Mapping[str, SAEMetrics] = MappingProxyType({})) -> str:
     """A Markdown table with one row per SAE. ``loss`` is the language model's own, in nats per token.
 
+    Args:
+        metrics: as ``evaluate_saes`` gives them.
+        random: as ``controls`` gives them; each is a row below that of its SAE.
+
     Example:
-        >>> numbers = dict(mse=2.0, l0=30.0, l1=9.0, dead=0.01, loss_patched=1.54, loss_zeroed=3.4, tokens=255)
-        >>> losses = dict(loss_clean=1.4, loss_added=0.1, loss_recovered=0.93)
-        >>> one = SAEMetrics(nmse=0.2, explained_variance=0.75, correlation={2: 0.5}, **numbers, **losses)
+        >>> numbers = dict(mse=2.0, l0=30.0, l1=9.0, dead=0.01, cosine=0.9, density=(), tokens=255)
+        >>> losses = dict(loss_clean=1.4, loss_patched=1.54, loss_zeroed=3.4, loss_mean_ablated=3.1, loss_added=0.1)
+        >>> numbers |= losses | dict(loss_recovered=0.93, loss_recovered_mean=0.92, explained_variance_per_dim=0.7)
+        >>> one = SAEMetrics(nmse=0.2, explained_variance=0.75, correlation={2: 0.5}, **numbers)
         >>> print(table({"2-mlp-out-x4-k30": one}))
         | SAE | nmse | explained variance | l0 | dead | loss | loss added | loss recovered | r at k = 2 |
         | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -299,10 +304,12 @@ def table(metrics: Mapping[str, SAEMetrics]) -> str:
     ks = sorted({k for one in metrics.values() for k in one.correlation})
     names = ("nmse", "explained_variance", "l0", "dead", "loss_clean", "loss_added", "loss_recovered")
     titles = ["SAE", *(name.replace("_clean", "").replace("_", " ") for name in names), *(f"r at k = {k}" for k in ks)]
-    rows = [
-        [name, *(_written(getattr(one, column)) for column in names), *(_written(one.correlation.get(k)) for k in ks)]
-        for name, one in metrics.items()
-    ]
+    rows = []
+    for name, one in metrics.items():
+        lines = {name: one} | ({f"{name}, random": random[name]} if name in random else {})
+        for label, scores in lines.items():
+            numbers = (*(getattr(scores, column) for column in names), *(scores.correlation.get(k) for k in ks))
+            rows.append([label, *map(_written, numbers)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *rows])
 
 

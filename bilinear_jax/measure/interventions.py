@@ -337,29 +337,31 @@ def steer(
     to: float | int | Float[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> dict[Site, Edit]:
-    """Edits that turn a feature up, down or off at its SAE's site. Pass them as ``edits``.
+    """Edits that turn a feature up, down or off at the site that its SAE reconstructs. Pass them as ``edits``.
 
         add:  x' = x + add d                        d: the feature's decoder column, ``sae.decoder``
         to:   x' = x + (to - code(x)) d             code: after the SAE's own top-k, so to=0 removes the feature
 
     The rest of x stays as it is, with the SAE's error. ``lm.loss``, ``lm.logits``, ``lm.capture``, ``lm.generate`` and
-    the functions of ``nn.sites`` take the result. The edit changes the SAE's own site. At ``attn_out`` the model then
-    multiplies it by its ``attn_scale``. At ``mlp_in`` only the MLP of that layer reads it. At ``resid_mid`` the norm
-    before the MLP divides by the rms of the changed vector.
+    the functions of ``nn.sites`` take the result. The edit changes the SAE's own site, or of a transcoder its target,
+    where the decoder columns write; x is the value there. At ``attn_out`` the model then multiplies it by its
+    ``attn_scale``. At ``mlp_in`` only the MLP of that layer reads it. At ``resid_mid`` the norm before the MLP divides
+    by the rms of the changed vector.
 
     The encoder may find another code in x' than the one that was set: other features and its bias also play a part.
 
     Args:
         feature: the feature's number. It may be traced; then it is not checked.
         add: how often the decoder column is added: a number, or an array that broadcasts to ``[batch, seq]``.
-        to: the new code of the feature: a number, or an array that broadcasts to ``[batch, seq]``.
+        to: the new code of the feature: a number, or an array that broadcasts to ``[batch, seq]``. Not of a
+            transcoder: its codes are those of another site, which an edit of its target does not see.
         where: ``[batch, seq]``, the tokens that are changed; by default all, with position 0.
 
     Returns:
         ``{(site, layer): edit}``, with one entry.
 
     Raises:
-        ValueError: unless exactly one of ``add`` and ``to`` is given, and is finite.
+        ValueError: unless exactly one of ``add`` and ``to`` is given, and is finite; for ``to`` of a transcoder.
         UnknownNameError: if the SAE has no such feature.
 
     Example:
@@ -371,6 +373,11 @@ def steer(
     """
     if (add is None) == (to is None):
         raise ValueError("give exactly one of add (how much of the feature to add) and to (the code to set it to)")
+    if to is not None and sae.config.target is not None:
+        raise ValueError(
+            f"{sae.name} is a transcoder: its codes are read at {sae.config.site}, but its features write to "
+            f"{sae.config.target}, so the edit cannot tell the code that it would replace: give add instead of to"
+        )
     amount = jnp.asarray(add if to is None else to, jnp.float32)
     if not isinstance(amount, JaxTracer) and not np.isfinite(amount).all():
         raise ValueError(f"{'add' if to is None else 'to'} must be finite, got {add if to is None else to}")
@@ -393,7 +400,7 @@ def steer(
             more = jnp.where(jnp.broadcast_to(where, more.shape), more, 0)
         return (wide + _written(sae, feature, more)).astype(x.dtype)
 
-    return {(sae.config.site, sae.config.layer): edit}
+    return {(sae.config.reconstructs, sae.config.layer): edit}
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -122,11 +122,20 @@ def capture(
         ValueError: if no site is named.
         UnknownNameError: if a site or a layer does not exist.
     """
+    sites = _named(sites)
+    depth = max(layers.stop for _, layers in (_resolve(config, site) for site in sites))
+    _, values = _run(config, params, tokens, sites, edits, depth, compute_dtype)
+    return _captured(config, sites, values)
+
+
+def _named(sites: Iterable[Site]) -> tuple[Site, ...]:
     sites = tuple(sites)
     if not sites:
         raise ValueError(f"there is no site to capture: name at least one of {', '.join(SITES)}")
-    depth = max(layers.stop for _, layers in (_resolve(config, site) for site in sites))
-    _, values = _run(config, params, tokens, sites, edits, depth, compute_dtype)
+    return sites
+
+
+def _captured(config: TransformerConfig, sites: tuple[Site, ...], values) -> Captured:
     resolved = {site: _resolve(config, site) for site in sites}
     return Captured(
         {
@@ -165,6 +174,28 @@ def loss(
     pieces. Their logits are computed one piece after another, and a second time for a gradient.
     """
     x, _ = _run(config, params, tokens, (), edits, config.n_layer, compute_dtype, beta, remat, unroll)
+    return _summed(config, params, x, tokens, token_mask, max_logits)
+
+
+def captured_loss(
+    config: TransformerConfig,
+    params: PyTree,
+    tokens: Int[Array, "batch seq"],
+    token_mask: Bool[Array, "batch seq"],
+    sites: Iterable[Site],
+    edits: Mapping[Site, Edit] = NO_EDITS,
+    *,
+    compute_dtype=jnp.float32,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[SummedLoss, Captured]:
+    """``loss`` and ``capture`` in one run of the model."""
+    sites = _named(sites)
+    x, values = _run(config, params, tokens, sites, edits, config.n_layer, compute_dtype)
+    return _summed(config, params, x, tokens, token_mask, max_logits), _captured(config, sites, values)
+
+
+def _summed(config, params, x, tokens, token_mask, max_logits: int) -> SummedLoss:
+    """The summed loss, from the residual stream after all layers."""
     batch, seq = tokens.shape
     targets = jnp.roll(tokens, -1, axis=1)
     counted = jnp.roll(token_mask, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)

@@ -138,6 +138,19 @@ class TestCommands:
         assert f"{scores['nmse']:.4g}" in evaluate.text(found).splitlines()[4].split()
         assert lm.mean_loss(tokens, batch_size=2) == (pytest.approx(found["loss"], rel=1e-5), found["tokens"])
 
+    def test_eval_shows_a_random_dictionary_below_each(self, tmp_path):
+        tokens = np.array(bj.load_corpus("ts-nano")[:2, :32])
+        np.save(tmp_path / "tokens.npy", tokens)
+        words = ["--data", "tokens.npy", "--saes", "2-mlp-out-x4-k20", "--controls"]
+        found = parsed("eval", *words, cwd=tmp_path)
+        trained, random = (found[key]["2-mlp-out-x4-k20"] for key in ("saes", "controls"))
+        assert random["l0"] == trained["l0"] == 20 and random["nmse"] > trained["nmse"]
+        said = evaluate.text(found)
+        first, second = said.splitlines()[4:6]
+        assert first.split()[0] == "2-mlp-out-x4-k20" and f"{trained['nmse']:.4g}" in first.split()
+        assert second.startswith("  random ") and f"{random['nmse']:.4g}" in second.split()
+        assert said.endswith(evaluate.CONTROLS)
+
     def test_eval_measures_the_attention_scale(self, lm, tmp_path, capsys):
         words = ["eval", "--saes", "none", "--rows", "4", "--attn-scale", "auto"]
         assert main(words) == 0

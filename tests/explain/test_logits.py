@@ -47,6 +47,13 @@ def test_many_together_are_those_of_each(lm, monkeypatch, site, factor, at_once)
             np.testing.assert_allclose(many[place], alone, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("site", "target", "factor"), [("attn_out", "mlp_out", 1), ("resid_pre", "attn_out", 0.25)])
+def test_a_transcoder_writes_at_its_target(lm, site, target, factor):
+    sae = SAE.init(SAEConfig(site, 0, d_model=8, expansion=4, k=2, target=target), jax.random.key(0))
+    effects = factor * np.asarray(lm.w_u, np.float64) @ np.asarray(sae.w_dec, np.float64)[:, 3]
+    np.testing.assert_allclose(logit_effects(lm, sae, 3, 3).raised_by, np.sort(effects)[::-1][:3], rtol=1e-5)
+
+
 def test_no_tokens_and_no_features(lm):
     sae = sae_at("mlp_out")
     assert {part.shape for part in jax.tree.leaves(logit_effects_of(lm, sae, FEATURES, 0))} == {(6, 0)}

@@ -272,6 +272,37 @@ def test_reads_the_published_rows_and_locates_their_activations(lm, tokens, tmp_
         assert [one for one in got if one[0] >= 0] == [(row, position) for _, row, position in wanted]
 
 
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("one_per_row", [True, False])
+def test_activations_above_a_threshold_are_found_and_no_others(lm, tokens, activation, one_per_row):
+    config = SAEConfig("mlp_in", 1, 16, 4, 5, activation=activation, target="mlp_out")
+    sae = SAE.init(config, jax.random.key(1))
+    if activation != "relu":
+        sae = SAE(sae.params | {"threshold": jnp.full_like(sae.params["threshold"], 2.0)}, config)
+    top = top_activations(lm, sae, tokens, k=4, batch_size=9, one_per_row=one_per_row)[sae.name]
+    for feature, expected in enumerate(brute_force(lm, sae, tokens, 4, one_per_row)):
+        np.testing.assert_allclose(top.values[feature], [value for value, _, _ in expected], rtol=1e-4, atol=1e-6)
+    active = top.values[top.rows >= 0]
+    assert active.min() > (0 if activation == "relu" else 2) and (top.rows < 0).any() == (activation != "relu")
+
+
+def test_more_active_features_than_slots_are_told(lm, tokens):
+    sae = SAE.init(SAEConfig("mlp_in", 1, 16, 4, activation="relu", max_active=2), jax.random.key(1))
+    for measure in (lambda: top_activations(lm, sae, tokens), lambda: row_codes(lm, sae, tokens, [0])):
+        with pytest.raises(
+            ValueError, match=r"active than max_active \(2 of 1-mlp-in-x4-relu\): give the config a larger"
+        ):
+            measure()
+
+
+def test_a_transcoder_does_not_take_the_published_activations_of_an_sae():
+    top = TopActivations(np.ones((64, 1), np.float32), np.ones((64, 1), np.int32), np.ones((64, 1), np.int32))
+    assert find_top({"1-mlp-in": top}, an_sae("mlp_in", 1), "the file") is top
+    transcoder = SAE.init(SAEConfig("mlp_in", 1, 16, 4, 3, target="mlp_out"), jax.random.key(0))
+    with pytest.raises(ValueError, match="no top activations of SAE 1-mlp-in-to-mlp-out-x4-k3"):
+        find_top({"1-mlp-in": top}, transcoder, "the file")
+
+
 def test_an_sae_that_the_file_lacks_is_told_with_what_there_is(lm):
     top = TopActivations(np.ones((4, 1), np.float32), np.ones((4, 1), np.int32), np.ones((4, 1), np.int32))
     with pytest.raises(

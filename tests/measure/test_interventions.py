@@ -366,6 +366,24 @@ def test_generation_is_steered(golden):
         generate(lm.config, lm.params, prompts, lengths, max_length=2, edits={"mlp": lambda x: x})
 
 
+def test_a_transcoder_steers_what_it_reconstructs():
+    config = TransformerConfig(2, 1, 4, 5, 6, 3)
+    lm, tokens = LanguageModel(published.make_params(config), config), np.array([[0, 1, 2, 0]])
+    params = {"w_enc": 2 * jnp.eye(4), "w_dec": 3 * jnp.eye(4), "b_dec": jnp.ones(4)}
+    sae = SAE(params, SAEConfig("mlp_in", 1, 4, 1, 4, target="mlp_out"))
+    edits = steer(sae, 2, add=5)
+    assert list(edits) == [("mlp_out", 1)]
+    before, after = (lm.capture(tokens, ["mlp_in", "mlp_out"], edits) for edits in ({}, edits))
+    np.testing.assert_array_equal(after["mlp_in"], before["mlp_in"])
+    np.testing.assert_allclose(
+        after["mlp_out"][1], np.asarray(before["mlp_out"][1]) + 15 * np.eye(4)[2], rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(
+        ValueError, match=r"is a transcoder: .* read at mlp_in, .* write to mlp_out.*: give add instead"
+    ):
+        steer(sae, 2, to=1.0)
+
+
 def test_steering_that_is_refused(golden):
     sae = Tracer(golden.lm, 1, scope=published.SCOPE).out
     for options in ({}, {"add": 1, "to": 1}):

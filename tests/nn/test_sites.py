@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.errors import UnknownNameError
-from bilinear_jax.nn.sites import capture, default_token_mask, forward, loss, token_array
+from bilinear_jax.nn.sites import capture, captured_loss, default_token_mask, forward, loss, token_array
 from bilinear_jax.nn.transformer import SITES, Transformer, TransformerConfig, cross_entropy
 
 CONFIG = TransformerConfig(n_layer=3, n_head=2, d_model=8, d_hidden=12, n_ctx=16, n_vocab=11)
@@ -76,6 +76,20 @@ def test_only_what_was_asked_for_comes_back(params):
     assert got["resid_mid", 2].shape == (2, 5, 8)
     with pytest.raises(KeyError, match="captured: 'mlp_in'"):
         got["mlp_out"]
+
+
+def test_the_loss_and_the_sites_in_one_run_are_those_of_two(params):
+    edits = {("mlp_out", 0): lambda y: 0.5 * y}
+    mask = jnp.asarray(TOKENS) != 3
+    summed, got = captured_loss(CONFIG, params, TOKENS, mask, [("mlp_in", 1), "mlp_out"], edits)
+    alone = capture(CONFIG, params, TOKENS, [("mlp_in", 1), "mlp_out"], edits)
+    assert list(got) == list(alone)
+    for site, value in got.items():
+        np.testing.assert_allclose(value, alone[site], rtol=1e-5, atol=1e-6)
+    expected = loss(CONFIG, params, TOKENS, mask, edits)
+    np.testing.assert_allclose(summed, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="there is no site to capture"):
+        captured_loss(CONFIG, params, TOKENS, mask, [])
 
 
 def test_identity_edits_change_nothing(params):
