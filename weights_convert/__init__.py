@@ -7,6 +7,7 @@
     read_dictionary(folder)  -> (config, params)      an SAE or a transcoder of SAELens, Gemma Scope, sparsify, ...
     write_transformer(folder, config, params)         the inverse of read_transformer
     write_sae(folder, config, params)                 the inverse of read_sae
+    describe_dictionary(folder, format) -> config     the same without the weights
     write_dictionary(folder, format, config, params)  the inverse of read_dictionary
     dictionary_format(folder) -> str or None          whose dictionary a folder holds
     sae_folders(folder)      -> {name: SAEName}       the SAEs in a ``-scope`` folder
@@ -16,7 +17,7 @@
 to Orbax checkpoints; ``python -m weights_convert export`` converts back.
 """
 
-from weights_convert.dictionaries import dictionary_format, read_dictionary, write_dictionary
+from weights_convert.dictionaries import describe_dictionary, dictionary_format, read_dictionary, write_dictionary
 from weights_convert.export import write_sae, write_transformer
 from weights_convert.families import read_gated
 from weights_convert.gguf import read_gguf
@@ -26,6 +27,7 @@ from weights_convert.transformer import read_transformer
 
 __all__ = [
     "SAEName",
+    "describe_dictionary",
     "dictionary_format",
     "parse_sae_name",
     "read_dictionary",

@@ -2,6 +2,7 @@
 
     read_dictionary(folder)                   -> (config, params)
     write_dictionary(folder, format, config, params)
+    describe_dictionary(folder)               -> config, without the weights
     dictionary_format(folder)                 -> "saelens", "gemma-scope", "sparsify", "dictionary_learning", or None
 
     z     = w_enc (x - b_dec) + b_enc             w_enc x + b_enc if the config is not centred
@@ -19,22 +20,25 @@ from weights_convert.dictionaries import dictionary_learning, gemma_scope, saele
 from weights_convert.files import expanded
 from weights_convert.weights import ReadModel
 
-__all__ = ["FORMATS", "dictionary_format", "read_dictionary", "write_dictionary"]
+__all__ = ["FORMATS", "describe_dictionary", "dictionary_format", "read_dictionary", "write_dictionary"]
 
 
 class Format(NamedTuple):
     """One format of dictionaries."""
 
     files: tuple[str, ...]  # a folder with all of these is of this format
+    describe: Callable[[Path, str | None, int | None, str | None], dict[str, Any]]
     read: Callable[[Path, str | None, int | None, str | None], ReadModel]
     write: Callable[[Path, Mapping[str, Any], Mapping[str, Any]], None]
 
 
 FORMATS = {
-    "saelens": Format(saelens.FILES, saelens.read, saelens.write),
-    "gemma-scope": Format(gemma_scope.FILES, gemma_scope.read, gemma_scope.write),
-    "sparsify": Format(sparsify.FILES, sparsify.read, sparsify.write),
-    "dictionary_learning": Format(dictionary_learning.FILES, dictionary_learning.read, dictionary_learning.write),
+    "saelens": Format(saelens.FILES, saelens.describe, saelens.read, saelens.write),
+    "gemma-scope": Format(gemma_scope.FILES, gemma_scope.describe, gemma_scope.read, gemma_scope.write),
+    "sparsify": Format(sparsify.FILES, sparsify.describe, sparsify.read, sparsify.write),
+    "dictionary_learning": Format(
+        dictionary_learning.FILES, dictionary_learning.describe, dictionary_learning.read, dictionary_learning.write
+    ),
 }
 """The formats, by the names that ``write_dictionary`` takes."""
 
@@ -93,6 +97,26 @@ def read_dictionary(
         sought = "; ".join(f"{', '.join(form.files)} ({name})" for name, form in FORMATS.items())
         raise FileNotFoundError(f"{folder} holds no dictionary, which are files {sought}. It holds: {there}")
     return FORMATS[name].read(folder, site, layer, target)
+
+
+def describe_dictionary(
+    folder: str | Path,
+    format: str,
+    *,
+    site: str | None = None,
+    layer: int | None = None,
+    target: str | None = None,
+) -> dict[str, Any]:
+    """The config of a dictionary of a format, without its weights, which need not be there.
+
+    The arguments and errors are those of ``read_dictionary``. Of Gemma Scope, which has no config, it is what the
+    path says: no ``d_model`` and no ``expansion``, and the folder need not be there.
+
+    Example:
+        >>> describe_dictionary("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "gemma-scope")["layer"]
+        20
+    """
+    return FORMATS[format].describe(expanded(folder), site, layer, target)
 
 
 def write_dictionary(folder: str | Path, format: str, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:

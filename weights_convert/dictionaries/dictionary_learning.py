@@ -58,8 +58,13 @@ _TRAINING = {
 }
 
 
-def read(folder: Path, site: str | None, layer: int | None, target: str | None) -> ReadModel:
-    """Read one dictionary. See ``read_dictionary``."""
+def describe(folder: Path, site: str | None, layer: int | None, target: str | None) -> dict[str, Any]:
+    """The config of one dictionary, without its weights. See ``describe_dictionary``."""
+    return _described(folder, site, layer, target)[0]
+
+
+def _described(folder: Path, site: str | None, layer: int | None, target: str | None) -> tuple[dict[str, Any], _Class]:
+    """The config of one dictionary, and its class."""
     path = folder / CONFIG
     whole = read_config(folder, CONFIG)
     check_keys(path, whole, ("trainer", "buffer"), ("trainer",))
@@ -89,15 +94,19 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
         "centred": kind.centred,
         "tag": raw.get("tag") or None,
     }
+    return config, kind
+
+
+def read(folder: Path, site: str | None, layer: int | None, target: str | None) -> ReadModel:
+    """Read one dictionary. See ``read_dictionary``."""
+    config, kind = _described(folder, site, layer, target)
     part = r"encoder\.|decoder\.|W_enc|W_dec"
     weights = Weights([inside(folder, WEIGHTS)], part, (*FLOATS, "int32", "int64"))
     params = checks.read_params(weights, config, kind.names, kind.flipped, kind.extra)
     if whole_numbers := [kind.names[key] for key, value in params.items() if value.dtype.name not in FLOATS]:
         raise ValueError(f"{folder / WEIGHTS} has whole numbers in {whole_numbers}: it is damaged, download it again")
-    if "k" in kind.extra and "k" in weights.shapes and weights.read("k").tolist() != config["k"]:
-        raise ValueError(
-            f"{path}: k is {config['k']}, but {WEIGHTS} has {weights.read('k').tolist()}: correct one of them"
-        )
+    if "k" in kind.extra and "k" in weights.shapes and (there := weights.read("k").tolist()) != config["k"]:
+        raise ValueError(f"{folder / CONFIG}: k is {config['k']}, but {WEIGHTS} has {there}: correct one of them")
     return ReadModel(config, params)
 
 

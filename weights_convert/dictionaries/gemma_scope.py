@@ -38,6 +38,15 @@ _LAYER = re.compile(r"layer_(\d{1,9})")
 _TAG = re.compile(r"average_l0_\d+|canonical")
 
 
+def describe(folder: Path, site: str | None, layer: int | None, target: str | None) -> dict[str, Any]:
+    """What the path of one dictionary says. See ``describe_dictionary``."""
+    place, target = _place(folder, site, layer, target)
+    return {
+        **{"site": place[0], "layer": place[1], "activation": "jumprelu", "k": None, "target": target},
+        "tag": _tag(folder),
+    }
+
+
 def read(folder: Path, site: str | None, layer: int | None, target: str | None) -> ReadModel:
     """Read one dictionary. See ``read_dictionary``."""
     path = inside(folder, WEIGHTS)

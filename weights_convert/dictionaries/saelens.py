@@ -68,8 +68,19 @@ _KINDS = {
 }
 
 
-def read(folder: Path, site: str | None, layer: int | None, target: str | None) -> ReadModel:
-    """Read one dictionary. See ``read_dictionary``."""
+def describe(folder: Path, site: str | None, layer: int | None, target: str | None) -> dict[str, Any]:
+    """The config of one dictionary, without its weights. See ``describe_dictionary``."""
+    config, raw = _described(folder, site, layer, target)
+    metadata = raw.get("metadata") or {}
+    if config["activation"] == "jumprelu" and (k := _trained_k(folder / CONFIG, metadata, raw["d_sae"])):
+        return config | {"activation": "batchtopk", "k": k}
+    return config
+
+
+def _described(
+    folder: Path, site: str | None, layer: int | None, target: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config as the file says it, and the file's own."""
     path = folder / CONFIG
     raw = _current(path, read_config(folder, CONFIG))
     check_keys(path, raw, _MEANT | _TRAINING, ("d_in", "d_sae", "architecture"))
@@ -91,6 +102,13 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
         "centred": not kind.transcoder and raw.get("apply_b_dec_to_input", True) is not False,
         "tag": metadata.get("tag") if isinstance(metadata.get("tag"), str) else None,
     }
+    return config, raw
+
+
+def read(folder: Path, site: str | None, layer: int | None, target: str | None) -> ReadModel:
+    """Read one dictionary. See ``read_dictionary``."""
+    config, raw = _described(folder, site, layer, target)
+    kind = ARCHITECTURES[raw["architecture"]]
     weights = Weights([inside(folder, WEIGHTS)], "W_", (*FLOATS, "float64"), config=CONFIG)
     names = _NAMES | ({"threshold": "topk_threshold"} if kind.activation == "batchtopk" else {})
     ignored = ("scaling_factor",) if _is_ones(weights, "scaling_factor") else ()
@@ -101,7 +119,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
         raise ValueError(f"{folder / WEIGHTS} has {double} in float64: save them again as one of {', '.join(FLOATS)}")
     if raw.get("rescale_acts_by_decoder_norm"):
         params = _rescaled(params)
-    return _as_trained(path, metadata, ReadModel(config, params))
+    return _as_trained(folder / CONFIG, raw.get("metadata") or {}, ReadModel(config, params))
 
 
 def write(folder: Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
@@ -233,15 +251,21 @@ def _k(path: Path, raw: Mapping[str, Any], activation: str) -> int | None:
 
 def _as_trained(path: Path, metadata: Mapping[str, Any], model: ReadModel) -> ReadModel:
     """A jump ReLU whose metadata says that it was trained as batch top-k, as that; else the model as it is."""
-    trained, details = metadata.get("training_architecture"), metadata.get("training_architecture_details")
-    if model.config["activation"] != "jumprelu" or trained not in _TRAINED_BATCHTOPK or not isinstance(details, dict):
+    if model.config["activation"] != "jumprelu":
         return model
     threshold = model.params["threshold"]
-    if "k" not in details or not (threshold == threshold[0]).all():
+    if not (threshold == threshold[0]).all() or not (k := _trained_k(path, metadata, len(threshold))):
         return model
-    config = model.config | {"activation": "batchtopk"}
-    config["k"] = _k(path, {"k": details["k"], "d_sae": len(threshold)}, "batchtopk")
+    config = model.config | {"activation": "batchtopk", "k": k}
     return ReadModel(config, model.params | {"threshold": np.array(threshold[0])})
+
+
+def _trained_k(path: Path, metadata: Mapping[str, Any], features: int) -> int | None:
+    """The k of the batch top-k that the metadata says a jump ReLU was trained as. None: they do not say so."""
+    trained, details = metadata.get("training_architecture"), metadata.get("training_architecture_details")
+    if trained not in _TRAINED_BATCHTOPK or not isinstance(details, dict) or "k" not in details:
+        return None
+    return _k(path, {"k": details["k"], "d_sae": features}, "batchtopk")
 
 
 def _is_ones(weights: Weights, key: str) -> bool:

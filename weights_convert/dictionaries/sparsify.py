@@ -29,8 +29,8 @@ _OURS = {"hook_name", "hook_name_out", "tag"}
 """Keys that this library adds. sparsify drops keys that it does not know."""
 
 
-def read(folder: Path, site: str | None, layer: int | None, target: str | None) -> ReadModel:
-    """Read one dictionary. See ``read_dictionary``."""
+def describe(folder: Path, site: str | None, layer: int | None, target: str | None) -> dict[str, Any]:
+    """The config of one dictionary, without its weights. See ``describe_dictionary``."""
     path = folder / CONFIG
     raw = read_config(folder, CONFIG)
     check_keys(path, raw, _MEANT | _TRAINING | _OURS, ("d_in", "k"))
@@ -45,7 +45,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
     inner, outer = _ends(folder, raw, transcoder)
     place = hooks.placed(path if raw.get("hook_name") else folder, *inner, site, layer)
     aim = hooks.aimed(path, *outer, place, target) if transcoder else hooks.own(path, place, target)
-    config = {
+    return {
         "site": place[0],
         "layer": place[1],
         "d_model": raw["d_in"],
@@ -58,6 +58,11 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
         "centred": not transcoder,
         "tag": raw.get("tag") or None,
     }
+
+
+def read(folder: Path, site: str | None, layer: int | None, target: str | None) -> ReadModel:
+    """Read one dictionary. See ``read_dictionary``."""
+    config = describe(folder, site, layer, target)
     weights = Weights([inside(folder, WEIGHTS)], "encoder", config=CONFIG)
     return ReadModel(config, checks.read_params(weights, config, _NAMES, _FLIPPED))
 
