@@ -93,11 +93,11 @@ def load_dictionary(
     wanted = _wanted(layer, site, expansion, k, tag, activation, target)
     found = find_dictionaries(source)
     if "" in found.formats:
-        sae = _read(found, "", wanted, model)
+        sae = read_one(found, "", wanted, model)
         if not wanted.fits(_parts(sae.config)):
             raise UnknownNameError("SAE", wanted, [sae.name], of=str(source))
         return sae
-    return _read(found, one_of(_described(found, wanted), wanted, source, found.formats), wanted, model)
+    return read_one(found, one_of(described(found, wanted), wanted, source, found.formats), wanted, model)
 
 
 def load_dictionaries(
@@ -134,7 +134,7 @@ def load_dictionaries(
     if "" in found.formats:
         sae = load_dictionary(source, **vars(wanted), model=model)
         return {(sae.config.site, sae.config.layer): sae}
-    names = _described(found, wanted)
+    names = described(found, wanted)
     chosen = {name: parts for name, parts in names.items() if wanted.fits(parts)}
     if not chosen:
         raise UnknownNameError("SAE", wanted, listed(found.formats), of=str(source))
@@ -147,7 +147,7 @@ def load_dictionaries(
                 f"{len(same)} dictionaries of {source} read {where} of layer {of}: {', '.join(listed(same))}. "
                 f"{how_to_choose({name: chosen[name] for name in same}, source)}"
             )
-    return {place: _read(found, name, wanted, model) for place, (name,) in sorted(places.items(), key=_by_layer)}
+    return {place: read_one(found, name, wanted, model) for place, (name,) in sorted(places.items(), key=_by_layer)}
 
 
 def find_dictionaries(source: str | Path) -> Found:
@@ -313,7 +313,7 @@ def _parts(config: SAEConfig | Mapping[str, Any]) -> SAEName:
     )
 
 
-def _described(found: Found, wanted: Wanted) -> dict[str, SAEName]:
+def described(found: Found, wanted: Wanted) -> dict[str, SAEName]:
     """The parts of each dictionary. Of those of others on the hub, the configs are downloaded together.
 
     Those that the name of their folder puts into another layer are left out.
@@ -351,7 +351,7 @@ def _description(folder: Path, form: str, wanted: Wanted) -> SAEName:
     return _parts(config)
 
 
-def _read(found: Found, name: str, wanted: Wanted, model: Any) -> SAE:
+def read_one(found: Found, name: str, wanted: Wanted, model: Any = None) -> SAE:
     """One dictionary of a source, which must fit the model."""
     shown = f"{found.source}: {name}" if name else found.source
     named = parse_sae_name(PurePosixPath(name).name)
