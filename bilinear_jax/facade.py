@@ -30,6 +30,7 @@ from bilinear_jax.store.convert import convert, export
 from bilinear_jax.store.datasets import load_corpus, load_token_rows
 from bilinear_jax.store.dictionaries import load_dictionaries, load_dictionary
 from bilinear_jax.store.sources import list_saes
+from bilinear_jax.store.upload import upload
 from bilinear_jax.tensor import BilinearTensor
 from bilinear_jax.training.images import ImageRecipe, train_images
 from bilinear_jax.training.runs import train_language, train_saes
@@ -88,4 +89,5 @@ __all__ = [
     "train_language",
     "train_saes",
     "training_of",
+    "upload",
 ]

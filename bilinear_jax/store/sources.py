@@ -271,13 +271,13 @@ def _fetch(repository: str, files: Sequence[str], repo_type: str = "model") -> P
     try:
         return Path(fetch())
     except Exception as error:
-        if _is_unreachable(error) and (snapshot := _cached(repo_type).get(repository)):
+        if is_unreachable(error) and (snapshot := _cached(repo_type).get(repository)):
             with contextlib.suppress(errors.LocalEntryNotFoundError):
                 return Path(fetch(revision=snapshot.name, local_files_only=True))
         raise _explained(repository, error) from error
 
 
-def _is_unreachable(error: BaseException | None) -> bool:
+def is_unreachable(error: BaseException | None) -> bool:
     """Whether an error of the hub's client means that there was no answer, or only a server error (500 or more)."""
     from huggingface_hub import errors
 
@@ -299,7 +299,7 @@ def _explained(repository: str, error: Exception) -> Exception:
     """The error to raise for an error of the hub's client."""
     from huggingface_hub import constants
 
-    if _is_unreachable(error):
+    if is_unreachable(error):
         return ConnectionError(
             f"the hub ({constants.ENDPOINT}) cannot be reached, its cache does not hold all files of {repository}, and "
             f"there is no folder of that name. {_what_there_is(repository)}"
