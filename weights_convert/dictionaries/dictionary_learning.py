@@ -80,7 +80,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
         "site": place[0],
         "layer": place[1],
         "d_model": d,
-        "expansion": checks.expansion(features, d),
+        "expansion": checks.expansion(path, features, d),
         "k": checks.check_k(path, raw.get("k"), features) if "k" in kind.extra else None,
         "encoder_bias": True,
         "activation": kind.activation,
