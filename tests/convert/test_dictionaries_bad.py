@@ -288,6 +288,8 @@ def test_params_that_do_not_match_are_not_written(tmp_path):
         write_dictionary(tmp_path, "saelens", {key: config[key] for key in config if key != "site"}, params)
     with pytest.raises(ValueError, match="needs k for topk_relu, but k is None"):
         write_dictionary(tmp_path, "saelens", made(activation="relu")[0] | {"activation": "topk_relu"}, params)
+    with pytest.raises(ValueError, match=r"k is 21, but must be in 1 \.\.\. 20"):
+        write_dictionary(tmp_path, "saelens", config | {"k": 21}, params)
     with pytest.raises(FileNotFoundError, match="make it first"):
         write_dictionary(tmp_path / "no", "saelens", config, params)
     assert not list(tmp_path.iterdir())
@@ -304,6 +306,14 @@ def test_a_folder_with_the_name_of_another_place(tmp_path):
     other.mkdir()
     with pytest.raises(ValueError, match="which is layer 3, but layer=2"):
         write_dictionary(other, "gemma-scope", config, params)
+    config["layer"] = 3
+    transcoders = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3"
+    transcoders.mkdir(parents=True)
+    with pytest.raises(ValueError, match="of transcoders to 'mlp_out', but this is an SAE"):
+        write_dictionary(transcoders, "gemma-scope", config | {"site": "mlp_in"}, params)
+    write_dictionary(transcoders, "gemma-scope", config | {"site": "mlp_in", "target": "mlp_out"}, params)
+    got = read_dictionary(transcoders).config
+    assert (got["site"], got["layer"], got["target"]) == ("mlp_in", 3, "mlp_out")
     assert not list(other.iterdir())
 
 

@@ -126,6 +126,8 @@ def checked(
         )
     if config["activation"] in ("topk", "topk_relu", "batchtopk") and type(config["k"]) is not int:
         raise ValueError(f"{form} needs k for {config['activation']}, but k is {config['k']!r}: give it in the config")
+    if config["k"] is not None and not 1 <= config["k"] <= features_of(config):
+        raise ValueError(f"k is {config['k']!r}, but must be in 1 ... {features_of(config)}, the number of features")
     arrays = {key: np.asarray(value) for key, value in params.items()}
     _match(config, arrays, one_dtype, form)
     if signed:

@@ -78,7 +78,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
 
 def write(folder: Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Write one dictionary. See ``write_dictionary``."""
-    config, params, _ = checks.checked("Gemma Scope", config, params, ("jumprelu",), one_dtype=False)
+    config, params, transcoder = checks.checked("Gemma Scope", config, params, ("jumprelu",), one_dtype=False)
     checks.need_centring("Gemma Scope", config, False)
     if config["skip"]:
         raise checks.refuse("Gemma Scope", "skip", True, "write the format of SAELens")
@@ -87,7 +87,9 @@ def write(folder: Path, config: Mapping[str, Any], params: Mapping[str, Any]) ->
     for key, value in params.items():
         if value.dtype.name == "bfloat16":
             raise ValueError(f"{key} is bfloat16, which npz files do not have: give it as float32")
-    _place(folder, config["site"], config["layer"], config["target"])
+    _, aim = _place(folder, config["site"], config["layer"], config["target"])
+    if transcoder != (aim is not None):
+        raise ValueError(f"{folder} has the name of transcoders to {aim!r}, but this is an SAE: rename it")
     state = {_NAMES[key]: value.T if key in _FLIPPED else value for key, value in params.items()}
     plain = {key: np.asarray(value, value.dtype.newbyteorder("<"), order="C") for key, value in state.items()}
     np.savez(folder / WEIGHTS, allow_pickle=False, **plain)
