@@ -10,6 +10,10 @@ import numpy as np
 from weights_convert.sae import SITES
 from weights_convert.weights import FLOATS, Weights, differences
 
+LARGEST_SIZE = 2**40
+"""The largest width or number of features. Beyond it, a config is damaged."""
+
+_REQUIRED = {"site", "layer", "d_model", "expansion"}
 _DEFAULTS = {
     **{
         "bilinear_encoder": False,
@@ -19,16 +23,19 @@ _DEFAULTS = {
         "apply_normalize": False,
     },
     **{"tag": None, "activation": "topk", "target": None, "skip": False, "centred": None, "k": None},
+    **{"product_bias": False, "linear_term": False, "max_active": None},  # the last is not a matter of files
 }
 
 
-def expansion(features: int, d_model: int) -> int | float:
-    """``features / d_model``, an int where it is one.
+def expansion(path: Path, features: int, d_model: int) -> int | float:
+    """``features / d_model``, an int where it is one. Raises ``ValueError`` if a size is beyond ``LARGEST_SIZE``.
 
     Example:
-        >>> expansion(64, 16), expansion(24, 16)
+        >>> expansion(Path("cfg.json"), 64, 16), expansion(Path("cfg.json"), 24, 16)
         (4, 1.5)
     """
+    if max(features, d_model) > LARGEST_SIZE:
+        raise ValueError(f"{path} has a size beyond {LARGEST_SIZE}: it is damaged, download it again")
     return features // d_model if features % d_model == 0 else features / d_model
 
 
@@ -120,6 +127,8 @@ def checked(
         )
     if config["activation"] in ("topk", "topk_relu", "batchtopk") and type(config["k"]) is not int:
         raise ValueError(f"{form} needs k for {config['activation']}, but k is {config['k']!r}: give it in the config")
+    if config["k"] is not None and not 1 <= config["k"] <= features_of(config):
+        raise ValueError(f"k is {config['k']!r}, but must be in 1 ... {features_of(config)}, the number of features")
     arrays = {key: np.asarray(value) for key, value in params.items()}
     _match(config, arrays, one_dtype, form)
     if signed:
@@ -156,12 +165,23 @@ def _what(config: Mapping[str, Any]) -> str:
 
 
 def _refuse(form: str, config: Mapping[str, Any]) -> None:
+    lacking, unknown = sorted(_REQUIRED - config.keys()), sorted(config.keys() - _REQUIRED - _DEFAULTS.keys())
+    if lacking or unknown:
+        raise ValueError(f"the config lacks {lacking} and has unknown options {unknown}: give that of these params")
+    sizes = config["d_model"], config["expansion"]
+    if (
+        type(sizes[0]) is not int
+        or type(sizes[1]) not in (int, float)
+        or not min(sizes) > 0
+        or not max(sizes) < LARGEST_SIZE
+    ):
+        raise ValueError(f"d_model and expansion are {sizes}: give a whole number and a number, both above 0")
     if config["apply_normalize"]:
         raise ValueError(
             f"{form} has no apply_normalize: divide w_enc by normalize, multiply w_dec and b_dec by it, and leave out "
             "apply_normalize. The result is the same"
         )
-    for option in ("passthrough", "bilinear_encoder"):
+    for option in ("passthrough", "bilinear_encoder", "product_bias", "linear_term"):
         if config[option]:
             raise refuse(form, option, config[option], "keep it as a checkpoint of this library, or use write_sae")
     for option in ("site", "target"):

@@ -85,7 +85,7 @@ def _described(folder: Path, site: str | None, layer: int | None, target: str | 
         "site": place[0],
         "layer": place[1],
         "d_model": d,
-        "expansion": checks.expansion(features, d),
+        "expansion": checks.expansion(path, features, d),
         "k": checks.check_k(path, raw.get("k"), features) if "k" in kind.extra else None,
         "encoder_bias": True,
         "activation": kind.activation,

@@ -51,7 +51,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
     """Read one dictionary. See ``read_dictionary``."""
     path = inside(folder, WEIGHTS)
     arrays = {f"W_{key[2:]}" if key.startswith("w_") else key: value for key, value in read_npz(path).items()}
-    if "W_enc" not in arrays or arrays["W_enc"].ndim != 2:
+    if "W_enc" not in arrays or arrays["W_enc"].ndim != 2 or not arrays["W_enc"].size:
         raise ValueError(f"{path} has no matrix W_enc, but {sorted(arrays)}: it is no dictionary of Gemma Scope")
     d, features = arrays["W_enc"].shape
     place, target = _place(folder, site, layer, target)
@@ -59,7 +59,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
         "site": place[0],
         "layer": place[1],
         "d_model": d,
-        "expansion": checks.expansion(features, d),
+        "expansion": checks.expansion(path, features, d),
         "k": None,
         "encoder_bias": True,
         "activation": "jumprelu",
@@ -87,7 +87,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
 
 def write(folder: Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Write one dictionary. See ``write_dictionary``."""
-    config, params, _ = checks.checked("Gemma Scope", config, params, ("jumprelu",), one_dtype=False)
+    config, params, transcoder = checks.checked("Gemma Scope", config, params, ("jumprelu",), one_dtype=False)
     checks.need_centring("Gemma Scope", config, False)
     if config["skip"]:
         raise checks.refuse("Gemma Scope", "skip", True, "write the format of SAELens")
@@ -96,7 +96,9 @@ def write(folder: Path, config: Mapping[str, Any], params: Mapping[str, Any]) ->
     for key, value in params.items():
         if value.dtype.name == "bfloat16":
             raise ValueError(f"{key} is bfloat16, which npz files do not have: give it as float32")
-    _place(folder, config["site"], config["layer"], config["target"])
+    _, aim = _place(folder, config["site"], config["layer"], config["target"])
+    if transcoder != (aim is not None):
+        raise ValueError(f"{folder} has the name of transcoders to {aim!r}, but this is an SAE: rename it")
     state = {_NAMES[key]: value.T if key in _FLIPPED else value for key, value in params.items()}
     plain = {key: np.asarray(value, value.dtype.newbyteorder("<"), order="C") for key, value in state.items()}
     np.savez(folder / WEIGHTS, allow_pickle=False, **plain)
@@ -133,19 +135,19 @@ def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.n
             version = np.lib.format.read_magic(start)
             reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = reader(start)
-        except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        except Exception as error:  # a broken header can raise any error here
             raise ValueError(
                 f"{entry.filename} in {path} is not an array ({error!r:.200}): download it again"
             ) from error
         if dtype.name not in FLOATS:
             raise ValueError(f"{entry.filename} in {path} has the dtype {dtype}: save it as float32 or float16")
         size = math.prod(shape) * dtype.itemsize
-        if start.tell() + size != entry.file_size:
+        if min(shape, default=0) < 0 or start.tell() + size != entry.file_size:
             raise ValueError(f"{entry.filename} in {path} has another size than its header says: download it again")
         data = start.read() + file.read(size + 1)
     if len(data) != size:
         raise ValueError(f"{entry.filename} in {path} is cut short: download it again")
-    value = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    value = np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if fortran else "C")
     return value.astype(dtype.newbyteorder("="), copy=False)
 
 

@@ -99,6 +99,7 @@ def placed(
     """
     said_site, said_layer = found or (None, None)
     check_given(site, layer)
+    check_given(said_site, said_layer)
     for name, given, said in (("site", site, said_site), ("layer", layer, said_layer)):
         if given is not None and said is not None and given != said:
             raise ValueError(

@@ -93,7 +93,7 @@ def _described(
         "site": place[0],
         "layer": place[1],
         "d_model": raw["d_in"],
-        "expansion": checks.expansion(raw["d_sae"], raw["d_in"]),
+        "expansion": checks.expansion(path, raw["d_sae"], raw["d_in"]),
         "k": _k(path, raw, kind.activation),
         "encoder_bias": True,
         "activation": kind.activation,
@@ -124,7 +124,7 @@ def read(folder: Path, site: str | None, layer: int | None, target: str | None) 
 
 def write(folder: Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Write one dictionary. See ``write_dictionary``."""
-    transcoder = config.get("target") not in (None, config["site"]) or bool(config.get("skip"))
+    transcoder = config.get("target") not in (None, config.get("site")) or bool(config.get("skip"))
     activations = ("relu", "jumprelu") if transcoder else ("relu", "jumprelu", "topk_relu", "batchtopk")
     config, params, _ = checks.checked("SAELens", config, params, activations, one_dtype=True)
     if transcoder and config["centred"]:

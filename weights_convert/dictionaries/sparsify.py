@@ -49,7 +49,7 @@ def describe(folder: Path, site: str | None, layer: int | None, target: str | No
         "site": place[0],
         "layer": place[1],
         "d_model": raw["d_in"],
-        "expansion": checks.expansion(features, raw["d_in"]),
+        "expansion": checks.expansion(path, features, raw["d_in"]),
         "k": checks.check_k(path, raw["k"], features),
         "encoder_bias": True,
         "activation": "topk_relu",
