@@ -29,7 +29,9 @@ from bilinear_jax.show.visualizer import Visualizer
 from bilinear_jax.store.checkpoint import load_sae, save_model, save_sae, training_of
 from bilinear_jax.store.convert import convert, export
 from bilinear_jax.store.datasets import load_corpus, load_token_rows
+from bilinear_jax.store.dictionaries import load_dictionaries, load_dictionary
 from bilinear_jax.store.sources import list_saes
+from bilinear_jax.store.upload import upload
 from bilinear_jax.tensor import BilinearTensor
 from bilinear_jax.training.images import ImageRecipe, train_images
 from bilinear_jax.training.runs import train_language, train_saes
@@ -67,6 +69,8 @@ __all__ = [
     "list_saes",
     "load",
     "load_corpus",
+    "load_dictionaries",
+    "load_dictionary",
     "load_image_model",
     "load_images",
     "load_sae",
@@ -87,4 +91,5 @@ __all__ = [
     "train_language",
     "train_saes",
     "training_of",
+    "upload",
 ]

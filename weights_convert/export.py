@@ -79,10 +79,13 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
         UserWarning: for ``passthrough``, which the current original code ignores.
 
     Raises:
-        ValueError: for ``apply_normalize``, which the layout cannot describe; for a folder that does not have the name
-            of the SAE; and for params as in ``write_transformer``. Nothing is written then.
+        ValueError: for what the layout cannot describe (``apply_normalize``, an activation other than "topk", a target,
+            a skip, an encoder that is not centred, a bias of the products, a linear term, an expansion that is not
+            whole); for a folder that does not have the name of the SAE; and for params as in ``write_transformer``.
+            Nothing is written then.
     """
     folder = expanded(folder)
+    _check_sae(config)
     if config.get("apply_normalize"):
         raise ValueError(
             "the published layout has no apply_normalize: divide w_enc by normalize, multiply "
@@ -103,6 +106,25 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
     state = {key: np.asarray(params[name]) for key, name in sae.PARAMS.items() if name in params}
     _check(state, sae.expected_shapes(config), params)
     _write(folder, raw, state, None)
+
+
+def _check_sae(config: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for what the published layout cannot describe."""
+    target = config.get("target")
+    wrong = {
+        "activation": config.get("activation", "topk") != "topk",
+        "target": target not in (None, config["site"]),
+        "skip": bool(config.get("skip")),
+        "centred": config.get("centred", True) is False,
+        "product_bias": bool(config.get("product_bias")),
+        "linear_term": bool(config.get("linear_term")),
+        "expansion": config["expansion"] != int(config["expansion"]),
+    }
+    if named := [f"{key} {config[key]!r}" for key, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(
+            f"the published layout has only top-k SAEs, and cannot say {', '.join(named)}: keep it as a checkpoint of "
+            "this library, or write it for another library with --format"
+        )
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

@@ -82,12 +82,12 @@ def read_json(path: Path, *, limit: int = LARGEST_JSON, fix: str = FIX) -> dict[
     return value
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON object in ``folder/config.json``."""
-    path = inside(folder, "config.json")
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON object in the config file of a folder."""
+    path = inside(folder, name)
     if not path.is_file():
         there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{folder} has no config.json (it holds: {there}): name the folder of one model")
+        raise FileNotFoundError(f"{folder} has no {name} (it holds: {there}): name the folder of one model")
     return read_json(path)
 
 

@@ -47,7 +47,8 @@ def read_sae(folder: str | Path) -> ReadModel:
     site, layer = _point(path, raw["point"])
     if raw.get("target") is not None and _point(path, raw["target"]) != (site, layer):
         raise ValueError(
-            f"{path}: target {raw['target']} differs from point {raw['point']}: transcoders cannot be loaded"
+            f"{path}: target {raw['target']} differs from point {raw['point']}: transcoders of this layout cannot be "
+            "loaded, because they subtract the bias of what they reconstruct from what they read"
         )
     if raw.get("token_lookup"):
         raise ValueError(f"{path} has token_lookup: SAEs with a table of tokens cannot be loaded")

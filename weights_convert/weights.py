@@ -69,10 +69,18 @@ class Weights:
         part: how a name of this kind of model begins, a regular expression. It tells the model in a torch file from
             what else a training run saves in it.
         floats: the dtypes that may be read.
+        config: the file that describes the model, for messages.
     """
 
-    def __init__(self, files: Iterable[Path], part: str, floats: tuple[str, ...] = FLOATS):
-        self.files, self.floats = list(files), floats
+    def __init__(
+        self,
+        files: Iterable[Path],
+        part: str,
+        floats: tuple[str, ...] = FLOATS,
+        *,
+        config: str = "config.json",
+    ):
+        self.files, self.floats, self.config = list(files), floats, config
         self._tensors: dict[str, _Tensor] = {}
         for path in self.files:
             for tensor in _safetensors(path) if path.suffix == ".safetensors" else _pickled(path, part):
@@ -91,14 +99,14 @@ class Weights:
         missing, extra, wrong = differences(self.shapes, expected, ignored)
         if missing or extra:
             raise ValueError(
-                f"the weights in {where} are not those that config.json describes. In the model but not in the "
+                f"the weights in {where} are not those that {self.config} describes. In the model but not in the "
                 f"checkpoint: {_listing(missing)}; in the checkpoint but not in the model: {_listing(extra)}. "
-                "Check that config.json belongs to these weights, and download both again"
+                f"Check that {self.config} belongs to these weights, and download both again"
             )
         if wrong:
             raise ValueError(
-                f"shapes in {where} do not match config.json: {'; '.join(wrong)}. "
-                "Check that config.json belongs to these weights"
+                f"shapes in {where} do not match {self.config}: {'; '.join(wrong)}. "
+                f"Check that {self.config} belongs to these weights"
             )
 
     def dtype(self, key: str) -> str:
@@ -163,7 +171,7 @@ def _mapped(path: Path, dtype: str, place: int, shape: tuple[int, ...]) -> np.nd
 def _pickled(path: Path, part: str) -> Iterator[_Tensor]:
     for key, value in state_dict(read_torch(path), lambda name: re.match(part, unwrapped(name))).items():
         native = value.dtype.newbyteorder("=")
-        read = functools.partial(np.ascontiguousarray, value, native)
+        read = functools.partial(np.asarray, value, native, order="C")
         yield _Tensor(path, key, value.shape, native.name, read)
 
 

@@ -204,7 +204,7 @@ def sae_choice(text: str) -> dict[str, Any]:
         >>> sae_choice("site=resid-mid,k=20")
         {'site': 'resid-mid', 'k': 20}
     """
-    kinds = {"site": _site, "expansion": positive, "k": positive, "tag": str}
+    kinds = {"site": sae_site, "expansion": positive, "k": positive, "tag": str}
     choice: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
@@ -214,7 +214,7 @@ def sae_choice(text: str) -> dict[str, Any]:
     return choice
 
 
-def _site(text: str) -> str:
+def sae_site(text: str) -> str:
     from bilinear_jax.nn.sae_config import site_name
 
     try:

@@ -25,7 +25,7 @@ from bilinear_jax.store.terminal import say
 from bilinear_jax.store.version import library_version
 
 INTERRUPTED, TERMINATED = 130, 143
-COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "certify", "train", "convert", "export")
+COMMANDS = ("tour", "generate", "spectra", "trace", "pages", "eval", "certify", "train", "convert", "export", "upload")
 EXAMPLES = """examples:
   bilinear-jax tour                                      the whole method on the model that ships with the package
   bilinear-jax generate --prompt "Once upon a time"      text from a model
@@ -37,6 +37,7 @@ EXAMPLES = """examples:
   bilinear-jax train lm ts-nano --data stories.txt.gz --out runs/mine   a model of your own
   bilinear-jax convert tdooms/fw-medium fw-medium        convert a published checkpoint
   bilinear-jax export runs/mine/model mine               write it back, for torch
+  bilinear-jax upload runs/mine/model someone/mine       put it on the hub
 
 Each command has a --help with examples. Exit status: 0; 1 if it failed; 2 for wrong use; 130 after Ctrl-C;
 143 after SIGTERM.

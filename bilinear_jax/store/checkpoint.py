@@ -218,7 +218,7 @@ def training_of(source: str | Path, sae: str | None = None) -> str:
         'TinyStories, 12955 stories, 2669724 tokens'
     """
     if sae is None:
-        return _training(inside(folder_of(source), "config.json"))
+        return training_line(inside(folder_of(source), "config.json"))
     known = trainings_of_saes(source)
     if sae not in known:
         raise UnknownNameError("SAE", sae, known, of=str(source))
@@ -227,10 +227,10 @@ def training_of(source: str | Path, sae: str | None = None) -> str:
 
 def trainings_of_saes(source: str | Path) -> dict[str, str]:
     """``training_of`` of every SAE of a source, by name."""
-    return {name: _training(path) for name, path in sae_configs(source).items()}
+    return {name: training_line(path) for name, path in sae_configs(source).items()}
 
 
-def _training(path: Path) -> str:
+def training_line(path: Path) -> str:
     record = read_json(path) or {}
     check_kinds(path, record, _RECORD)
     checksums.check_seal(path, record)

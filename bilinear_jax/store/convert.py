@@ -14,6 +14,7 @@ from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.store import checksums
 from bilinear_jax.store.checkpoint import MODEL, check_keeps_saes, config_of, load_model, load_sae, save_model, save_sae
+from bilinear_jax.store.dictionaries import check_fits
 from bilinear_jax.store.files import atomic_folder, check_name, check_place
 from bilinear_jax.store.published import config_file, files_of, read_published
 from bilinear_jax.store.sources import list_saes, model_place, sae_folder, sae_names
@@ -61,8 +62,8 @@ def convert(
             folder = sae_folder(str(scope), sae_name)
             values, params = weights_convert.read_sae(folder)
             sae = SAE(jax.tree.map(jnp.asarray, params), config_of(SAEConfig, values, folder / "config.json"))
-            _check_fits(sae, config, folder)
-            save_sae(partial / "scope" / sae.name, sae, origin=_origin(scope, files_of(folder)))
+            check_fits(sae.config, config, folder)
+            save_sae(partial / "scope" / sae.name, sae, origin=origin_of(scope, files_of(folder)))
     return names
 
 
@@ -76,7 +77,7 @@ def _convert_model(source: str | Path, out: Path, attn_scale: float | None) -> A
     tokenizer_files = [inside(folder, file) for file in TOKENIZER_FILES]
     tokenizer = folder if tokenizer_files[0].is_file() else place if place.is_file() else None
     with ThreadPoolExecutor(1) as meanwhile:
-        hashed = meanwhile.submit(_origin, source, files_of(place))
+        hashed = meanwhile.submit(origin_of, source, files_of(place))
 
         def origin() -> dict[str, Any]:
             if tokenizer is None:
@@ -90,19 +91,7 @@ def _convert_model(source: str | Path, out: Path, attn_scale: float | None) -> A
     return config
 
 
-def _check_fits(sae: Any, config: Any, folder: Path) -> None:
-    if sae.config.d_model != config.d_model:
-        raise ValueError(
-            f"{folder} has d_model {sae.config.d_model}, but the model has {config.d_model}: name SAEs of this model"
-        )
-    if sae.config.layer >= config.n_layer:
-        raise ValueError(
-            f"{folder} belongs to layer {sae.config.layer}, but the model has layers 0 ... {config.n_layer - 1}: "
-            "name SAEs of this model"
-        )
-
-
-def _origin(source: Any, files: list[Path]) -> dict[str, Any]:
+def origin_of(source: Any, files: list[Path]) -> dict[str, Any]:
     """Where a checkpoint comes from: the source, the SHA-256 of each file, and the version of the converter."""
     return {
         "source": str(source),

@@ -13,18 +13,18 @@ A source is one of
 
 import contextlib
 import functools
+import glob
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.store.choice import Wanted, one_of
 from bilinear_jax.store.files import read_json
 from weights_convert.families import FAMILIES
 from weights_convert.files import expanded, inside, weight_files
-from weights_convert.names import ACTIVATIONS, SAEName, sae_folders, sae_names_among
+from weights_convert.names import SAEName, sae_folders, sae_names_among
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """The folder of the models that ship with the package."""
@@ -91,15 +91,30 @@ def model_place(source: str | Path) -> Path:
 
 def _remote_gguf(repository: str, folder: Path) -> list[str]:
     """The GGUF files of a repository. If the hub cannot be reached, those in the cache."""
+    try:
+        names = repository_files(repository)
+    except ConnectionError:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{GGUF}")]
+    return sorted(name for name in names if name.endswith(GGUF))
+
+
+def repository_files(repository: str) -> list[str]:
+    """The names of the files of a repository. Raises the errors of ``folder_of``."""
     from huggingface_hub import HfApi
 
     try:
-        names = [sibling.rfilename for sibling in HfApi().model_info(repository).siblings or []]
+        siblings = HfApi().model_info(repository).siblings or []  # list_repo_files retries for a minute if offline
     except Exception as error:
-        if not _is_unreachable(error):
-            raise _explained(repository, error) from error
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{GGUF}")]
-    return sorted(name for name in names if name.endswith(GGUF))
+        raise _explained(repository, error) from error
+    return [sibling.rfilename for sibling in siblings]
+
+
+def cached_files(repository: str) -> list[str]:
+    """The names of the files of a repository that are in the hub's cache."""
+    snapshot = _cached().get(repository)
+    if snapshot is None:
+        return []
+    return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
 
 
 def _repository(source: str | Path) -> str:
@@ -151,14 +166,14 @@ def sae_folder(source: str | Path, name: str) -> Path:
     scope, names = _scope(source)
     if name not in names:
         raise UnknownNameError("SAE", name, names, of=str(source))
-    return inside(scope if isinstance(scope, Path) else _fetch(scope, [f"{name}/*"]), name)
+    return inside(scope if isinstance(scope, Path) else fetch_below(scope, [f"{name}/*"]), name)
 
 
 def sae_configs(source: str | Path) -> dict[str, Path]:
     """The config.json of every SAE of a source, by name. From the hub, only these files are downloaded, together."""
     scope, names = _scope(source)
     if names and not isinstance(scope, Path):
-        scope = _fetch(scope, ["*/config.json"])
+        scope = fetch_below(scope, ["*/config.json"])
     return {name: inside(Path(scope), f"{name}/config.json") for name in names}
 
 
@@ -182,37 +197,8 @@ def find_sae(
 
     Both messages list the SAEs of the source.
     """
-    for name, value in (("layer", layer), ("k", k)):
-        if value is not None and not hasattr(value, "__index__"):
-            raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if not isinstance(expansion, int | float | np.number | None) or isinstance(expansion, bool):
-        raise ValueError(f"expansion must be a number, got {expansion!r}")
-    target = target and target.replace("-", "_")
-    wanted = layer, site.replace("-", "_"), expansion, k, tag, activation, target
-    names = _scope(source)[1]
-    found = [
-        name
-        for name, parts in names.items()
-        if all(value is None or value == part for value, part in zip(wanted, parts, strict=True))
-    ]
-    for part, value in (("target", target), ("tag", tag)):
-        plain = [name for name in found if getattr(names[name], part) is None]
-        found = plain if value is None and plain else found
-    if len(found) == 1:
-        return found[0]
-    sites = "-to-".join(one.replace("_", "-") for one in (site, target) if one)
-    mark = ACTIVATIONS.get(activation or "topk", activation)
-    asked = "-".join(
-        f"{mark}{'*' if value is None else value}"
-        for mark, value in zip(("", "", "x", mark), (layer, sites, expansion, k), strict=True)
-    )
-    asked = f"{asked}-{tag}" if tag else asked
-    if found:
-        raise ValueError(
-            f"{asked} matches several SAEs in {source}: {', '.join(found)}. Give layer, expansion, k, tag, activation "
-            "or target"
-        )
-    raise UnknownNameError("SAE", asked, names, of=str(source))
+    wanted = Wanted(layer, site, expansion, k, tag, activation, target)
+    return one_of(_scope(source)[1], wanted, source)
 
 
 def local_folder(source: str | Path) -> Path | None:
@@ -241,8 +227,14 @@ def _scope(source: str | Path) -> tuple[Path | str, dict[str, SAEName]]:
     folder = local_folder(source)
     if folder is None:
         repository = _repository(source)
-        repository = repository if repository.endswith("-scope") else f"{repository}-scope"
-        return repository, _remote_names(repository)
+        scope = repository if repository.endswith("-scope") else f"{repository}-scope"
+        try:
+            return scope, _remote_names(scope)
+        except (FileNotFoundError, ConnectionError):
+            with contextlib.suppress(FileNotFoundError, ConnectionError):
+                if scope != repository and (names := _remote_names(repository, "scope/")):
+                    return f"{repository}/scope", names
+            raise
     resolved = folder.resolve()
     candidates = [folder, inside(folder, "scope"), resolved.with_name(f"{resolved.name}-scope")]
     for candidate in candidates:
@@ -251,20 +243,24 @@ def _scope(source: str | Path) -> tuple[Path | str, dict[str, SAEName]]:
     return folder, {}
 
 
-def _remote_names(repository: str) -> dict[str, SAEName]:
-    """The SAE folders of a repository. If the hub cannot be reached, those in the cache."""
-    from huggingface_hub import HfApi
-
+def _remote_names(repository: str, below: str = "") -> dict[str, SAEName]:
+    """The SAE folders of a repository, or in a folder of it. If the hub cannot be reached, those in the cache."""
     try:
-        siblings = HfApi().model_info(repository).siblings or []  # list_repo_files retries for a minute if offline
-    except Exception as error:
-        if not _is_unreachable(error):
-            raise _explained(repository, error) from error
-        if names := _with_weights(_cached().get(repository)):
+        files = [file.removeprefix(below) for file in repository_files(repository) if file.startswith(below)]
+    except ConnectionError:
+        snapshot = _cached().get(repository)
+        if names := _with_weights(snapshot and snapshot / below):
             return names
-        raise _explained(repository, error) from error
-    files = [sibling.rfilename for sibling in siblings]
+        raise
     return sae_names_among(file.removesuffix("/config.json") for file in files if file.count("/") == 1)
+
+
+def fetch_below(place: str, files: Sequence[str]) -> Path:
+    """A repository, or a folder of it ("owner/name/folder"), with these files. Raises the errors of ``folder_of``."""
+    owner, name, *folders = place.split("/")
+    below = "/".join(folders)
+    snapshot = _fetch(f"{owner}/{name}", [f"{glob.escape(below)}/{file}" if below else file for file in files])
+    return inside(snapshot, below) if below else snapshot
 
 
 def _fetch(repository: str, files: Sequence[str], repo_type: str = "model") -> Path:
@@ -275,13 +271,13 @@ def _fetch(repository: str, files: Sequence[str], repo_type: str = "model") -> P
     try:
         return Path(fetch())
     except Exception as error:
-        if _is_unreachable(error) and (snapshot := _cached(repo_type).get(repository)):
+        if is_unreachable(error) and (snapshot := _cached(repo_type).get(repository)):
             with contextlib.suppress(errors.LocalEntryNotFoundError):
                 return Path(fetch(revision=snapshot.name, local_files_only=True))
         raise _explained(repository, error) from error
 
 
-def _is_unreachable(error: BaseException | None) -> bool:
+def is_unreachable(error: BaseException | None) -> bool:
     """Whether an error of the hub's client means that there was no answer, or only a server error (500 or more)."""
     from huggingface_hub import errors
 
@@ -303,7 +299,7 @@ def _explained(repository: str, error: Exception) -> Exception:
     """The error to raise for an error of the hub's client."""
     from huggingface_hub import constants
 
-    if _is_unreachable(error):
+    if is_unreachable(error):
         return ConnectionError(
             f"the hub ({constants.ENDPOINT}) cannot be reached, its cache does not hold all files of {repository}, and "
             f"there is no folder of that name. {_what_there_is(repository)}"

@@ -92,6 +92,29 @@ def test_saes_come_back_bit_for_bit(tmp_path_factory, dtype, **options):
     assert published.same(back, params)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"activation": "topk_relu"}, "activation 'topk_relu'"),
+        ({"activation": "jumprelu", "k": None}, "activation 'jumprelu'"),
+        ({"target": "mlp_out"}, "target 'mlp_out', centred False"),
+        ({"target": "mlp_out", "skip": True}, "target 'mlp_out', skip True, centred False"),
+        ({"centred": False}, "centred False"),
+        ({"bilinear_encoder": True, "product_bias": True}, "product_bias True"),
+        ({"bilinear_encoder": True, "linear_term": True}, "linear_term True"),
+        ({"expansion": 1.5}, "expansion 1.5"),
+    ],
+)
+def test_what_the_layout_cannot_say_of_an_sae_is_named(tmp_path, options, named):
+    config = SAEConfig(**({"site": "mlp_in", "layer": 0, "d_model": 4, "expansion": 2, "k": 2} | options))
+    folder = tmp_path / config.name
+    folder.mkdir()
+    params = jax.tree.map(np.asarray, SAE.init(config, jax.random.key(0)).params)
+    with pytest.raises(ValueError, match=rf"has only top-k SAEs, and cannot say {named}: keep it as a checkpoint"):
+        weights_convert.write_sae(folder, dataclasses.asdict(config), params)
+    assert list(folder.iterdir()) == []
+
+
 @settings(max_examples=12, deadline=None, phases=[Phase.reuse, Phase.generate])  # to shrink takes minutes
 @given(st.data(), st.booleans(), DTYPES)
 def test_weights_in_any_memory_layout_come_back_bit_for_bit(tmp_path_factory, data, bias, dtype):

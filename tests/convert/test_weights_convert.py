@@ -220,7 +220,7 @@ def test_sae_weights_bit_for_bit():
     for name, parts in weights_convert.sae_folders(published.SCOPE).items():
         _, stored = published.sae(name)
         config, params = weights_convert.read_sae(published.SCOPE / name)
-        assert (config["layer"], config["site"], config["expansion"], config["k"], config["tag"]) == parts
+        assert (config["layer"], config["site"], config["expansion"], config["k"], config["tag"]) == parts[:5]
         assert params.keys() == {"w_enc", "w_dec", "b_dec"}
         for key, value in stored.items():
             assert params[key.removesuffix(".weight")].tobytes() == value.tobytes()
@@ -250,7 +250,7 @@ def test_sae_options_of_all_ages(tmp_path):
         ({"k": 7}, r"k 7 but the name says 6: rename"),
         ({"point": ["mlp-in", 1]}, r"site 'mlp_in' but the name says 'mlp_out'"),
         ({"point": ["mlp-mid", 1]}, r"point must be a site and a layer.*resid_post"),
-        ({"target": ["mlp-in", 1]}, "transcoders cannot be loaded"),
+        ({"target": ["mlp-in", 1]}, "transcoders of this layout cannot be loaded, because they subtract"),
         ({"token_lookup": True}, "SAEs with a table of tokens cannot be loaded"),
         ({"passthrough": [32]}, r"passthrough must be a coordinate in 0 \.\.\. 31"),
         ({"normalize": "unit"}, "normalize must be a number or null"),

@@ -118,7 +118,7 @@ def test_saes_of_another_model_are_refused(tmp_path, capsys):
     config = published.CONFIG | {"d_model": 32}
     folder = published.write(tmp_path / "small", config, published.state(config))
     assert convert([str(folder), str(tmp_path / "out"), "--scope", str(published.SCOPE)]) == 1
-    assert "belongs to layer 2, but the model has layers 0 ... 1: name SAEs of this model" in capsys.readouterr().err
+    assert "belongs to layer 2, but the model has layers 0 ... 1: it reads mlp_in of layer 2" in capsys.readouterr().err
     published.write(tmp_path / "small", published.CONFIG, published.state(published.CONFIG))
     assert convert([str(folder), str(tmp_path / "out"), "--scope", str(published.SCOPE)]) == 1
     assert "has d_model 32, but the model has 8" in capsys.readouterr().err

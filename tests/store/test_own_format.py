@@ -104,7 +104,7 @@ def test_every_key_altered(saved, kind):
         else:
             seen += 1
             assert same(found.params, params), case
-            later = {key: getattr(config, key) for key in checkpoint._LATER if kind == "model"}  # older files lack them
+            later = {key: getattr(config, key) for key in checkpoint._LATER[type(config)]}  # older files lack them
             said = later | {key: as_read(key, value) for key, value in altered["config"].items()}
             got = dataclasses.asdict(found.config)
             assert got == said, case
@@ -112,7 +112,7 @@ def test_every_key_altered(saved, kind):
                 key: type(value) is bool for key, value in said.items()
             }, case
         try:
-            assert isinstance(checkpoint._training(path), str), case
+            assert isinstance(checkpoint.training_line(path), str), case
         except ValueError as error:
             assert str(path) in str(error), case
     path.write_text(whole)
@@ -126,6 +126,8 @@ def as_read(key, value):
         return 1 / math.sqrt(2 * MODEL.n_layer)
     if key in ("n_kv_head", "d_head") and value == 0:
         return getattr(MODEL, key)
+    if key == "centred" and value is None:
+        return True
     if key == "normalization" and isinstance(value, bool):
         return (value,) * 3
     return tuple(value) if isinstance(value, list) else value
@@ -147,6 +149,11 @@ def as_read(key, value):
         ("model", {"attn_scale": "1"}, "attn_scale must be a number or \"none\", got '1'"),
         ("sae", {"passthrough": [True]}, r"passthrough must be a list \[a whole number, \.\.\.\], got \[True\]"),
         ("sae", {"site": "mlp_mid"}, "no site 'mlp_mid'"),
+        ("sae", {"target": "mlp_mid"}, "no site 'mlp_mid'"),
+        ("sae", {"activation": "gelu"}, "no activation 'gelu' in a dictionary: choose one of topk"),
+        ("sae", {"skip": True}, r"In the model but not in the checkpoint: w_skip"),
+        ("sae", {"max_active": 17}, "max_active is 17, but it must be between 1 and 16"),
+        ("sae", {"linear_term": True}, "linear_term is true, but only a bilinear encoder has it"),
         ("sae", {"layer": 1}, "is that of an SAE 1-mlp-out-x2-k3-v0: rename the folder, or correct it"),
         ("sae", {"expansion": 10**9}, "n_features must be at most 2147483647, got 8000000000"),
         ("sae", {"normalize": math.nan}, "normalize must be a finite number in float32, got nan"),

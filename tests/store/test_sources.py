@@ -1,13 +1,8 @@
 """Names, folders, the hub, tokenizers: what is there is found, what is not is said with what there is."""
 
 import hashlib
-import http.server
-import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import made_gguf
@@ -16,6 +11,7 @@ import published
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub import ask_hub
 from published import same
 
 from bilinear_jax.errors import UnknownNameError
@@ -248,55 +244,6 @@ def test_what_is_not_there_is_not_listed_as_there(tmp_path, cache):
 # The hub, served from this machine.
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The three questions that the hub's client asks: which commit, which files, and a file."""
-
-    repositories: dict[str, Path]
-    requests: list[str]
-
-    def do_GET(self):
-        path = self.path.split("?")[0].strip("/")
-        if path == "stop":
-            self.answer(b"")
-            threading.Thread(target=self.server.server_close).start()
-            self.server.shutdown()
-            return
-        is_api = path.startswith(("api/models/", "api/datasets/"))
-        owner, name, *rest = path.removeprefix("api/models/").removeprefix("api/").removeprefix("datasets/").split("/")
-        root = self.repositories.get(f"{owner}/{name}")
-        if root is None:
-            self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
-            return
-        files = [file for file in sorted(root.rglob("*")) if file.is_file()]
-        if is_api and rest[:1] == ["tree"]:
-            listing = [
-                {"type": "file", "path": str(file.relative_to(root)), "size": file.stat().st_size, "oid": "0" * 40}
-                for file in files
-            ]
-            self.answer(json.dumps(listing).encode())
-        elif is_api:
-            names = [{"rfilename": str(file.relative_to(root))} for file in files]
-            answer = {"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "sha": "a" * 40, "siblings": names}
-            self.answer(json.dumps(answer).encode())
-        else:
-            file = root.joinpath(*rest[2:])
-            self.requests.append(f"{self.command} {name}/{'/'.join(rest[2:])}")
-            self.answer(file.read_bytes(), 200, {"ETag": f'"{abs(hash(file))}"', "X-Repo-Commit": "a" * 40})
-
-    do_HEAD = do_GET
-
-    def answer(self, body, status=200, headers=None):
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 CLIENT = """
 import sys, os, urllib.request
 import bilinear_jax as bj
@@ -324,20 +271,6 @@ attempt(lambda: load("someone/else"))
 """
 
 
-def ask_hub(tmp_path: Path, repositories: dict[str, Path], client: str) -> tuple[list[str], set[str]]:
-    """Run a program that asks the hub, served here: the lines that it prints, and the files that it downloads."""
-    handler = type("Served", (Hub,), {"repositories": repositories, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-W", "error", "-c", client]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), {request for request in handler.requests if request.startswith("GET")}
-
-
 def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     published.write_tokenizer(tokenizer)
@@ -354,7 +287,10 @@ def test_hub_names_are_fetched_once_and_work_offline(tmp_path):
     }
     printed, fetched = ask_hub(tmp_path, repositories, CLIENT)
     listed, old, *lines = printed
-    assert (listed, old) == ("[(1, 'mlp_in', 4, 6, None), (1, 'mlp_out', 4, 6, None)]", "11 [[1, 2, 3], [5, 6, 7]]")
+    assert (listed, old) == (
+        "[(1, 'mlp_in', 4, 6, None, 'topk', None), (1, 'mlp_out', 4, 6, None, 'topk', None)]",
+        "11 [[1, 2, 3], [5, 6, 7]]",
+    )
     assert lines[:2] == ["someone/ts-micro 3 [1, 3, 4]", "2-mlp-out-x4-k6"]
     assert lines[2].startswith("FileNotFoundError someone/nothing cannot be downloaded from the hub (http://127.0.0.1")
     unknown = "UnknownNameError there is no SAE 9-mlp-out-x*-k* in someone/ts-micro: choose one of 1-mlp-in-x4-k6,"
