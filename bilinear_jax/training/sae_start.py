@@ -2,7 +2,7 @@
 
     SAE                     random unit columns, encoder rows equal to them
     linear transcoder       encoder rows ``d_f^T M``, with the columns d_f and the least-squares map M from x to y
-    skip                    ``w_skip = M``, and the decoder bias is the mean of y - M x
+    skip                    0, so the start is that of a transcoder without
     bilinear transcoder     of a gated or bilinear MLP: the hidden units that write most. The feature of unit m is
     (mlp_in to mlp_out)     (l_m . x)(r_m . x) |p_m| along p_m / |p_m|, so the start computes a part of the MLP exactly
                             (half of it where the MLP has a gate, whose derivative at 0 is about one half)
@@ -57,10 +57,6 @@ def start_from(lm: LanguageModel, samples: Samples) -> Start:
                 params = params | {"w_enc": _single(rows)}
                 if config.encoder_bias:
                     params["b_enc"] = _single(-rows @ x.mean(axis=0))
-        if config.skip:
-            skip = _least_squares(x, y)
-            bias = y.mean(axis=0) - (skip @ x.mean(axis=0))
-            params = params | {"w_skip": _single(skip), "b_dec": _single(bias)}
         if config.activation == "jumprelu" and config.k is not None:
             z = np.asarray(SAE(params, config).preactivations(_single(x)))
             params = params | {

@@ -70,7 +70,8 @@ def initial_state(
         params = dict(SAE.init(config, key).params)
         mean = jnp.asarray(means[config.reconstructs, config.layer], jnp.float32)
         params |= {"b_dec": mean / config.scale}
-        return params if start is None else start(config, params)
+        made = params if start is None else start(config, params)
+        return made | {"w_dec": params["w_dec"]} if recipe.frozen_decoder else made
 
     groups = stacks(configs)
     params = {
