@@ -233,8 +233,8 @@ def _check_reconstructs(argument: str, sae: SAE) -> None:
     if sae.config.target is not None or sae.config.skip:
         kind = "a transcoder" if sae.config.target else "an SAE with a skip"
         raise ValueError(
-            f"{argument} is {sae.name}, {kind}, but a tracer needs an SAE that reconstructs what it reads: for a "
-            "bilinear transcoder, use bj.Tracer.of_transcoder"
+            f"{argument} is {sae.name}, {kind}, but a tracer needs an SAE that reconstructs what it reads, or a "
+            "bilinear transcoder as out"
         )
 
 

@@ -26,6 +26,7 @@ from bilinear_jax.errors import UnknownNameError, check_count
 from bilinear_jax.explain.directions import CertifiedForm, Directions, resolve, rows_read, the_sae
 from bilinear_jax.explain.interactions import Interactions, Submatrix, submatrix, top_interactions
 from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
+from bilinear_jax.explain.transcoders import check_transcoder, is_transcoder, transcoder_tensor
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread, spread
 from bilinear_jax.nn.sae import SAE, unit_columns
@@ -78,7 +79,8 @@ class Tracer:
             ``Directions`` or an array ``[n, d_model]``, which are the columns of ``basis``, as with resid-mid. None:
             the default SAE; or, if out is plain directions, the coordinates of the residual stream.
         out: the output SAE, given in the same way. Its site is mlp-out. Or plain directions, which are read from the
-            MLP's output.
+            MLP's output. Or a bilinear transcoder of this layer: then the tensor is its own, ``transcoder_tensor``, the
+            model's MLP may be of any kind, and the matrix of each feature has two eigenvalues.
         use_encoder: True: the output directions are the encoder rows of the output SAE, which make the feature fire
             (before its bias and the top-k). False: they are its decoder columns: what the feature represents.
         scope: the folder or hub name to load the SAEs from; None: the source of the model.
@@ -121,16 +123,23 @@ class Tracer:
         self.lm = lm
         self.layer = layer
         self.use_encoder = use_encoder
-        mlp_tensor(lm, layer)  # its errors come before those of the SAEs
+        through = check_transcoder(out, lm, layer) if isinstance(out, SAE) and is_transcoder(out) else None
+        if through is None:
+            mlp_tensor(lm, layer)  # its errors come before those of the SAEs
         source = lm.source if scope is None else scope
         plain = isinstance(out, Directions) or hasattr(out, "ndim")
         if inp is None and plain:
             inp = Directions.coordinates(lm.config.d_model)
         self.inputs = resolve("inp", inp, lm, layer, source)
         site = "resid_mid" if isinstance(self.inputs, Directions) else self.inputs.config.site
-        self.tensor = mlp_tensor(lm, layer, site)
-        self.outputs = resolve("out", out, lm, layer, source)
-        self.directions = rows_read(self.outputs, use_encoder)
+        if through is None:
+            self.tensor = mlp_tensor(lm, layer, site)
+            self.outputs = resolve("out", out, lm, layer, source)
+            self.directions = rows_read(self.outputs, use_encoder)
+        else:
+            gains = site == "resid_mid" and lm.config.gains and lm.config.norms[1]
+            self.tensor = transcoder_tensor(through, lm.params["layers"]["mlp_gain"][layer] if gains else None)
+            self.outputs, self.directions = through, jnp.eye(through.config.n_features)
         self.basis = self.inputs.vectors.T if isinstance(self.inputs, Directions) else self.inputs.decoder
         if self.tensor.n_in > lm.config.d_model:
             self.basis = jnp.pad(self.basis, ((0, 1), (0, 1))).at[-1, -1].set(1)
@@ -160,6 +169,11 @@ class Tracer:
         Only these give a feature's activation. With ``out=False``, the directions may also be plain.
         """
         _ = self.inp, out and self.out
+        if is_transcoder(self.outputs):
+            raise ValueError(
+                f"this tracer has the transcoder {self.outputs.name} as out, but this needs an SAE of mlp_out or plain "
+                "directions: the features of a transcoder are read from its own encoder, see tracer.q and top_eigh"
+            )
         if not self.use_encoder and isinstance(self.outputs, SAE):
             raise ValueError(
                 "this tracer has decoder columns as directions, but a feature's activations need encoder rows: make it "
@@ -169,7 +183,8 @@ class Tracer:
     def r2(self, features: Index | None = None) -> Float[Array, " U"]:
         """How well the tensor gives the model's own output along output features: R2, from 0 or below to 1.
 
-        1 for a model that is bilinear itself. For a bilinear form it is that of the certificate, so it holds for tokens
+        1 for a model that is bilinear itself, and for a transcoder, whose own pre-activations the tensor gives.
+        For a bilinear form it is that of the certificate, so it holds for tokens
         such as the certificate was measured on. It says how far to trust all else that this tracer says of a feature.
 
         Args:
@@ -185,6 +200,8 @@ class Tracer:
             [1.0, 1.0]
         """
         directions = self.directions[self._features(slice(None) if features is None else features)[0]]
+        if is_transcoder(self.outputs):
+            return jnp.ones(len(directions), directions.dtype)
         if self.certificate is not None:
             return jnp.asarray(self.certificate.of(directions))[self.layer]
         if self.lm.config.original_gate is not None:
