@@ -313,7 +313,7 @@ class TestSAEs:
         train_saes("ts-nano", text, tmp_path, **given)
         (tmp_path / "scope" / "0-mlp-in-x4-k2" / "config.json").unlink()
         with pytest.raises(
-            ValueError, match=r"what was saved cannot be read \(there is no SAE .*move .*-k2 away and run"
+            ValueError, match=r"what was saved cannot be read \(.* has no config.json .*move .*-k2 away and run"
         ):
             train_saes("ts-nano", text, tmp_path, **given)
 
