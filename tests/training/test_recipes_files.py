@@ -291,6 +291,35 @@ class TestSAEs:
         assert names["fw"] == ["7-mlp-in-x8-k30", "7-mlp-out-x8-k30"]
         assert sorted(names["ts-nano"]) == sae_names("ts-nano")
 
+    def test_transcoders_and_thresholds_by_the_command(self, run, text, tmp_path):
+        """Of three kinds and two activations; what is saved is used as it was scored."""
+        overrides = self.SMALL | {
+            **{"saes.kinds": "sae,skip-transcoder,bilinear-transcoder", "saes.activations": "topk_relu,batchtopk"},
+            **{"saes.layers": "0", "saes.sites": "mlp_out", "recipe.form": "scan"},
+        }
+        given = ["--model", run / "model", *options(overrides)]
+        assert command("sae", "ts-nano", "--data", text, "--out", tmp_path, *given) == 0
+        names = {
+            f"0-{sites}-x4-{mark}2{tag}"
+            for mark in ("reluk", "batchk")
+            for sites, tag in (
+                ("mlp-out", ""),
+                ("mlp-in-to-mlp-out", "-skip"),
+                ("mlp-in-to-mlp-out", "-bilinear"),
+            )
+        }
+        scores = json.loads((tmp_path / "saes.json").read_text())
+        assert set(sae_names(tmp_path)) == names == scores.keys()
+        lm, rows = bj.load(run / "model"), held_out_rows(open_tokens(run / "tokens").held_out, 16)
+        one = bj.load_dictionary(tmp_path / "scope" / "0-mlp-in-to-mlp-out-x4-batchk2-bilinear")
+        assert float(one.params["threshold"]) > 0
+        assert scores[one.name]["l0"] == pytest.approx(evaluate_saes(lm, [one], rows)[one.name].l0)
+        assert np.all(np.asarray(one.encode(lm.capture(rows, [("mlp_in", 0)])["mlp_in", 0])) >= 0)
+
+    def test_a_kind_that_there_is_not_is_named(self, run, text, tmp_path):
+        with pytest.raises(ValueError, match=r"no kind 'crosscoder' in saes.kinds: choose one of sae, transcoder"):
+            train_saes("ts", text, tmp_path, model=run / "model", overrides={"saes.kinds": "crosscoder"})
+
     def test_for_the_model_of_the_run(self, run, text):
         """They are found with the model, by the command that trained it in the same folder."""
         overrides = self.SMALL | {"saes.layers": "[0]", "saes.sites": "mlp_in,mlp_out"}
