@@ -24,16 +24,7 @@ import numpy as np
 
 from bilinear_jax.linalg.scale import lengths
 from bilinear_jax.nn.sae import SAE
-
-HOOKS = {
-    "resid_pre": "hook_resid_pre",
-    "attn_out": "hook_attn_out",
-    "resid_mid": "hook_resid_mid",
-    "mlp_in": "ln2.hook_normalized",
-    "mlp_out": "hook_mlp_out",
-    "resid_post": "hook_resid_post",
-}
-"""The hook of TransformerLens at each site, below ``blocks.<layer>.``"""
+from weights_convert.dictionaries.hooks import hook_name as its_hook
 
 ARCHITECTURES = {
     "topk": "topk",
@@ -192,7 +183,7 @@ def saebench_adapter(
         c.d_model,
         c.n_features,
         c.layer,
-        hook_name or f"blocks.{c.layer}.{HOOKS[c.site]}",
+        hook_name or its_hook(c.site, c.layer),
         architecture=ARCHITECTURES[c.activation],
         apply_b_dec_to_input=bool(c.centred),
         activation_fn_str="topk" if c.activation.startswith("topk") else "relu",
