@@ -9,7 +9,8 @@ Five kinds, on every layer of a model, all trained on the same activations:
     hidden units            no dictionary: the k hidden units that write most at a token, the others at their mean
 
 Equal parameters: an SAE of 4 d features has 8 d^2 weights; a skip transcoder 3.5 d, a bilinear one 2.67 d features.
-Learning rates are the best of .001, .003 and .01 for each kind, found on one layer and other text.
+Learning rates are the best of .001, .003 and .01 for each kind, found on one layer and other text; the skip transcoder
+has that of the transcoder. The start of a bilinear transcoder has no randomness, so its seeds are one.
 
 Controls: the same with decoder columns frozen at random, and for a model with random weights (an SAE, and a bilinear
 transcoder).
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--k", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--n-ctx", type=int, default=256)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows of n-ctx tokens")
     parser.add_argument("--out", type=Path, default=Path("runs/dictionaries"))
