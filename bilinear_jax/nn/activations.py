@@ -13,13 +13,14 @@ Sources: Gao et al. 2024 (top-k); Bussmann et al. 2024, "BatchTopK sparse autoen
 "Jumping ahead: improving reconstruction fidelity with JumpReLU sparse autoencoders".
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_RUN = 32  # features in a run of ``largest``
+_RUN = 32  # features in a run of ``largest`` and ``least_threshold``, and in a word of ``places``
 
 
 def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:
@@ -96,6 +97,81 @@ def first_slots(
     z = jax.lax.stop_gradient(z)
     counts = jnp.sum(chosen, axis=-1, dtype=jnp.int32)
     return largest(jnp.where(chosen, z, jnp.array(-jnp.inf, z.dtype)), slots), counts
+
+
+def places(
+    groups: Sequence[Bool[Array, "*tokens features"]], slots: int
+) -> tuple[Int[Array, "*tokens slots"], tuple[Int[Array, "*tokens"], ...]]:
+    """The indices of the chosen features of each token: those of the first group, then of the next, each by number.
+
+    No feature is in two groups. Unlike ``first_slots`` it ranks nothing: groups become bits, 32 features a word, and
+    slot s is the s-th bit that is set. On a CPU, with 8192 features and 120 slots, this takes a tenth of the time.
+
+    Returns:
+        The indices, and how many are chosen in the first group, in the first two, and so on. If fewer are chosen than
+        there are slots, the rest are indices without a meaning. If more are, some have no slot.
+
+    Example:
+        >>> first, second = jnp.array([[False, False, True]]), jnp.array([[True, False, False]])
+        >>> indices, counts = places([first, second], 2)
+        >>> indices.tolist(), [count.tolist() for count in counts]
+        ([[2, 0]], [[1], [2]])
+    """
+    n_features = groups[0].shape[-1]
+    packed = [_packed(group) for group in groups]
+    words, per_group = jnp.concatenate(packed, axis=-1), packed[0].shape[-1]
+    ends = jnp.cumsum(_ones(words), axis=-1)  # bits set up to each word
+    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (*words.shape[:-1], slots))
+    last = words.shape[-1] - 1
+    word = jnp.zeros_like(slot)  # how many words end at or before the slot, by bisection
+    for bit in reversed(range(words.shape[-1].bit_length())):
+        further = word + 2**bit
+        end = jnp.take_along_axis(ends, jnp.minimum(further - 1, last), axis=-1)
+        word = jnp.where((further <= last + 1) & (end <= slot), further, word)
+    word = jnp.minimum(word, last)
+    bits = jnp.take_along_axis(words, word, axis=-1)
+    rest = slot - (jnp.take_along_axis(ends, word, axis=-1) - _ones(bits))
+    place = jnp.zeros_like(slot)
+    for width in (16, 8, 4, 2, 1):
+        below = _ones(bits & jnp.uint32(2**width - 1))
+        above = rest >= below
+        rest = jnp.where(above, rest - below, rest)
+        bits = jnp.where(above, bits >> jnp.uint32(width), bits)
+        place = jnp.where(above, place + width, place)
+    indices = jnp.minimum(word % per_group * _RUN + place, n_features - 1)
+    return indices, tuple(ends[..., per_group * (i + 1) - 1] for i in range(len(groups)))
+
+
+def _packed(chosen: Bool[Array, "... features"]) -> Array:
+    """32 features as the bits of a word."""
+    filled = [(0, 0)] * (chosen.ndim - 1) + [(0, -chosen.shape[-1] % _RUN)]
+    cut = jnp.pad(chosen, filled).reshape(*chosen.shape[:-1], -1, _RUN)
+    bits = jnp.broadcast_to(jnp.uint32(1) << jnp.arange(_RUN, dtype=jnp.uint32), cut.shape)
+    # The sum of different bits is their "or", which XLA cannot reduce over devices.
+    return jnp.sum(jnp.where(cut, bits, jnp.zeros_like(bits)), axis=-1, dtype=jnp.uint32)
+
+
+def _ones(words: Array) -> Array:
+    return jax.lax.population_count(words).astype(jnp.int32)
+
+
+def least_threshold(z: Float[Array, "tokens n"], number: int) -> Float[Array, ""]:
+    """A number at or below ``batch_threshold(z, number)``, and close to it where few large entries are neighbours.
+
+    It is the ``number``-th largest of the maxima of runs of entries. They are entries too, so as many are at least it.
+
+    Example:
+        >>> float(least_threshold(jnp.array([[5.0, 1.0], [3.0, -2.0]]), 2))
+        3.0
+    """
+    z = jax.lax.stop_gradient(z)
+    run = _RUN
+    while run > 1 and (z.shape[-1] % run or z.size // run < 4 * number):
+        run //= 2
+    if run > 1:
+        cut = z.reshape(*z.shape[:-1], -1, run)
+        z = jnp.max(cut, axis=-1)  # NaN, if one is there: it counts as 0, so the result is lower
+    return batch_threshold(z, number)
 
 
 def batch_threshold(z: Float[Array, "tokens n"], number: int) -> Float[Array, ""]:

@@ -190,13 +190,16 @@ class SAEModule(nn.Module):
         x = as_floating(x, self.b_dec) / self.config.scale
         return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape) if self.config.centred else x
 
-    def decode_directions(self, codes: Any, counts: Int[Array, "..."] | None = None) -> Float[Array, "... d_model"]:
+    def decode_directions(
+        self, codes: Any, counts: Int[Array, "..."] | None = None, reached: Int[Array, "..."] | None = None
+    ) -> Float[Array, "... d_model"]:
         """``W_dec codes``: the reconstruction without bias, skip and passthrough.
 
-        ``counts`` says how many of the sparse codes of each token, the first ones, count; None: all.
+        ``counts`` says how many of the sparse codes of each token, the first ones, count; None: all. ``reached`` says
+        how many have derivatives, if more.
         """
         if isinstance(codes, SparseCodes):
-            y = decode_at(codes.values, codes.indices, self.w_dec.T, self.form, counts)
+            y = decode_at(codes.values, codes.indices, self.w_dec.T, self.form, counts, reached)
         else:
             y = linear(codes, self.w_dec)
         return y * self.config.scale

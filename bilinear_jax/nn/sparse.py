@@ -154,10 +154,12 @@ def decode_at(
     rows: Float[Array, "features d_model"],
     form: str = "scan",
     counts: Int[Array, "..."] | None = None,
+    reached: Int[Array, "..."] | None = None,
 ) -> Float[Array, "... d_model"]:
     """``sum_k values_k rows[indices_k]``, for any leading axes, with derivatives in ``values`` and ``rows``.
 
     With ``counts``, the sum is over the first ``counts`` of the k values only, and only these have derivatives.
+    With ``reached``, not below ``counts``, so many of the values have derivatives; those from ``counts`` on must be 0.
 
     Let ``g`` be the derivative with respect to the result. The derivative by the values is ``rows[indices_k] . g``
     (``dots``), and that by the rows is the sum of ``values_k g`` (``scatter_outer``), the only array as large as
@@ -177,7 +179,8 @@ def decode_at(
     """
     flat_values, flat_indices = (part.reshape(-1, part.shape[-1]) for part in (values, indices))
     counts = None if counts is None else counts.reshape(-1)
-    flat = _decode(form, flat_values, flat_indices, rows.astype(values.dtype), counts)
+    reached = counts if reached is None else reached.reshape(-1)
+    flat = _decode(form, flat_values, flat_indices, rows.astype(values.dtype), counts, reached)
     return flat.reshape(*values.shape[:-1], rows.shape[1])
 
 
@@ -308,19 +311,21 @@ def _written_out(values, indices, n_features: int):
     return jnp.zeros((values.shape[0], n_features), values.dtype).at[tokens, indices].add(values)
 
 
-def _decode_forward(form: str, values, indices, rows, counts):
-    return combine(values, indices, rows, form, counts), (values, indices, rows, counts)
+def _decode_value(form: str, values, indices, rows, counts, reached):
+    return combine(values, indices, rows, form, counts)
+
+
+def _decode_forward(form: str, *given):
+    return _decode_value(form, *given), given
 
 
 def _decode_backward(form: str, kept, g):
-    values, indices, rows, counts = kept
+    values, indices, rows, counts, reached = kept
     by_rows = scatter_outer(values, indices, g, rows.shape[0], form, counts)
-    return dots(indices, rows, g, form, counts), None, by_rows, None
+    return dots(indices, rows, g, form, reached), None, by_rows, None, None
 
 
-_decode: Any = jax.custom_vjp(
-    lambda form, values, indices, rows, counts: combine(values, indices, rows, form, counts), nondiff_argnums=(0,)
-)
+_decode: Any = jax.custom_vjp(_decode_value, nondiff_argnums=(0,))
 _decode.defvjp(_decode_forward, _decode_backward)
 
 

@@ -18,13 +18,14 @@ Where the number of active features varies, each token has ``training_slots`` pl
 has more, for instance at the beginning, the loss of this batch is computed densely. Both ways give the same numbers.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.nn.activations import batch_threshold, damage, first_slots, jump, step
+from bilinear_jax.nn.activations import batch_threshold, damage, jump, least_threshold, places, step
 from bilinear_jax.nn.sae import SAEModule, SparseCodes
 from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.nn.transformer import run_module
@@ -32,8 +33,12 @@ from bilinear_jax.training.sae_recipe import PLAIN, Loss
 
 
 def training_slots(config: SAEConfig) -> int:
-    """The places for the active features of a token, in training: 4 k, and at least 64."""
-    return min(config.n_features, max(64, 4 * (config.k or 0)))
+    """The places for the active features of a token, in training: 4 k, and at least 64; of JumpReLU twice as many.
+
+    Those of JumpReLU are also for the features just below their threshold, of which there are about as many.
+    """
+    number = max(64, 4 * (config.k or 0))
+    return min(config.n_features, 2 * number if config.activation == "jumprelu" else number)
 
 
 class Parts(NamedTuple):
@@ -110,7 +115,7 @@ def reconstruction_loss(
 
 def _top_k(x, spans: list[int], run) -> Parts:
     codes = run("encode_sparse", x)
-    return _of_sparse(codes, None, spans, run, (codes.values != 0).astype(x.dtype), jnp.zeros(()))
+    return _of_sparse(codes, (), spans, run, (codes.values != 0).astype(x.dtype), jnp.zeros(()))
 
 
 def _thresholded(config: SAEConfig, params: dict[str, Array], x, loss: Loss, spans: list[int], run) -> Parts:
@@ -131,17 +136,21 @@ def _thresholded(config: SAEConfig, params: dict[str, Array], x, loss: Loss, spa
         return jnp.where(active, z, jnp.zeros_like(z)), active.astype(z.dtype)
 
     if config.activation == "batchtopk":
-        indices, _ = first_slots(z, z > 0, slots)
-        threshold = batch_threshold(jnp.take_along_axis(z, indices, axis=-1), number)
-        counts = jnp.sum((z >= threshold) & (z > 0), axis=-1, dtype=jnp.int32)
+        least = jnp.broadcast_to(least_threshold(z, number), z.shape)
+        indices, counts = places([(z >= least) & (z > 0)], slots)
+        found = jnp.where(_used(counts[-1], slots), jnp.take_along_axis(z, indices, axis=-1), 0)
+        threshold = batch_threshold(found, number)
+    elif config.activation == "jumprelu":
+        # First the active ones, then those within the bandwidth below the threshold, which only move it.
+        its = jnp.broadcast_to(jax.lax.stop_gradient(params["threshold"]), z.shape)
+        active, close = z > jnp.maximum(its, 0), z > jnp.maximum(its * (1 - loss.bandwidth / 2), 0)
+        indices, counts = places([active, close & ~active], slots)
     else:
-        # Also those within the bandwidth below the threshold, which move it.
-        least = jnp.zeros(()) if threshold is None else threshold[None] * (1 - loss.bandwidth / 2)
-        indices, counts = first_slots(z, z > jnp.broadcast_to(jnp.maximum(least, 0), z.shape), slots)
+        indices, counts = places([z > 0], slots)
 
     def sparse(x):
-        values = run("at", x, y, indices, counts)
-        used = jnp.arange(slots)[None] < counts[:, None]
+        values = run("at", x, y, indices, counts[0])
+        used = _used(counts[-1], slots)
         its = threshold if threshold is None or not threshold.ndim else threshold[indices]
         codes, active = activated(values, its)
         codes = jnp.where(used, codes, 0) + jnp.broadcast_to(unsound, codes.shape)
@@ -158,7 +167,11 @@ def _thresholded(config: SAEConfig, params: dict[str, Array], x, loss: Loss, spa
         codes, active = activated(z, its)
         return _of_dense(codes + jnp.broadcast_to(unsound, codes.shape), spans, run, active, _scalar(its))
 
-    return jax.lax.cond(jnp.max(counts) <= slots, sparse, jax.checkpoint(dense), x)
+    return jax.lax.cond(jnp.max(counts[-1]) <= slots, sparse, jax.checkpoint(dense), x)
+
+
+def _used(counts: Int[Array, " tokens"], slots: int) -> Bool[Array, "tokens slots"]:
+    return jnp.arange(slots)[None] < counts[:, None]
 
 
 def _scalar(threshold) -> Float[Array, ""]:
@@ -166,7 +179,8 @@ def _scalar(threshold) -> Float[Array, ""]:
     return jnp.zeros(()) if threshold is None or jnp.ndim(threshold) else threshold
 
 
-def _of_sparse(codes: SparseCodes, counts: Int[Array, " tokens"] | None, spans, run, active, threshold) -> Parts:
+def _of_sparse(codes: SparseCodes, counts: Sequence[Int[Array, " tokens"]], spans, run, active, threshold) -> Parts:
+    """``counts``: how many codes of each token count, and how many have derivatives; empty: all."""
     fired = jnp.zeros(codes.n_features, bool).at[codes.indices].max(codes.values != 0)
 
     def written(start: int, end: int):
@@ -175,7 +189,7 @@ def _of_sparse(codes: SparseCodes, counts: Int[Array, " tokens"] | None, spans, 
             if not start and end == codes.n_features
             else jnp.where((codes.indices >= start) & (codes.indices < end), codes.values, 0)
         )
-        return run("decode_directions", SparseCodes(its, codes.indices, codes.n_features), counts)
+        return run("decode_directions", SparseCodes(its, codes.indices, codes.n_features), *counts)
 
     return _parts(written, spans, fired, active, codes.values, threshold)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.activations import batch_threshold, jump, step
+from bilinear_jax.nn.activations import batch_threshold, jump, least_threshold, places, step
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.training.fit import ByStep
@@ -338,3 +338,29 @@ def test_transcoders_are_harvested_from_both_sites(lm, tmp_path):
 def test_places_of_active_features(number):
     assert training_slots(SAEConfig("mlp_in", 0, D, 100, number, activation="batchtopk")) == max(64, 4 * number)
     assert training_slots(SAEConfig("mlp_in", 0, D, 6, number, activation="batchtopk")) == 48
+    assert training_slots(SAEConfig("mlp_in", 0, D, 100, number, activation="jumprelu")) == 2 * max(64, 4 * number)
+
+
+@pytest.mark.parametrize("features", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("slots", [1, 7, 100])
+def test_places_are_those_of_the_chosen_features_group_by_group(features, slots):
+    rng = np.random.default_rng(features)
+    group = rng.integers(0, 3, (20, features))
+    group[0], group[1] = 0, 2  # all in the first group; none in any
+    indices, counts = places([jnp.asarray(group == 0), jnp.asarray(group == 1)], slots)
+    assert indices.shape == (20, slots) and int(indices.max()) < features and int(indices.min()) >= 0
+    for row, its, first, both in zip(group, np.asarray(indices), *map(np.asarray, counts), strict=True):
+        wanted = [*np.flatnonzero(row == 0), *np.flatnonzero(row == 1)]
+        assert (first, both) == (np.sum(row == 0), len(wanted))
+        assert its[: min(both, slots)].tolist() == wanted[:slots]
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (64, 1024), (7, 33)])
+def test_least_threshold_is_not_above_that_of_the_batch(shape):
+    rng = np.random.default_rng(0)
+    for number in (1, 20, 200):
+        for z in (rng.normal(size=shape), np.sort(rng.normal(size=shape)), -rng.random(shape)):
+            z = jnp.asarray(z, jnp.float32)
+            damaged = z.at[0, 0].set(jnp.nan)
+            assert float(least_threshold(z, number)) <= float(batch_threshold(z, number))
+            assert float(least_threshold(damaged, number)) <= float(batch_threshold(damaged, number))
