@@ -34,6 +34,7 @@ import numpy as np
 import bilinear_jax as bj
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.evaluation import evaluate_saes
+from bilinear_jax.nn.architecture import GATES
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.nn.sites import capture
@@ -106,13 +107,11 @@ def scores_of(lm: LanguageModel, saes: Sequence[SAE], rows: np.ndarray) -> dict[
 def hidden_units(lm: LanguageModel, layer: int, rows: np.ndarray, k: int) -> dict[str, float]:
     """The k hidden units that write most at a token, the others at their mean: its fraction of variance unexplained."""
     mlp = {name: leaf[layer] for name, leaf in lm.params["layers"]["mlp"].items()}
-    gate = lm.config.gate
 
     @jax.jit
     def parts(tokens):
         x = capture(lm.config, lm.params, tokens, [("mlp_in", layer)])["mlp_in", layer].astype(jnp.float32)
-        left = x @ mlp["w_l"].T
-        return (getattr(jax.nn, gate)(left) if gate else left) * (x @ mlp["w_r"].T), lm.token_mask(tokens)
+        return GATES[lm.config.gate](x @ mlp["w_l"].T) * (x @ mlp["w_r"].T), lm.token_mask(tokens)
 
     hidden = []
     for start in range(0, len(rows), 8):

@@ -17,7 +17,7 @@ import numpy as np
 from weights_convert import sae, transformer
 from weights_convert.files import expanded
 from weights_convert.names import SAEName, parse_sae_name
-from weights_convert.weights import FLOATS, differences
+from weights_convert.weights import check_written, differences
 
 _DEFAULTS = {"bilinear": True, "gate": None, "bias": False, "attention_bias": False, "normalization": True}
 _SAE_DEFAULTS = {"bilinear_encoder": False, "encoder_bias": False, "normalize": None, "tag": None}
@@ -162,11 +162,7 @@ def _check(state: dict[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
             f"{', '.join(extra) or 'nothing'}; shapes: {'; '.join(wrong) or 'as expected'}; numbers: {numbers[0]} in "
             f"the params, {numbers[1]} in the files"
         )
-    for key, value in state.items():
-        if value.dtype.name not in FLOATS:
-            raise ValueError(f"{key} is {value.dtype}: give it as one of {', '.join(FLOATS)}")
-        if not np.isfinite(value).all():
-            raise ValueError(f"{key} has NaN or infinite values: use an earlier checkpoint")
+    check_written(state)
     return next(iter(state.values())).dtype.name
 
 

@@ -45,6 +45,15 @@ def differences(
     return sorted(missing), sorted(extra), wrong
 
 
+def check_written(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ``ValueError`` for arrays that no file is written of: other dtypes than ``FLOATS``, or not finite."""
+    for key, value in arrays.items():
+        if value.dtype.name not in FLOATS:
+            raise ValueError(f"{key} is {value.dtype}: give it as one of {', '.join(FLOATS)}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{key} has NaN or infinite values: use an earlier checkpoint")
+
+
 class ReadModel(NamedTuple):
     """A model or an SAE as read from files. ``config`` holds the keyword arguments of its config class."""
 

@@ -123,7 +123,7 @@ class Tracer:
         self.lm = lm
         self.layer = layer
         self.use_encoder = use_encoder
-        through = check_transcoder(out, lm, layer) if isinstance(out, SAE) and is_transcoder(out) else None
+        through = check_transcoder(out, lm, layer) if is_transcoder(out) else None
         if through is None:
             mlp_tensor(lm, layer)  # its errors come before those of the SAEs
         source = lm.source if scope is None else scope

@@ -8,6 +8,8 @@ so its interaction matrix ``Q_f = (a b^T + b a^T) / 2`` has the eigenvalues ``(a
 needs no MLP that is a tensor: what the MLP does, the transcoder has learned. How well, its own scores say.
 """
 
+from typing import TypeGuard
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,7 +18,7 @@ from bilinear_jax.nn.sae import SAE
 from bilinear_jax.tensor import BilinearTensor
 
 
-def is_transcoder(given) -> bool:
+def is_transcoder(given) -> TypeGuard[SAE]:
     """Whether this is a dictionary that reconstructs another site than it reads."""
     return isinstance(given, SAE) and given.config.target is not None
 

@@ -37,7 +37,7 @@ from bilinear_jax.linalg.scale import unit_scale
 from bilinear_jax.measure.activations import check_names
 from bilinear_jax.measure.sums import Place, coded, places, reads, target
 from bilinear_jax.nn import sites
-from bilinear_jax.nn.sae import SAE, SparseCodes, unit_columns
+from bilinear_jax.nn.sae import SAE, unit_columns
 
 
 def random_dictionaries(
@@ -116,9 +116,7 @@ _values = jax.jit(_values_of, static_argnames="wanted")
 
 def _beside(sae: SAE, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
     """r_0: what the dictionary adds beside its features and its bias."""
-    none = jnp.zeros((*x.shape[:-1], 1))
-    found = sae.decode(SparseCodes(none, none.astype(jnp.int32), sae.config.n_features), x)
-    return found - jnp.broadcast_to(sae.decoder_bias, found.shape)
+    return sae.beside(x) - jnp.broadcast_to(sae.decoder_bias, x.shape)
 
 
 @jax.jit

@@ -344,6 +344,10 @@ class SAE:
         """What the features write: ``decode`` without bias, skip and passthrough."""
         return self._apply("decode_directions", codes)
 
+    def beside(self, x: Float[Array, "... d_model"]) -> Float[Array, "... d_model"]:
+        """What the reconstruction of ``x`` has beside its features: the bias, the skip, and what passes through."""
+        return self._apply("beside", x, x)
+
     def __call__(self, x: Float[Array, "... d_model"]):
         """``(reconstruction [..., d_model], codes [..., features])`` of ``x``."""
         codes = self.encode(x)

@@ -57,7 +57,7 @@ def combine(
             return _repeat(most, start, lambda j, total: total + values[j][:, None] * rows[indices[j]])
 
         return _by_count(block, counts, values, indices)
-    values = _counted(values, counts)
+    values = counted(values, counts)
     if form == "dense":
         return _written_out(values, indices, rows.shape[0]) @ rows
     if form == "gather":
@@ -86,9 +86,9 @@ def dots(
     """
     check_form(form)
     if form == "dense":
-        return _counted(jnp.take_along_axis(x @ rows.T, indices, axis=1), counts)
+        return counted(jnp.take_along_axis(x @ rows.T, indices, axis=1), counts)
     if form == "gather":
-        return _counted(jnp.einsum("tkd,td->tk", rows[indices], x), counts)
+        return counted(jnp.einsum("tkd,td->tk", rows[indices], x), counts)
     if counts is not None:
 
         def block(indices, x, most):
@@ -97,7 +97,7 @@ def dots(
 
             return _repeat(most, jnp.zeros(indices.shape, x.dtype), dot).T
 
-        return _counted(_by_count(block, counts, indices, whole=(x,)), counts)
+        return counted(_by_count(block, counts, indices, whole=(x,)), counts)
     return jax.lax.map(lambda token: rows[token[0]] @ token[1], (indices, x), batch_size=_BLOCK)
 
 
@@ -127,7 +127,7 @@ def scatter_outer(
             return _repeat(most, total, lambda j, total: total.at[indices[j]].add(values[j][:, None] * x))
 
         return _by_count(add_block, counts, values, indices, whole=(x,), carry=start)
-    values = _counted(values, counts)
+    values = counted(values, counts)
     if form == "dense":
         return _written_out(values, indices, n_features).T @ x
     if form == "gather":
@@ -266,7 +266,7 @@ def _seconds(function, *args) -> float:
     return time.perf_counter() - start
 
 
-def _counted(values: Float[Array, "tokens k"], counts: Int[Array, " tokens"] | None) -> Float[Array, "tokens k"]:
+def counted(values: Float[Array, "tokens k"], counts: Int[Array, " tokens"] | None) -> Float[Array, "tokens k"]:
     """The first ``counts`` values of each token, and 0 for the others."""
     if counts is None:
         return values
@@ -292,7 +292,7 @@ def _by_count(block: Callable, counts: Int[Array, " tokens"], *slotted: Array, w
     size = max(1, min(_BLOCK, tokens))
     passes = max(1, -(-tokens // size))
     order = jnp.argsort(-counts)
-    slotted = tuple(_counted(part, counts) if jnp.issubdtype(part.dtype, jnp.floating) else part for part in slotted)
+    slotted = tuple(counted(part, counts) if jnp.issubdtype(part.dtype, jnp.floating) else part for part in slotted)
 
     def cut(part: Array) -> Array:
         filled = [(0, size * passes - tokens)] + [(0, 0)] * (part.ndim - 1)

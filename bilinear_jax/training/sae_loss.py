@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bilinear_jax.nn.activations import batch_threshold, damage, jump, least_threshold, places, step
 from bilinear_jax.nn.sae import SAEModule, SparseCodes
 from bilinear_jax.nn.sae_config import SAEConfig
+from bilinear_jax.nn.sparse import counted
 from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.training.sae_recipe import PLAIN, Loss
 
@@ -138,8 +139,7 @@ def _thresholded(config: SAEConfig, params: dict[str, Array], x, loss: Loss, spa
     if config.activation == "batchtopk":
         least = jnp.broadcast_to(least_threshold(z, number), z.shape)
         indices, counts = places([(z >= least) & (z > 0)], slots)
-        found = jnp.where(_used(counts[-1], slots), jnp.take_along_axis(z, indices, axis=-1), 0)
-        threshold = batch_threshold(found, number)
+        threshold = batch_threshold(counted(jnp.take_along_axis(z, indices, axis=-1), counts[-1]), number)
     elif config.activation == "jumprelu":
         # First the active ones, then those within the bandwidth below the threshold, which only move it.
         its = jnp.broadcast_to(jax.lax.stop_gradient(params["threshold"]), z.shape)
@@ -150,12 +150,11 @@ def _thresholded(config: SAEConfig, params: dict[str, Array], x, loss: Loss, spa
 
     def sparse(x):
         values = run("at", x, y, indices, counts[0])
-        used = _used(counts[-1], slots)
         its = threshold if threshold is None or not threshold.ndim else threshold[indices]
         codes, active = activated(values, its)
-        codes = jnp.where(used, codes, 0) + jnp.broadcast_to(unsound, codes.shape)
+        codes = counted(codes, counts[-1]) + jnp.broadcast_to(unsound, codes.shape)
         found = SparseCodes(codes, indices, config.n_features)
-        return _of_sparse(found, counts, spans, run, jnp.where(used, active, 0), _scalar(threshold))
+        return _of_sparse(found, counts, spans, run, counted(active, counts[-1]), _scalar(threshold))
 
     def dense(x):
         z = run("product", run("linear_part", x))
@@ -168,10 +167,6 @@ def _thresholded(config: SAEConfig, params: dict[str, Array], x, loss: Loss, spa
         return _of_dense(codes + jnp.broadcast_to(unsound, codes.shape), spans, run, active, _scalar(its))
 
     return jax.lax.cond(jnp.max(counts[-1]) <= slots, sparse, jax.checkpoint(dense), x)
-
-
-def _used(counts: Int[Array, " tokens"], slots: int) -> Bool[Array, "tokens slots"]:
-    return jnp.arange(slots)[None] < counts[:, None]
 
 
 def _scalar(threshold) -> Float[Array, ""]:

@@ -12,6 +12,7 @@ Each hidden unit is turned so that its mean contribution is positive, since the 
 If there are more features than units, each further feature is a unit turned round.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
@@ -47,18 +48,23 @@ def start_from(lm: LanguageModel, samples: Samples) -> Start:
         (32, 8)
     """
 
+    @functools.cache  # once for all dictionaries that go from one site to another
+    def least_squares(site: str, target: str, layer: int):
+        x, y = (np.asarray(samples[of, layer], np.float64) for of in (site, target))
+        return _least_squares(x, y), x.mean(axis=0)
+
     def start(config: SAEConfig, params: dict[str, Array]) -> dict[str, Array]:
-        x, y = (np.asarray(samples[site, config.layer], np.float64) for site in (config.site, config.reconstructs))
-        if config.target is not None:
-            if config.bilinear_encoder:
-                params = params | _of_hidden_units(lm, config, x)
-            else:
-                rows = np.asarray(params["w_dec"], np.float64).T @ _least_squares(x, y)
-                params = params | {"w_enc": _single(rows)}
-                if config.encoder_bias:
-                    params["b_enc"] = _single(-rows @ x.mean(axis=0))
+        x = samples[config.site, config.layer]
+        if config.target is not None and config.bilinear_encoder:
+            params = params | _of_hidden_units(lm, config, np.asarray(x, np.float64))
+        elif config.target is not None:
+            m, mean = least_squares(config.site, config.target, config.layer)
+            rows = np.asarray(params["w_dec"], np.float64).T @ m
+            params = params | {"w_enc": _single(rows)}
+            if config.encoder_bias:
+                params["b_enc"] = _single(-rows @ mean)
         if config.activation == "jumprelu" and config.k is not None:
-            z = np.asarray(SAE(params, config).preactivations(_single(x)))
+            z = np.asarray(SAE(params, config).preactivations(jnp.asarray(x, jnp.float32)))
             params = params | {
                 "threshold": _single(np.maximum(np.quantile(z, 1 - config.k / z.shape[1], axis=0), 1e-3))
             }

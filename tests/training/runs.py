@@ -14,7 +14,7 @@ import optax
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAEConfig
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
-from bilinear_jax.training.fit import TrainState, apply_optimizer, fit
+from bilinear_jax.training.fit import ByStep, TrainState, apply_optimizer, fit
 from bilinear_jax.training.sae import fit_saes
 from bilinear_jax.training.sae_recipe import SAERecipe
 
@@ -112,6 +112,21 @@ def train_saes_on_a_model(directory: Path) -> None:
     product = {"target": "mlp_out", "bilinear_encoder": True, "product_bias": True, "activation": "batchtopk"}
     configs = [SAEConfig("mlp_in", 0, 8, 2, 2), SAEConfig("mlp_in", 0, 8, 2, 2, **product)]
     fit_saes(LanguageModel(params, config), configs, recipe, tokens, directory, save_every=4)
+
+
+class Stopped(Exception):
+    """What stops a run at a step."""
+
+
+def stopped_at(last: int | None, batch_at) -> ByStep:
+    """The batches of ``batch_at``, by step, until step ``last`` raises ``Stopped``. None: it never does."""
+
+    def batch(step: int):
+        if step == last:
+            raise Stopped
+        return batch_at(step)
+
+    return ByStep(batch)
 
 
 # What is in a run's folder

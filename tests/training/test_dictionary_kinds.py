@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import Stopped, stopped_at
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.activations import batch_threshold, jump, least_threshold, places, step
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
-from bilinear_jax.training.fit import ByStep
 from bilinear_jax.training.mesh import make_mesh, one_copy, place, place_rows
 from bilinear_jax.training.sae import fit_saes, sae_update, train_on_activations
 from bilinear_jax.training.sae_loss import reconstruction_loss, training_slots
@@ -284,23 +284,11 @@ MEANS = {("mlp_in", 0): np.zeros(D, np.float32), ("mlp_out", 0): np.zeros(D, np.
 RECIPE = SAERecipe(steps=8, batch_size=64, lr=1e-2)
 
 
-class Stopped(Exception):
-    pass
-
-
 def test_kinds_train_in_one_run_which_goes_on_with_the_same_bits(tmp_path):
-    def until(last):
-        def batch_at(i):
-            if i == last:
-                raise Stopped
-            return both_sites(i)
-
-        return ByStep(batch_at)
-
-    whole = train_on_activations(until(None), ALL, RECIPE, tmp_path / "whole", MEANS, save_every=3)
+    whole = train_on_activations(stopped_at(None, both_sites), ALL, RECIPE, tmp_path / "whole", MEANS, save_every=3)
     with pytest.raises(Stopped):
-        train_on_activations(until(5), ALL, RECIPE, tmp_path / "halved", MEANS, save_every=3)
-    halved = train_on_activations(until(None), ALL, RECIPE, tmp_path / "halved", MEANS, save_every=3)
+        train_on_activations(stopped_at(5, both_sites), ALL, RECIPE, tmp_path / "halved", MEANS, save_every=3)
+    halved = train_on_activations(stopped_at(None, both_sites), ALL, RECIPE, tmp_path / "halved", MEANS, save_every=3)
     for mine, other in zip(halved, whole, strict=True):
         assert mine.config == other.config
         jax.tree.map(np.testing.assert_array_equal, mine.params, other.params)

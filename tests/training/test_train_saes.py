@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import Stopped, stopped_at
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE, SAEConfig, unit_columns
@@ -267,10 +268,6 @@ def test_saes_learn_a_planted_dictionary_together(tmp_path):
         np.testing.assert_allclose(np.linalg.norm(sae.w_dec, axis=0), 1, rtol=1e-6)
 
 
-class Stopped(Exception):
-    pass
-
-
 def test_a_run_that_goes_on_has_the_same_form_and_the_same_bits(tmp_path, monkeypatch):
     """The second half would be measured to be fastest in another form."""
     configs = configs_of()
@@ -278,18 +275,10 @@ def test_a_run_that_goes_on_has_the_same_form_and_the_same_bits(tmp_path, monkey
     measured = iter(["gather", "gather", "dense"])
     monkeypatch.setattr("bilinear_jax.training.sae.fastest_form", lambda *shape: next(measured))
 
-    def until(last):
-        def batch_at(step):
-            if step == last:
-                raise Stopped
-            return planted(step)
-
-        return ByStep(batch_at)
-
-    whole = train_on_activations(until(None), configs, recipe, tmp_path / "whole", MEANS, save_every=5)
+    whole = train_on_activations(stopped_at(None, planted), configs, recipe, tmp_path / "whole", MEANS, save_every=5)
     with pytest.raises(Stopped):
-        train_on_activations(until(7), configs, recipe, tmp_path / "halved", MEANS, save_every=5)
-    halved = train_on_activations(until(None), configs, recipe, tmp_path / "halved", MEANS, save_every=5)
+        train_on_activations(stopped_at(7, planted), configs, recipe, tmp_path / "halved", MEANS, save_every=5)
+    halved = train_on_activations(stopped_at(None, planted), configs, recipe, tmp_path / "halved", MEANS, save_every=5)
     for mine, other in zip(halved, whole, strict=True):
         for name, leaf in other.params.items():
             np.testing.assert_array_equal(mine.params[name], leaf, err_msg=name)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from weights_convert.sae import SITES
-from weights_convert.weights import FLOATS, Weights, differences
+from weights_convert.weights import Weights, check_written, differences
 
 LARGEST_SIZE = 2**40
 """The largest width or number of features. Beyond it, a config is damaged."""
@@ -148,10 +148,9 @@ def checked(
 def need_centring(form: str, config: Mapping[str, Any], centred: bool) -> None:
     """Raise ``ValueError`` if a format has only the other way to feed the encoder."""
     if config["centred"] is not centred:
-        sign = "add w_enc @ b_dec to" if centred else "subtract w_enc @ b_dec from"
         raise ValueError(
-            f"{form} cannot say centred={config['centred']} for {_what(config)} with {config['activation']}: {sign} "
-            f"b_enc, with encoder_bias=True, and set centred to {centred}. The result is the same"
+            f"{form} cannot say centred={config['centred']} for {_what(config)} with {config['activation']}: "
+            f"{how_to_centre(centred)}"
         )
 
 
@@ -198,16 +197,13 @@ def _match(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], one_dtyp
             "the params do not match the config: give the config of these params. Missing: "
             f"{', '.join(missing) or '-'}; extra: {', '.join(extra) or '-'}; shapes: {'; '.join(wrong) or 'right'}"
         )
-    for key, value in arrays.items():
-        if value.dtype.name not in FLOATS:
-            raise ValueError(f"{key} is {value.dtype}: give it as one of {', '.join(FLOATS)}")
-        if not np.isfinite(value).all():
-            raise ValueError(f"{key} has NaN or infinite values: use an earlier checkpoint")
+    check_written(arrays)
     kinds = sorted({value.dtype.name for value in arrays.values()})
     if one_dtype and len(kinds) > 1:
         raise ValueError(f"{form} has one dtype for all params, but these have {', '.join(kinds)}: cast them to one")
 
 
-def uncentre() -> str:
-    """How an SAE that is centred is written as one that is not."""
-    return "subtract w_enc @ b_dec from b_enc, with encoder_bias=True, and set centred to False. The result is the same"
+def how_to_centre(centred: bool) -> str:
+    """How a dictionary is written as one that is centred, or as one that is not."""
+    sign = "add w_enc @ b_dec to" if centred else "subtract w_enc @ b_dec from"
+    return f"{sign} b_enc, with encoder_bias=True, and set centred to {centred}. The result is the same"

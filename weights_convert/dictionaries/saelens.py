@@ -128,7 +128,7 @@ def write(folder: Path, config: Mapping[str, Any], params: Mapping[str, Any]) ->
     activations = ("relu", "jumprelu") if transcoder else ("relu", "jumprelu", "topk_relu", "batchtopk")
     config, params, _ = checks.checked("SAELens", config, params, activations, one_dtype=True)
     if transcoder and config["centred"]:
-        raise ValueError("SAELens has no skip for an SAE that is centred: " + checks.uncentre())
+        raise ValueError("SAELens has no skip for an SAE that is centred: " + checks.how_to_centre(False))
     metadata = {
         **{"sae_lens_version": VERSION, "sae_lens_training_version": None},
         "hook_name": hooks.hook_name(config["site"], config["layer"]),
