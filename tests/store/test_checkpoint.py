@@ -66,7 +66,7 @@ def test_a_tag_that_a_config_takes_can_be_found(tag):
         assert {"/", "\\"} & set(tag) or not tag.isprintable()
     else:
         parts = parse_sae_name(config.name)
-        assert parts == (1, "mlp_out", 4, 3, tag)
+        assert parts == (1, "mlp_out", 4, 3, tag, "topk", None)
 
 
 TINY = TransformerConfig(n_layer=1, n_head=1, d_model=4, d_hidden=3, n_ctx=8, n_vocab=5, bias=True)
