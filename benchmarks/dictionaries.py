@@ -9,14 +9,16 @@ Five kinds, on every layer of a model, all trained on the same activations:
     hidden units            no dictionary: the k hidden units that write most at a token, the others at their mean
 
 Equal parameters: an SAE of 4 d features has 8 d^2 weights; a skip transcoder 3.5 d, a bilinear one 2.67 d features.
-Learning rates are the best of .001, .003 and .01 for each kind, found on one layer and other text; the skip transcoder
-has that of the transcoder. The start of a bilinear transcoder has no randomness, so its seeds are one.
+Learning rates are the best of .001, .003 and .01 for each kind, found on layer 2 of ts-nano and other text; the skip
+transcoder has that of the transcoder. ``--rate`` multiplies all of them. The start of a bilinear transcoder has no
+randomness, so its seeds are one.
 
 Controls: the same with decoder columns frozen at random, and for a model with random weights (an SAE, and a bilinear
 transcoder).
 
     python benchmarks/dictionaries.py                          # ts-nano, all layers, three seeds
-    python benchmarks/dictionaries.py --model M --data TEXT --layers 10 --seeds 1
+    python benchmarks/dictionaries.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data tinystories.txt.gz --layers 10 \
+        --seeds 1 --steps 300 --rate .33
 
 It goes on where it was stopped (``--out``). Scores are means over seeds, with the largest distance from them.
 """
@@ -38,6 +40,7 @@ from bilinear_jax.nn.architecture import GATES
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.nn.sites import capture
+from bilinear_jax.store.tokens import tokenize
 from bilinear_jax.training.recipes import KINDS
 from bilinear_jax.training.sae import fit_saes
 from bilinear_jax.training.sae_recipe import SAERecipe
@@ -61,11 +64,12 @@ def configs_of(kind: str, lm: LanguageModel, layers: Sequence[int], k: int, seed
 def trained(lm: LanguageModel, kinds: Sequence[str], tokens, options, out: Path, seeds: int, frozen: bool = False):
     """Dictionaries of some kinds: one run for each learning rate, each in one pass over the text."""
     found = []
-    for rate in sorted({RATES[kind] for kind in kinds}):
+    for its_rate in sorted({RATES[kind] for kind in kinds}):
+        rate = its_rate * options.rate
         configs = [
             config
             for kind in kinds
-            if RATES[kind] == rate
+            if RATES[kind] == its_rate
             for config in configs_of(kind, lm, options.layers, options.k, seeds)
         ]
         recipe = SAERecipe(
@@ -138,11 +142,14 @@ def summary(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ts-nano")
-    parser.add_argument("--data", type=Path, help="a text; default: the corpus of the model")
+    parser.add_argument(
+        "--data", type=Path, help="a text, read and encoded as for training; default: the corpus of the model"
+    )
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--k", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rate", type=float, default=1.0, help="a factor on all learning rates")
     parser.add_argument("--n-ctx", type=int, default=256)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows of n-ctx tokens")
     parser.add_argument("--out", type=Path, default=Path("runs/dictionaries"))
@@ -152,9 +159,9 @@ def main() -> None:
     if options.data is None:
         corpus = np.asarray(bj.load_corpus(options.model))
     else:
-        text = options.data.read_text(encoding="utf-8")
-        ids = lm.encode(text)
-        corpus = np.asarray(ids).reshape(-1)[: np.size(ids) // options.n_ctx * options.n_ctx].reshape(-1, options.n_ctx)
+        options.out.mkdir(parents=True, exist_ok=True)
+        ids = np.asarray(tokenize(options.data, lm.tokenizer, options.out / "tokens").tokens)
+        corpus = ids[: len(ids) // options.n_ctx * options.n_ctx].reshape(-1, options.n_ctx)
     held, train = corpus[: options.rows], corpus[options.rows : -options.rows].reshape(-1)
     options.layers = list(range(lm.config.n_layer)) if options.layers is None else options.layers
     random = LanguageModel.init(lm.config, jax.random.key(0))
