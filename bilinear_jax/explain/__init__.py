@@ -7,7 +7,10 @@ For any ``BilinearTensor``:
 
 For a language model between two SAEs:
     tracer        ``Tracer``: the MLP of a layer as a tensor between SAE features
+    mlp           the MLP of a layer as a tensor
     account       every term of an output feature's pre-activation at a token
+    explained     how much of a feature its first few eigenpairs explain, on other text and beside its controls; its
+                  pieces are parts, scores, lookups, removed, replaced and samples
     overview      eigenpairs and interactions of output features, one after another
     logits        the tokens whose logits a feature raises and lowers
     select        the features that a text such as "top:200" or "3,17,20-30" names

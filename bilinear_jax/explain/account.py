@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax.core import Tracer as JaxTracer
 from jaxtyping import Array, Float, Int
 
-from bilinear_jax.explain.directions import Directions
+from bilinear_jax.explain.directions import encoder_constant
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, not_finite
 from bilinear_jax.nn import sites
@@ -148,16 +148,6 @@ def output_feature(tracer: Tracer, feature) -> OutputFeature:
         projected = q @ tracer.basis
     constant, norm_eps = encoder_constant(tracer.outputs, feature), eps_of_norm(tracer.lm, tracer.inp)
     return OutputFeature(q, tracer.basis, projected, tracer.directions[feature], constant, tracer.inp, norm_eps)
-
-
-def encoder_constant(out: SAE | Directions, features) -> Float[Array, "*U"]:
-    """``b_enc - u . b_dec`` of some features: their pre-activations at a zero input. 0 for plain directions."""
-    if isinstance(out, Directions):
-        return jnp.zeros_like(out.vectors[features, 0])
-    with jax.default_matmul_precision("highest"):
-        constant = -(out.encoder[features] @ out.decoder_bias)
-    constant = constant if out.config.centred else jnp.zeros_like(constant)
-    return constant + out.params["b_enc"][features] if out.config.encoder_bias else constant
 
 
 def eps_of_norm(lm: LanguageModel, inp: SAE) -> float | None:

@@ -17,6 +17,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as JaxTracer
@@ -258,6 +259,16 @@ def rows_read(outputs: SAE | Directions, use_encoder: bool) -> Float[Array, "fea
     if isinstance(outputs, Directions):
         return outputs.vectors
     return encoder_rows(outputs) if use_encoder else outputs.decoder.T
+
+
+def encoder_constant(out: SAE | Directions, features) -> Float[Array, "*U"]:
+    """``b_enc - u . b_dec`` of some features: their pre-activations at a zero input. 0 for plain directions."""
+    if isinstance(out, Directions):
+        return jnp.zeros_like(out.vectors[features, 0])
+    with jax.default_matmul_precision("highest"):
+        constant = -(out.encoder[features] @ out.decoder_bias)
+    constant = constant if out.config.centred else jnp.zeros_like(constant)
+    return constant + out.params["b_enc"][features] if out.config.encoder_bias else constant
 
 
 def the_sae(argument: str, side: str, found: SAE | Directions) -> SAE:

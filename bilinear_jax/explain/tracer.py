@@ -11,9 +11,9 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -22,45 +22,21 @@ from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from bilinear_jax.errors import UnknownNameError, check_count
+from bilinear_jax.errors import check_count
 from bilinear_jax.explain.directions import CertifiedForm, Directions, resolve, rows_read, the_sae
+from bilinear_jax.explain.explained import Explained, explained
 from bilinear_jax.explain.interactions import Interactions, Submatrix, submatrix, top_interactions
+from bilinear_jax.explain.mlp import mlp_tensor
+from bilinear_jax.explain.samples import Layer, second_moment
 from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
 from bilinear_jax.explain.transcoders import check_transcoder, is_transcoder, transcoder_tensor
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread, spread
+from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.nn.sae import SAE, unit_columns
 from bilinear_jax.tensor import BilinearTensor
 
 Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
-
-
-def mlp_tensor(lm: LanguageModel, layer: int, site: str = "mlp_in") -> BilinearTensor:
-    """The MLP of a layer as a ``BilinearTensor``, from ``mlp_in`` to ``mlp_out``.
-
-    With biases or a linear map, the tensor has one more input, the last, which is always 1 (see
-    ``tensor.with_constant``). If ``site`` is resid_mid, the tensor reads ``r / rms(r)`` of the residual stream r before
-    the norm: the gain of the norm is in its weights.
-
-    Raises:
-        ValueError: if the MLP is gated or plain, because it is then not a tensor.
-        UnknownNameError: if the model does not have this layer.
-    """
-    config = lm.config
-    if not config.bilinear or config.gate is not None:
-        kind = f"gated by {config.gate}" if config.bilinear else "plain (bilinear=False)"
-        raise ValueError(
-            f"the MLP of this model is {kind}, but only a bilinear MLP without a gate is a tensor: for a gated one, "
-            "make its bilinear form with bj.bilinear_form"
-        )
-    if not hasattr(layer, "__index__") or not 0 <= layer < config.n_layer:
-        raise UnknownNameError("layer", repr(layer), range(config.n_layer), of="this model")
-    mlp = {name: weight[layer] for name, weight in lm.params["layers"]["mlp"].items()}
-    if site == "resid_mid" and config.gains and config.norms[1]:
-        gain = lm.params["layers"]["mlp_gain"][layer]
-        mlp |= {name: mlp[name] * gain[None] for name in ("w_l", "w_r", "w_s") if name in mlp}
-    others = (mlp.get(name) for name in ("b_l", "b_r", "b_p", "w_s"))
-    return BilinearTensor.from_mlp(mlp["w_l"], mlp["w_r"], mlp["w_p"], *others)
 
 
 class Tracer:
@@ -88,7 +64,7 @@ class Tracer:
     Attributes:
         inp, out: the two ``SAE`` objects, each with its own k. An error if plain directions were given.
         inputs, outputs: what stands on either side: an ``SAE``, or ``Directions``.
-        tensor: the MLP as a ``BilinearTensor``, see ``mlp_tensor``.
+        tensor: the MLP as a ``BilinearTensor``, see ``explain.mlp``.
         directions: the output directions ``[features, d_model]``.
         basis: the decoder of the input SAE ``[in, features]``, without coordinates passed through. If the model has
             biases or a linear map, the constant input is the last feature: its row gives the effects of single
@@ -131,7 +107,7 @@ class Tracer:
         if inp is None and plain:
             inp = Directions.coordinates(lm.config.d_model)
         self.inputs = resolve("inp", inp, lm, layer, source)
-        site = "resid_mid" if isinstance(self.inputs, Directions) else self.inputs.config.site
+        site = self._site
         if through is None:
             self.tensor = mlp_tensor(lm, layer, site)
             self.outputs = resolve("out", out, lm, layer, source)
@@ -263,6 +239,92 @@ class Tracer:
             return jax.block_until_ready(
                 top_eigh(self.tensor, directions, k, basis=basis, exact=exact, mesh=mesh, **options)
             )
+
+    def metric(
+        self, tokens, *, rank: int | None = None, shrink: float = 0.0, token_mask=None, batch_size: int = 16
+    ) -> Metric:
+        """The metric of the tensor's input on some text, for ``top_eigh(metric=...)``: see ``linalg.metric``.
+
+        Args:
+            tokens, token_mask, batch_size: the text, as for ``LanguageModel.batches``.
+            rank, shrink: as for ``Metric.of``.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+            >>> metric = tracer.metric(bj.load_corpus("ts-nano")[:8])
+            >>> by_data, by_weight = tracer.top_eigh(k=8, features=[3], metric=metric), tracer.top_eigh(8, [3])
+            >>> bool(by_data.explained[0] > by_weight.explained[0])  # for Gaussian inputs, the share of the variance
+            True
+        """
+        lm, site = self.lm.original, self._site
+        moment = second_moment(lm, self.layer, site, self.tensor.n_in, tokens, token_mask, batch_size)
+        return Metric.of(moment, rank=rank, shrink=shrink)
+
+    def explained(
+        self,
+        tokens,
+        choose=None,
+        *,
+        features: Index | None = None,
+        parts: Iterable[SupportsIndex] = (1, 2, 4, 8, 16, 32),
+        by: str = "data",
+        seed: int = 0,
+        loss: bool | None = None,
+        token_mask=None,
+        batch_size: int = 16,
+    ) -> Explained:
+        """How much of each output feature its first few squares explain, on tokens that they were not chosen on.
+
+            z  =  u . y  =  sum_i l_i (p_i . x)^2        z_n = sum_{i < n} l_i (p_i . x)^2 + constant
+
+        The scores are defined in ``explain.scores``, the ways to choose the squares in ``explain.parts``, and what
+        stands beside them in ``explain.explained``.
+
+        Args:
+            tokens: token ids ``[rows, seq]`` to score on. Without ``choose``, the parts are chosen on the first half of
+                the rows, and scored on the second.
+            choose: other token ids, to choose the parts, the constant and the threshold on.
+            features: which output features (as for ``q``); None: all.
+            parts: numbers of parts, the columns of the result.
+            by: "data" or "weight".
+            seed: of the controls.
+            loss: whether to measure the model's loss with the MLP replaced by the explanations of all features. None:
+                if they are all features of an output SAE, read by its encoder rows; other outputs have no such loss.
+            token_mask: of ``tokens``; by default the tokens that count (see ``LanguageModel.batches``).
+            batch_size: rows that are run through the model at once.
+
+        Raises:
+            ValueError: if there is one row and no ``choose``, a number of parts is out of range, the tokens do not fit
+                the model, or ``loss`` is asked for where there is none.
+            UnknownNameError: if a feature or ``by`` does not exist.
+
+        Memory: on the host ``tokens (in + out)`` numbers, and 64 MiB of predictions at a time.
+
+        Example:
+            >>> import bilinear_jax as bj
+            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
+            >>> found = tracer.explained(bj.load_corpus("ts-nano")[:16], features=range(16), parts=(1, 16))
+            >>> found.r2.shape, bool(np.median(found.r2[:, 1]) > np.median(found.controls["rotated"].r2[:, 1]))
+            ((16, 2), True)
+        """
+        through = self.outputs if is_transcoder(self.outputs) else None
+        tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
+        layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions)
+        some = np.asarray(self._features(slice(None) if features is None else features)[0])
+        can = through is None and isinstance(self.outputs, SAE) and self.use_encoder and len(some) == self.n_features
+        if loss and not can:
+            raise ValueError(
+                "loss=True replaces an MLP by the explanations of all features of an output SAE, read by its encoder "
+                "rows: leave features out, or loss"
+            )
+        options = {"parts": parts, "by": by, "seed": seed, "token_mask": token_mask, "batch_size": batch_size}
+        return explained(layer, some, tokens, choose, loss=can if loss is None else loss, **options)
+
+    @property
+    def _site(self) -> str:
+        """The site that the tensor reads."""
+        return "resid_mid" if isinstance(self.inputs, Directions) else self.inputs.config.site
 
     def compute(
         self,

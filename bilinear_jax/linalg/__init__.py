@@ -4,6 +4,7 @@
     eigenpairs    the extreme eigenpairs of many interaction matrices, each with a bound on its error
     lanczos       the search for these pairs without forming a matrix; cycle and ritz are parts of it
     basis         a basis of many vectors reduced to a square one
+    metric        inputs of a given second moment, as coordinates in which they are white
     scale         norms and ratios of numbers of any scale and type
     devices       work sharded over the devices of a mesh
 

@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import sparse
 
 from bilinear_jax.errors import check_count
-from bilinear_jax.explain.account import InputParts, activation, encoder_constant, eps_of_norm, input_parts
+from bilinear_jax.explain.account import InputParts, activation, eps_of_norm, input_parts
+from bilinear_jax.explain.directions import encoder_constant
 from bilinear_jax.explain.overview import pair_weights
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.nn.sae import SAE

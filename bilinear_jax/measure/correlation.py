@@ -13,9 +13,8 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Iterable
-from typing import NamedTuple, SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from bilinear_jax.errors import check_count
 from bilinear_jax.explain.directions import encoder_rows
+from bilinear_jax.explain.mlp import mlp_tensor
+from bilinear_jax.explain.parts import checked_numbers
+from bilinear_jax.explain.samples import Layer, gather
 from bilinear_jax.explain.spectra import top_eigh
-from bilinear_jax.explain.tracer import Tracer, mlp_tensor
+from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread
-from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.tensor import BilinearTensor
 
@@ -138,13 +139,14 @@ def sae_correlation(
     """``low_rank_correlation`` without an input SAE.
 
     Args:
-        tensor: the MLP of the SAE's layer, ``explain.tracer.mlp_tensor``.
+        tensor: the MLP of the SAE's layer, ``explain.mlp.mlp_tensor``.
         out: the output SAE, at ``mlp_out``; its encoder must be linear.
     """
-    ks = _checked_ks(ks, tensor.n_in)
+    ks = checked_numbers("k", ks, tensor.n_in)
     check_count("min_count", min_count)
     directions = encoder_rows(out)
-    x, codes, code_features = _stream(lm, tensor, out, tokens, token_mask, batch_size)
+    samples = gather(Layer(lm, out.config.layer, tensor, out, directions), tokens, token_mask, batch_size)
+    x, codes, code_features = samples.x, samples.codes, samples.features
     # The active codes, sorted by feature.
     token, slot = np.nonzero(codes)
     count = np.bincount(code_features[token, slot], minlength=len(directions))
@@ -175,54 +177,6 @@ def sae_correlation(
     return LowRankCorrelation(jnp.asarray(r), jnp.asarray(count, jnp.int32), jnp.asarray(ks, jnp.int32))
 
 
-def _checked_ks(ks: Iterable[SupportsIndex], inputs: int) -> list[int]:
-    numbers = sorted({operator.index(k) for k in ks})
-    if not numbers or numbers[0] < 1 or numbers[-1] > inputs:
-        raise ValueError(
-            f"each k must lie in 1 ... {inputs} (the inputs of the MLP), and there must be at least one; got {numbers}"
-        )
-    return numbers
-
-
-class _Stream(NamedTuple):
-    """What the model gives at every token in the mask."""
-
-    x: Float[np.ndarray, "tokens in"]  # the tensor's input
-    codes: Float[np.ndarray, "tokens k"]  # the active codes of the output SAE
-    features: Int[np.ndarray, "tokens k"]  # their features
-
-
-@jax.jit
-def _inputs_and_codes(lm: LanguageModel, sae: SAE, tokens: Int[Array, "batch seq"]):
-    layer = sae.config.layer
-    got = sites.capture(
-        lm.config, lm.params, tokens, [("mlp_in", layer), ("mlp_out", layer)], compute_dtype=lm.compute_dtype
-    )
-    x, y = (got[site, layer].astype(jnp.float32) for site in ("mlp_in", "mlp_out"))
-    codes = sae.encode(y, sparse=True)
-    return x, codes.values, codes.indices
-
-
-def _stream(lm: LanguageModel, tensor: BilinearTensor, out: SAE, tokens, token_mask, batch_size: int) -> "_Stream":
-    tokens = sites.token_array(tokens)
-    batches = lm.batches(tokens, token_mask, batch_size, description="activations")
-    most, k = len(tokens) * tokens.shape[1], out.config.slots
-    x = np.empty((most, tensor.n_in), np.float32)  # memory pages that are not filled are never allocated
-    codes, features = np.empty((most, k), np.float32), np.empty((most, k), np.int32)
-    filled = 0
-    for batch in batches:
-        with jax.default_matmul_precision("highest"):
-            got = jax.device_get(_inputs_and_codes(lm, out, batch.tokens))
-        inputs, values, indices = (array[np.asarray(batch.mask)] for array in got)
-        if not (np.isfinite(inputs).all() and np.isfinite(values).all()):
-            raise batch.not_finite()
-        part = slice(filled, filled + len(inputs))
-        x[part, : inputs.shape[1]], codes[part], features[part] = inputs, values, indices
-        x[part, inputs.shape[1] :] = 1  # the constant input, if there are biases
-        filled = part.stop
-    return _Stream(x[:filled], codes[:filled], features[:filled])
-
-
 def _eigenpairs(tensor: BilinearTensor, directions, features: Int[np.ndarray, " U"], k: int):
     """The k eigenpairs of largest |value| of each feature, ``[U, k]`` and ``[U, k, in]``, on the host."""
     # The last group is filled up with its last feature, so there is only one shape to compile.
@@ -233,7 +187,7 @@ def _eigenpairs(tensor: BilinearTensor, directions, features: Int[np.ndarray, " 
 
 
 def _predictions(
-    x: Float[np.ndarray, "n in"], values: Float[np.ndarray, " k"], vectors: Float[np.ndarray, "k in"], ks: list[int]
+    x: Float[np.ndarray, "n in"], values: Float[np.ndarray, " k"], vectors: Float[np.ndarray, "k in"], ks: Sequence[int]
 ) -> Float[np.ndarray, "n n_ks"]:
     """``y_k(x) = sum_{i <= k} l_i (v_i . x)^2`` for every k in ks, in float64."""
     terms = values * (x @ vectors.T).astype(np.float64) ** 2

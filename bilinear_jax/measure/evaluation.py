@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilinear_jax.explain.tracer import mlp_tensor
+from bilinear_jax.explain.mlp import mlp_tensor
+from bilinear_jax.explain.samples import edited_loss
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.activations import check_names
 from bilinear_jax.measure.controls import random_dictionaries
@@ -27,7 +28,6 @@ from bilinear_jax.measure.sums import (
     Place,
     SAESums,
     dictionary_sums,
-    edited_loss,
     merge,
     nothing,
     places,

@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from bilinear_jax.explain.samples import Place
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.scale import shift, unit_scale
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
-from bilinear_jax.nn.transformer import Edit, Site
-
-Place = tuple[str, int]
-"""A site of one layer: (name, layer)."""
 
 
 def reads(sae: SAE) -> Place:
@@ -154,29 +151,3 @@ def _unscaled(sums: SAESums) -> SAESums:
 def nothing(like: SAESums) -> SAESums:
     """The sums of no tokens."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape), like)
-
-
-def edited_loss(
-    lm: LanguageModel,
-    place: Place,
-    value: Float[Array, "..."] | float,
-    tokens: Int[Array, "batch seq"],
-    token_mask: Bool[Array, "batch seq"],
-) -> sites.SummedLoss:
-    """The summed cross entropy, and the number of tokens, with a site replaced by ``value`` at the tokens of the mask.
-
-    A pure function. ``value`` broadcasts to ``[batch, seq, d_model]``: a reconstruction, the mean of the site, or 0.
-
-    Example:
-        >>> import bilinear_jax as bj
-        >>> lm, tokens = bj.load("ts-nano"), jnp.asarray(bj.load_corpus("ts-nano")[:2], jnp.int32)
-        >>> zeroed = edited_loss(lm, ("mlp_out", 2), 0.0, tokens, lm.token_mask(tokens))
-        >>> bool(zeroed.total / zeroed.tokens > lm.loss(tokens))
-        True
-    """
-
-    def edit(old):
-        return jnp.where(token_mask[..., None], jnp.broadcast_to(value, old.shape).astype(old.dtype), old)
-
-    edits: dict[Site, Edit] = {place: edit}
-    return sites.loss(lm.config, lm.params, tokens, token_mask, edits, compute_dtype=lm.compute_dtype)

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain import spectra
-from bilinear_jax.explain.tracer import Tracer, mlp_tensor
+from bilinear_jax.explain.mlp import mlp_tensor
+from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import MLP, TransformerConfig

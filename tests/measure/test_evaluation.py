@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilinear_jax.explain.samples import edited_loss
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure import evaluation
 from bilinear_jax.measure.correlation import low_rank_correlation
 from bilinear_jax.measure.evaluation import DENSITY_EDGES, evaluate_sae, evaluate_saes, table, to_json
-from bilinear_jax.measure.sums import SAESums, dictionary_sums, edited_loss, merge, sae_sums
+from bilinear_jax.measure.sums import SAESums, dictionary_sums, merge, sae_sums
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 

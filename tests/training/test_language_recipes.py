@@ -8,7 +8,7 @@ import pytest
 from small_recipes import NO_SAMPLES, RUN, TINY, command, options
 
 import bilinear_jax as bj
-from bilinear_jax.explain.tracer import mlp_tensor
+from bilinear_jax.explain.mlp import mlp_tensor
 from bilinear_jax.store.checkpoint import add_checksums
 from bilinear_jax.store.tokenizers import save_tokenizer, train_tokenizer
 from bilinear_jax.store.tokens import open_tokens

@@ -1,0 +1,94 @@
+"""Parts of a form: squares whose sum is a feature's pre-activation, the ones that explain most first.
+
+    u . y  =  x^T Q x  =  sum_i values_i (vectors_i . x)^2
+
+The ways to choose them, by name:
+
+    data       eigenpairs in the metric of the data, the largest |value| first: see ``linalg.metric``
+    weight     eigenpairs of Q, the largest |value| first: the metric in which all directions of the input are alike
+
+And the control, whose squares are not made for Q: ``rotated``, the same with a random rotation of the eigenvectors. Its
+values are what Q has along them, ``w_i^T Q w_i`` in the metric, and again the largest |value| is first.
+"""
+
+import functools
+import operator
+from collections.abc import Iterable
+from typing import NamedTuple, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.explain.spectra import top_eigh
+from bilinear_jax.linalg.metric import Metric
+from bilinear_jax.tensor import BilinearTensor
+
+METHODS = {"data": 0.0, "weight": 1.0}
+"""The ways to choose parts, each with the shrinking of the data's metric that it is."""
+
+
+class Parts(NamedTuple):
+    """The first k squares of each of some output directions."""
+
+    values: Float[Array, "U k"]
+    vectors: Float[Array, "U k in"]
+
+
+def check_method(by: str) -> None:
+    """Raise ``UnknownNameError`` unless parts can be chosen in this way."""
+    if by not in METHODS:
+        raise UnknownNameError("by", repr(by), METHODS, of="ways to choose the parts of an explanation")
+
+
+def checked_numbers(name: str, numbers: Iterable[SupportsIndex], inputs: int) -> tuple[int, ...]:
+    """Numbers of parts, ascending. Raise ``ValueError`` unless each is in 1 ... inputs, and there is one."""
+    found = tuple(sorted({operator.index(one) for one in numbers}))
+    if not found or found[0] < 1 or found[-1] > inputs:
+        raise ValueError(
+            f"each {name} must lie in 1 ... {inputs} (the inputs of the MLP), and there must be at least one; got "
+            f"{list(found)}"
+        )
+    return found
+
+
+def eigenparts(tensor: BilinearTensor, directions: Float[Array, "U out"], k: int, metric: Metric) -> Parts:
+    """The first k eigenpairs of each output direction in a metric.
+
+    Example:
+        >>> tensor = BilinearTensor(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[1.0]]))
+        >>> metric = Metric.of(jnp.diag(jnp.array([4.0, 9.0])))
+        >>> found = eigenparts(tensor, jnp.ones((1, 1)), 2, metric)  # x_0 x_1 = 6 s_0 s_1
+        >>> sorted(found.values[0].round(4).tolist())
+        [-3.0, 3.0]
+    """
+    top = top_eigh(tensor, directions, k, metric=metric)
+    return Parts(top.values, top.vectors)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def rotated(tensor: BilinearTensor, directions: Float[Array, "U out"], k: int, metric: Metric, key: Array) -> Parts:
+    """The control: k squares along random directions, orthonormal in the metric and the same for all outputs."""
+    with jax.default_matmul_precision("highest"):
+        rank = metric.root.shape[1]
+        turn = jnp.linalg.qr(jax.random.normal(key, (rank, rank)))[0]
+        white = metric.root @ turn
+        values = (directions @ tensor.down) @ ((tensor.left @ white) * (tensor.right @ white))
+        order = jax.lax.top_k(jnp.abs(values), k)[1]
+        vectors = (metric.inverse @ turn).T[order]
+    return Parts(jnp.take_along_axis(values, order, axis=1), vectors)
+
+
+@functools.partial(jax.jit, static_argnames="numbers")
+def partial_sums(
+    x: Float[Array, "tokens in"], found: Parts, numbers: tuple[int, ...]
+) -> Float[Array, "U numbers tokens"]:
+    """``sum_{i < n} values_i (vectors_i . x)^2`` for every n in ``numbers``.
+
+    Memory: ``U k tokens`` numbers, twice.
+    """
+    counted = jnp.asarray([[i < number for i in range(found.values.shape[1])] for number in numbers])
+    weights = jnp.where(counted[None], found.values[:, None], 0)  # [U, numbers, k]; XLA's cumsum is slow
+    with jax.default_matmul_precision("highest"):
+        return weights @ (jnp.einsum("uki,ni->ukn", found.vectors, x) ** 2)

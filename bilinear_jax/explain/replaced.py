@@ -1,0 +1,127 @@
+"""What a model loses if one layer's MLP is replaced by the explanations of its output features.
+
+At every token, the pre-activation of each feature is replaced by what its explanation predicts. The output SAE makes
+codes of them, and its reconstruction replaces the MLP's output. The loss of removing the MLP, its output 0, is the
+scale:
+
+    recovered = 1 - (replaced - clean) / (removed - clean)        1: nothing is lost; 0: as bad as no MLP
+
+Beside it stand the SAE's own reconstruction, which is as good as any explanation can be, and the mean output of each
+token, which knows nothing of the context.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bilinear_jax.explain.directions import encoder_constant
+from bilinear_jax.explain.lookups import token_means
+from bilinear_jax.explain.parts import Parts, partial_sums
+from bilinear_jax.explain.samples import Layer, Samples, edited_loss
+from bilinear_jax.nn import sites
+from bilinear_jax.nn.sae import SAE
+from bilinear_jax.tensor import with_constant
+
+FEATURES_AT_ONCE = 16  # whose predictions are computed together; does not change the result
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovered:
+    """The losses of a model with one MLP replaced, in nats a token, and the shares of the MLP's effect that remain."""
+
+    clean: float  # loss of the model itself
+    removed: float  # with the MLP's output 0
+    losses: tuple[float, ...]  # with the explanations, for each number of parts
+    sae_loss: float  # with the output SAE's reconstruction
+    token_loss: float  # with the mean output of each token
+
+    @property
+    def recovered(self) -> tuple[float, ...]:
+        """Of the explanations, for each number of parts."""
+        return tuple(map(self._share, self.losses))
+
+    @property
+    def sae_recovered(self) -> float:
+        """Of the output SAE's reconstruction."""
+        return self._share(self.sae_loss)
+
+    @property
+    def token_recovered(self) -> float:
+        """Of the mean output of each token."""
+        return self._share(self.token_loss)
+
+    def _share(self, loss: float) -> float:
+        cost = self.removed - self.clean
+        return 1 - (loss - self.clean) / cost if cost else float("nan")
+
+
+class Explanations(NamedTuple):
+    """The explanations of all output features."""
+
+    parts: Parts  # [features, k]
+    constants: Float[Array, "features numbers"]  # added to the sum of the first parts
+
+
+def recovered(
+    layer: Layer,
+    explanations: Explanations,
+    numbers: tuple[int, ...],
+    choosing: Samples,
+    tokens,
+    token_mask=None,
+    batch_size: int = 16,
+) -> Recovered:
+    """The losses on some text with the explanations in place of the layer's MLP.
+
+    Args:
+        layer: its outputs are an SAE of mlp_out, read by its encoder rows.
+        explanations: of all its features.
+        numbers: numbers of parts.
+        choosing: the samples that the mean output of each token is taken from.
+        tokens, token_mask, batch_size: as for ``LanguageModel.batches``. The output is replaced at the tokens that
+            count, and their losses are summed.
+
+    Raises:
+        ValueError: if the tokens do not fit the model, or a value is not finite.
+
+    Memory: ``numbers batch_size seq features`` numbers of 4 bytes.
+    """
+    sae = layer.sae
+    assert sae is not None
+    if sae.config.thresholded:  # a token of an explanation may have more active features than one of the model
+        sae = SAE(sae.params, dataclasses.replace(sae.config, max_active=sae.config.n_features))
+    table = jnp.asarray(token_means(choosing.token, choosing.y, layer.lm.config.n_vocab))
+    total, predicted = np.zeros(len(numbers) + 4), 0.0
+    for batch in layer.lm.batches(tokens, token_mask, batch_size, description="replace the MLP"):
+        summed, number = _losses(layer.lm, layer.layer, sae, explanations, numbers, table, batch.tokens, batch.mask)
+        total, predicted = total + np.asarray(summed, np.float64), predicted + float(number)
+        if not np.isfinite(total).all():
+            raise batch.not_finite()
+    clean, removed, sae_loss, token_loss, *losses = (total / predicted).tolist()
+    return Recovered(clean, removed, tuple(losses), sae_loss, token_loss)
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "numbers"))
+def _losses(lm, layer: int, sae: SAE, explanations: Explanations, numbers, table, tokens, mask):
+    """The summed losses of a batch, in the order of the fields of ``Recovered``, the explanations last."""
+    wanted, place = [("mlp_in", layer), ("mlp_out", layer)], ("mlp_out", layer)
+    clean, got = sites.captured_loss(lm.config, lm.params, tokens, mask, wanted, compute_dtype=lm.compute_dtype)
+    mlp_in, y = (got[site].astype(jnp.float32) for site in wanted)
+    x = mlp_in if explanations.parts.vectors.shape[-1] == mlp_in.shape[-1] else with_constant(mlp_in)
+    flat = x.reshape(-1, x.shape[-1])
+
+    def predict(one):
+        values, vectors, constants = (part[None] for part in one)
+        return partial_sums(flat, Parts(values, vectors), numbers)[0] + constants[0][:, None]
+
+    z = jax.lax.map(predict, (*explanations.parts, explanations.constants), batch_size=FEATURES_AT_ONCE)
+    constant = encoder_constant(sae, jnp.arange(sae.config.n_features))
+    made = [sae.decode(sae.codes_of((z[:, n] + constant[:, None]).T)).reshape(y.shape) for n in range(len(numbers))]
+    values = [jnp.zeros_like(y), sae(y)[0], table[tokens], *made]
+    losses = [edited_loss(lm, place, value, tokens, mask).total for value in values]
+    return jnp.stack([clean.total, *losses]), clean.tokens

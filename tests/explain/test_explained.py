@@ -1,0 +1,177 @@
+"""Explanations and their scores: identities, leaks, what a batch must not change, and planted answers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.explain import explained as module
+from bilinear_jax.explain.parts import rotated
+from bilinear_jax.explain.scores import Scores
+from bilinear_jax.explain.tracer import Tracer
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.measure.evaluation import evaluate_sae
+from bilinear_jax.nn.architecture import TransformerConfig
+from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.sae_config import SAEConfig
+from bilinear_jax.nn.sites import capture
+
+D, FEATURES = 16, 24
+CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=D, d_hidden=32, n_ctx=12, n_vocab=40)
+TOKENS = np.asarray(jax.random.randint(jax.random.key(3), (24, 12), 1, 40))
+NAMES = [field.name for field in dataclasses.fields(Scores)]
+
+
+def tracer_of(config=CONFIG, site="mlp_in", **options):
+    lm = LanguageModel.init(config, jax.random.key(0))
+    biases = {
+        name: jax.random.normal(jax.random.key(9), leaf.shape) for name, leaf in lm.params["layers"]["mlp"].items()
+    }
+    mlp = {k: v if k.startswith("w") else 0.3 * biases[k] for k, v in lm.params["layers"]["mlp"].items()}
+    lm = dataclasses.replace(lm, params=lm.params | {"layers": lm.params["layers"] | {"mlp": mlp}})
+    inp = SAE.init(SAEConfig(site, 1, D, 2, 4), jax.random.key(1))
+    out = SAE.init(SAEConfig("mlp_out", 1, D, FEATURES / D, 5, encoder_bias=True), jax.random.key(2))
+    return Tracer(lm, 1, inp, out, **options)
+
+
+TRACER = tracer_of()
+
+
+def all_scores(found):
+    return [found, found.full, *found.lookups.values(), *found.controls.values()]
+
+
+@pytest.mark.parametrize("by", ["data", "weight"])
+@pytest.mark.parametrize("options", [{}, {"bias": True}])
+def test_all_parts_are_the_pre_activation(by, options):
+    tracer = tracer_of(dataclasses.replace(CONFIG, **options))
+    found = tracer.explained(TOKENS, parts=(1, tracer.tensor.n_in), by=by)
+    np.testing.assert_allclose(found.r2[:, 1], 1, atol=1e-3)
+    np.testing.assert_allclose(found.full.r2, 1, atol=1e-5)
+    fires = found.firings > 3
+    assert fires.sum() > 5
+    np.testing.assert_allclose(found.r2_active[fires, 1], 1, atol=2e-2)
+    np.testing.assert_allclose(found.average_precision[fires, 1], found.full.average_precision[fires, 0], atol=1e-3)
+    assert (found.r2[:, 0] < 0.95).all()
+
+
+def test_what_is_scored_was_not_seen_in_choosing(monkeypatch):
+    """With pre-activations that have nothing to do with their tokens, whatever is fitted scores at most 0."""
+    gather = module.gather
+
+    def shuffled(*args):
+        found = gather(*args)
+        return found._replace(y=np.random.default_rng(len(found.y)).normal(size=found.y.shape).astype(np.float32))
+
+    monkeypatch.setattr(module, "gather", shuffled)
+    found = TRACER.explained(TOKENS, parts=(1, 4), loss=False)
+    for scores in (found, *found.lookups.values(), found.controls["rotated"]):
+        assert np.max(scores.r2) < 0.15 and np.median(scores.r2) < 0
+
+
+def test_the_halves_can_be_given_as_two_texts():
+    found = TRACER.explained(TOKENS, parts=(2,), loss=False)
+    given = TRACER.explained(TOKENS[12:], TOKENS[:12], parts=(2,), loss=False)
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(found, name), getattr(given, name))
+    assert found.tokens == given.tokens == (12 * 11, 12 * 11)
+    other = TRACER.explained(TOKENS[12:], TOKENS[:6], parts=(2,), loss=False)
+    assert not np.array_equal(other.r2, found.r2)
+
+
+def test_features_at_once_do_not_change_a_score(monkeypatch):
+    found = TRACER.explained(TOKENS, parts=(1, 3))
+    monkeypatch.setattr(module, "BYTES", 7 * 8 * 3 * 132)  # seven features
+    other = TRACER.explained(TOKENS, parts=(1, 3), batch_size=5)
+    for one, two in zip(all_scores(found), all_scores(other), strict=True):
+        for name in NAMES:
+            np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found.firings, other.firings)
+    np.testing.assert_allclose(found.firings_left, other.firings_left)
+    np.testing.assert_allclose(found.layer.losses, other.layer.losses, rtol=1e-5)
+    some = TRACER.explained(TOKENS, features=[3, 17], parts=(1, 3))
+    np.testing.assert_allclose(
+        some.controls["random directions"].r2, found.controls["random directions"].r2[[3, 17]], atol=1e-4
+    )
+    assert some.layer is None and some.features.tolist() == [3, 17]
+
+
+def test_a_rotation_keeps_what_the_form_has_along_its_directions():
+    metric = TRACER.metric(TOKENS)
+    found = rotated(TRACER.tensor, TRACER.directions[:2], 3, metric, jax.random.key(4))
+    for q, values, vectors in zip(TRACER.q([0, 1]), found.values, found.vectors, strict=True):
+        directions = metric.root @ (metric.root.T @ vectors.T)  # C p: what the data has along p
+        np.testing.assert_allclose(jnp.diagonal(directions.T @ q @ directions), values, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(vectors @ directions, np.eye(3), atol=1e-3)
+    assert (np.diff(np.abs(found.values), axis=1) <= 1e-6).all()
+
+
+def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae():
+    found = TRACER.explained(TOKENS, parts=(1, D)).layer
+    scores = evaluate_sae(TRACER.lm, TRACER.out, TOKENS[12:])
+    assert found.clean == pytest.approx(scores.loss_clean, rel=1e-6)
+    assert found.removed == pytest.approx(scores.loss_zeroed, rel=1e-6)
+    assert found.sae_loss == pytest.approx(scores.loss_patched, rel=1e-6)
+    assert found.losses[1] == pytest.approx(found.sae_loss, rel=1e-4) and found.losses[0] != found.losses[1]
+    assert found.recovered[1] == pytest.approx(found.sae_recovered, rel=1e-2)
+
+
+def test_firings_left_are_those_of_the_projected_input():
+    found = TRACER.explained(TOKENS, parts=(2, D), loss=False)
+    feature = int(np.argmax(found.firings))
+    metric = TRACER.metric(TOKENS[:12])
+    vectors = TRACER.top_eigh(2, [feature], metric=metric).vectors[0]
+    span = np.linalg.qr(np.asarray(vectors).T)[0]
+    got = capture(TRACER.lm.config, TRACER.lm.params, jnp.asarray(TOKENS[12:]), [("mlp_in", 1), ("mlp_out", 1)])
+    x, y = (np.asarray(got[site, 1])[:, 1:].reshape(-1, D) for site in ("mlp_in", "mlp_out"))
+    fired = np.asarray(TRACER.out.encode(jnp.asarray(y)))[:, feature] != 0
+    assert fired.sum() == found.firings[feature] and 5 < fired.sum() <= 64
+    left = TRACER.tensor.apply(jnp.asarray(x[fired] - x[fired] @ span @ span.T))
+    still = np.asarray(TRACER.out.encode(left))[:, feature] != 0
+    assert found.firings_left[feature, 0] == pytest.approx(still.mean())
+
+
+def test_two_parts_are_all_of_a_feature_of_a_bilinear_transcoder():
+    config = SAEConfig("mlp_in", 1, D, 2, 5, bilinear_encoder=True, target="mlp_out")
+    tracer = Tracer(TRACER.lm, 1, TRACER.inp, SAE.init(config, jax.random.key(5)))
+    found = tracer.explained(TOKENS, parts=(1, 2))
+    np.testing.assert_allclose(found.r2[:, 1], 1, atol=1e-3)
+    assert found.layer is None and found.firings_left.shape == (32, 2)
+
+
+def test_plain_directions_have_no_firing():
+    tracer = Tracer(TRACER.lm, 1, out=np.eye(D, dtype=np.float32)[:3])
+    found = tracer.explained(TOKENS, parts=(1, D))
+    np.testing.assert_allclose(found.r2[:, 1], 1, atol=1e-3)
+    assert np.isnan(found.average_precision).all() and found.firings_left is None and found.layer is None
+    assert "| data | 16 | 1.000 |  |  |  |  |" in found.table()
+
+
+def test_the_metric_of_a_tracer_is_that_of_what_its_tensor_reads():
+    tracer = tracer_of(site="resid_mid")
+    r = np.asarray(capture(tracer.lm.config, tracer.lm.params, jnp.asarray(TOKENS), [("resid_mid", 1)])["resid_mid", 1])
+    x = r / np.sqrt((r**2).mean(axis=-1, keepdims=True))
+    x = x[:, 1:].reshape(-1, D)
+    metric = tracer.metric(TOKENS, batch_size=7)
+    np.testing.assert_allclose(metric.root @ metric.root.T, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(tracer.explained(TOKENS, parts=(D,)).r2, 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((TOKENS,), {"parts": (0,)}, ValueError, "must lie in 1 ... 16"),
+        ((TOKENS,), {"parts": (17,)}, ValueError, "must lie in 1 ... 16"),
+        ((TOKENS,), {"parts": ()}, ValueError, "at least one"),
+        ((TOKENS[:1],), {}, ValueError, "one row, but it takes two"),
+        ((TOKENS,), {"by": "size"}, UnknownNameError, "data"),
+        ((TOKENS,), {"features": [1], "loss": True}, ValueError, "leave features out"),
+        ((TOKENS,), {"features": [99]}, UnknownNameError, "99"),
+    ],
+)
+def test_bad_requests_are_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        TRACER.explained(*arguments, **({"parts": (1,)} | options))
