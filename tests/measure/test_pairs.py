@@ -25,7 +25,7 @@ FEATURE = 3
 def made(request, golden):
     if request.param == "lookup":
         tracer, tokens = published.biased_tracer()
-        config = dataclasses.replace(tracer.inp.config, token_lookup=11)
+        config = dataclasses.replace(tracer.inp.config, token_lookup=11, passthrough=())
         rows = jnp.asarray(np.random.default_rng(2).normal(size=(11, 8)), jnp.float32)
         return Tracer(tracer.lm, 0, SAE(tracer.inp.params | {"w_lookup": rows}, config), tracer.out), tokens
     if request.param == "biased":
