@@ -80,9 +80,9 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
 
     Raises:
         ValueError: for what the layout cannot describe (``apply_normalize``, an activation other than "topk", a target,
-            a skip, an encoder that is not centred, a bias of the products, a linear term, an expansion that is not
-            whole); for a folder that does not have the name of the SAE; and for params as in ``write_transformer``.
-            Nothing is written then.
+            a skip, an encoder that is not centred, a bias of the products, a linear term, a token lookup, an expansion
+            that is not whole); for a folder that does not have the name of the SAE; and for params as in
+            ``write_transformer``. Nothing is written then.
     """
     folder = expanded(folder)
     _check_sae(config)
@@ -110,6 +110,11 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
 
 def _check_sae(config: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for what the published layout cannot describe."""
+    if config.get("token_lookup") is not None:
+        raise ValueError(
+            f"the published layout cannot say token_lookup {config['token_lookup']}: keep it as a checkpoint of this "
+            "library"
+        )
     target = config.get("target")
     wrong = {
         "activation": config.get("activation", "topk") != "topk",

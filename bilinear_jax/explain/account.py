@@ -6,12 +6,12 @@ into
 
     x = D f + b + p + e          f codes, b decoder bias, p coordinates passed through, e the error of the SAE
 
-So the pre-activation is exactly the sum of
+With a token lookup, p has the row of the token too. So the pre-activation is exactly the sum of
 
     pairs            sum_ij f_i f_j (D^T Q D)_ij                  pairs of active input features
     feature_bias     sum_i 2 f_i (D^T Q b)_i                      an input feature with the decoder bias
     bias             b^T Q b                                      the decoder bias with itself
-    passthrough      2 p^T Q (D f + b) + p^T Q p                  0 unless the input SAE passes coordinates through
+    passthrough      2 p^T Q (D f + b) + p^T Q p                  0 unless the input SAE passes through or looks up
     error_cross      2 e^T Q (D f + b + p)                        the error of the input SAE with all the rest
     error_error      e^T Q e                                      the error with itself
     form             u . (y - y_form)                             what a bilinear form of a gated MLP leaves out
@@ -51,7 +51,7 @@ TERMS = {
     "pairs": "pairs of input features",
     "feature_bias": "input features with the input SAE's decoder bias",
     "bias": "the input SAE's decoder bias with itself",
-    "passthrough": "coordinates that the input SAE passes through",
+    "passthrough": "coordinates that the input SAE passes through, and rows that it looks up",
     "error_cross": "the input SAE's error with what it reconstructs",
     "error_error": "the input SAE's error with itself",
     "form": "what the bilinear form leaves out",
@@ -76,7 +76,7 @@ class Account:
     pairs: Array  # [..., k, k]: c_i c_j (D^T Q D)_ij; symmetric, so a pair i != j contributes its entry twice
     feature_bias: Array  # [..., k]: 2 c_i (D^T Q b)_i
     bias: Array  # [...]: b^T Q b
-    passthrough: Array  # [...]: 2 p^T Q (D c + b) + p^T Q p; 0 unless the input SAE passes coordinates through
+    passthrough: Array  # [...]: 2 p^T Q (D c + b) + p^T Q p; 0 unless the input SAE passes through or looks up
     error_cross: Array  # [...]: 2 e^T Q (D c + b + p)
     error_error: Array  # [...]: e^T Q e
     form: Array  # [...]: u . (y - y_form); 0 unless the model is a bilinear form of a gated one
@@ -160,16 +160,18 @@ def account_at(
     x: Float[Array, "*tokens d_model"],
     y: Float[Array, "*tokens d_model"],
     left_out: Float[Array, "*tokens d_model"] | None = None,
+    tokens: Int[Array, "*tokens"] | None = None,
 ) -> Account:
     """The account from x, what the input SAE reads, and y, the MLP's output. Pure: for your own jit, vmap and grad.
 
-    ``left_out`` is the part of y that the tracer's tensor does not give; None: nothing. It uses the highest matmul
-    precision.
+    ``left_out`` is the part of y that the tracer's tensor does not give; None: nothing. ``tokens`` are the token ids,
+    which an input SAE with a lookup needs. It uses the highest matmul precision.
 
     Memory: ``tokens (features + k^2)`` numbers, and ``512 k in`` for columns.
     """
     with jax.default_matmul_precision("highest"):
-        parts = input_parts(feature.inp, x, norm_eps=feature.norm_eps, extended=feature.q.shape[0] > x.shape[-1])
+        extended = feature.q.shape[0] > x.shape[-1]
+        parts = input_parts(feature.inp, x, tokens, norm_eps=feature.norm_eps, extended=extended)
         shape = x.shape[:-1]
         flat = [array.reshape(-1, array.shape[-1]) for array in parts]
         number = max(min(TOKENS_AT_ONCE, len(flat[0])), 1)
@@ -195,14 +197,26 @@ class InputParts(NamedTuple):
     error: Float[Array, "... in"]  # e
 
 
-def input_parts(inp: SAE, x: Float[Array, "... d_model"], *, norm_eps: float | None, extended: bool) -> InputParts:
-    """The parts of x, as the MLP sees them: divided by rms(x) with ``norm_eps``; ``extended`` by the constant input."""
+def input_parts(
+    inp: SAE,
+    x: Float[Array, "... d_model"],
+    tokens: Int[Array, "..."] | None = None,
+    *,
+    norm_eps: float | None,
+    extended: bool,
+) -> InputParts:
+    """The parts of x, as the MLP sees them: divided by rms(x) with ``norm_eps``; ``extended`` by the constant input.
+
+    ``tokens`` are for an input SAE with a lookup.
+    """
     codes = inp.encode(x, sparse=True)
-    reconstruction = inp.decode(codes, x)
+    reconstruction = inp.decode(codes, x, tokens)
     bias, passed = jnp.broadcast_to(inp.decoder_bias.astype(x.dtype), x.shape), jnp.zeros_like(x)
     if inp.config.passthrough:
         dims = jnp.asarray(inp.config.passthrough)
         passed = passed.at[..., dims].set(x[..., dims])
+    if inp.config.token_lookup is not None:
+        passed = inp.beside(x, tokens) - bias
     scale = jnp.ones_like(x[..., :1])
     if norm_eps is not None:
         scale = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + norm_eps)
@@ -268,7 +282,7 @@ def activation(lm: LanguageModel, inp: SAE, tokens: Int[Array, "batch seq"]) -> 
 
 @jax.jit
 def _account(lm: LanguageModel, feature: OutputFeature, tokens: Int[Array, "batch seq"]) -> Account:
-    return account_at(feature, *activation(lm, feature.inp, tokens))
+    return account_at(feature, *activation(lm, feature.inp, tokens), tokens)
 
 
 def account(tracer: Tracer, tokens, feature) -> Account:
@@ -279,9 +293,10 @@ def account(tracer: Tracer, tokens, feature) -> Account:
 
     Args:
         tracer: with ``use_encoder=True``. Its model is run; of a bilinear form, the model with its gated MLPs. The
-            input SAE may have a bilinear encoder, an applied normalisation or passthrough. The output SAE may have a
-            bias and an applied normalisation, but ``Tracer`` does not accept one with a bilinear encoder, because its
-            pre-activations are of degree 4 in x. For a plain direction as output, the pre-activation is ``u . y``.
+            input SAE may have a bilinear encoder, an applied normalisation, passthrough or a token lookup. The output
+            SAE may have a bias and an applied normalisation, but ``Tracer`` does not accept one with a bilinear
+            encoder, because its pre-activations are of degree 4 in x. For a plain direction as output, the
+            pre-activation is ``u . y``.
         tokens: token ids ``[batch, seq]``, run through the model in one batch.
         feature: the output feature, an int.
 

@@ -121,7 +121,11 @@ def _losses(lm, layer: int, sae: SAE, explanations: Explanations, numbers, table
 
     z = jax.lax.map(predict, (*explanations.parts, explanations.constants), batch_size=FEATURES_AT_ONCE)
     constant = encoder_constant(sae, jnp.arange(sae.config.n_features))
-    made = [sae.decode(sae.codes_of((z[:, n] + constant[:, None]).T)).reshape(y.shape) for n in range(len(numbers))]
-    values = [jnp.zeros_like(y), sae(y)[0], table[tokens], *made]
+
+    def written(z_hat):
+        return sae.decode(sae.codes_of(z_hat.T.reshape(*y.shape[:-1], -1)), y, tokens)
+
+    made = [written(z[:, n] + constant[:, None]) for n in range(len(numbers))]
+    values = [jnp.zeros_like(y), sae(y, tokens)[0], table[tokens], *made]
     losses = [edited_loss(lm, place, value, tokens, mask).total for value in values]
     return jnp.stack([clean.total, *losses]), clean.tokens

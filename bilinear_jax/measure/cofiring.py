@@ -260,7 +260,7 @@ def _of_tokens(lm, tensor: BilinearTensor, inp: SAE, outputs: Outputs | None, to
     """The codes at each token of a batch; for each output feature the pre-activation, and sums of its terms by row."""
     with jax.default_matmul_precision("highest"):
         x, y, left_out = activation(lm, inp, tokens)
-        parts = input_parts(inp, x, norm_eps=norm_eps, extended=tensor.n_in > x.shape[-1])
+        parts = input_parts(inp, x, tokens, norm_eps=norm_eps, extended=tensor.n_in > x.shape[-1])
         found = {"counts": mask, "codes": parts.codes, "indices": parts.indices, "scale": parts.scale[..., 0]}
         if outputs is None:
             return found
@@ -297,7 +297,7 @@ def _terms(tensor: BilinearTensor, inp: SAE, directions, parts: InputParts) -> l
     read, error = halves(parts.read), halves(parts.error)
     twice = error[0] * read[1] + error[1] * read[0]  # times the gates: 2 e^T Q (D c)
     passthrough = jnp.zeros((*parts.read.shape[:-1], gates.shape[1]), parts.read.dtype)
-    if inp.config.passthrough:
+    if inp.config.passthrough or inp.config.token_lookup is not None:
         passed = halves(parts.passed)
         passthrough = (passed[0] * (read[1] + passed[1]) + passed[1] * read[0]) @ gates + with_bias(parts.passed)
         twice = twice + error[0] * passed[1] + error[1] * passed[0]

@@ -9,15 +9,17 @@ that can be given to it without learning a direction:
     codes  = the k largest z, none below 0         k: the active features per token of the trained dictionary, rounded
     y_hat  = mean r + s D codes + r_0(x)           r = y - r_0(x)
 
-``r_0`` is what the trained dictionary adds beside its features: the skip and the passthrough, as trained. In the
-coordinates that pass through, D is 0. The means are those of the counted tokens of the text. s is fitted to the text:
+``r_0`` is what the trained dictionary adds beside its features: the skip, the passthrough and the row that it looks up
+for each token, as trained. In the coordinates that pass through, D is 0. The means are those of the counted tokens of
+the text. s is fitted to the text:
 
     s = sum (r - mean r) . D codes / sum |D codes|^2          the least squared error; 0 if there is no code
 
-So the explained variance of a control is never below that of the mean (and, with a skip, of the skip). That is the
-fairest comparison: a control that loses by its scale or its offset would show nothing about directions. A top-k
-dictionary that is bilinear or thresholded has the same linear top-k control. Of a transcoder the control reads and
-writes random directions of two sites that have nothing in common, so what it explains is close to 0.
+So the explained variance of a control is never below that of the mean (and, with a skip or a lookup, of these). That
+is the fairest comparison: a control that loses by its scale or its offset would show nothing about directions, and what
+a lookup explains without any feature shows in the score of its control. A top-k dictionary that is bilinear or
+thresholded has the same linear top-k control. Of a transcoder the control reads and writes random directions of two
+sites that have nothing in common, so what it explains is close to 0.
 
 Controls at training time, such as a frozen random decoder or a random model, are others.
 
@@ -73,7 +75,7 @@ def random_dictionaries(
     for batch in lm.batches(tokens, token_mask, batch_size, description="means of the sites"):
         values = _values(lm, places(saes), batch.tokens)
         for sae, total in zip(saes, sums, strict=True):
-            found = jax.device_get(_moments(sae, values[reads(sae)], values[target(sae)], batch.mask))
+            found = jax.device_get(_moments(sae, values[reads(sae)], values[target(sae)], batch.tokens, batch.mask))
             if not all(np.isfinite(part).all() for part in found):
                 raise batch.not_finite()
             total.add(*found)
@@ -82,7 +84,7 @@ def random_dictionaries(
     for batch in lm.batches(tokens, token_mask, batch_size, description="scales of the controls"):
         values = _values(lm, places(saes), batch.tokens)
         for control, fit in zip(drawn, fits, strict=True):
-            found = _fit(control, values[reads(control)], values[target(control)], batch.mask)
+            found = _fit(control, values[reads(control)], values[target(control)], batch.tokens, batch.mask)
             dot, square, e, f = jax.device_get(found)
             fit += np.float64(dot) * 2.0 ** (np.float64(e) + f), np.float64(square) * 4.0 ** np.float64(f)
     scales = [dot / square if square > 0 else 0.0 for dot, square in fits]
@@ -114,16 +116,16 @@ def _values_of(lm: LanguageModel, wanted: tuple[Place, ...], tokens) -> dict[Pla
 _values = jax.jit(_values_of, static_argnames="wanted")
 
 
-def _beside(sae: SAE, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+def _beside(sae: SAE, x: Float[Array, "batch seq d_model"], tokens) -> Float[Array, "batch seq d_model"]:
     """r_0: what the dictionary adds beside its features and its bias."""
-    return sae.beside(x) - jnp.broadcast_to(sae.decoder_bias, x.shape)
+    return sae.beside(x, tokens) - jnp.broadcast_to(sae.decoder_bias, x.shape)
 
 
 @jax.jit
-def _moments(sae: SAE, x, y, mask: Bool[Array, "batch seq"]):
+def _moments(sae: SAE, x, y, tokens, mask: Bool[Array, "batch seq"]):
     """Sums of x, of r and of active features over the counted tokens, and the number of these."""
-    _, active, _, _ = coded(sae, x, mask)
-    sums = (jnp.sum(part, axis=(0, 1), where=mask[..., None]) for part in (x, y - _beside(sae, x)))
+    _, active, _, _ = coded(sae, x, mask, tokens)
+    sums = (jnp.sum(part, axis=(0, 1), where=mask[..., None]) for part in (x, y - _beside(sae, x, tokens)))
     return *sums, active, jnp.sum(mask)
 
 
@@ -148,15 +150,19 @@ def _drawn(sae: SAE, sums: _Sums, seed: int) -> SAE:
     directions = unit_columns(jax.random.normal(jax.random.key(seed), (c.d_model, c.n_features)))
     written = directions.at[jnp.asarray(c.passthrough, jnp.int32)].set(0)
     params = {"w_enc": directions.T, "b_enc": -(mean_x @ directions), "w_dec": written, "b_dec": mean_rest}
-    return SAE(params | {name: value for name, value in sae.params.items() if name == "w_skip"}, config)
+    if c.skip:
+        params["w_skip"] = sae.params["w_skip"]
+    if c.token_lookup is not None:
+        params["w_lookup"] = sae.params["w_lookup"] * c.scale  # the control has no normalize
+    return SAE(params, config)
 
 
 @jax.jit
-def _fit(control: SAE, x, y, mask: Bool[Array, "batch seq"]):
+def _fit(control: SAE, x, y, tokens, mask: Bool[Array, "batch seq"]):
     """``sum (r - mean r) . D codes / 2^(e + f)``, ``sum |D codes|^2 / 4^f``, e and f, over the counted tokens."""
     counted = mask[..., None]
     rest, e = unit_scale(
-        jnp.where(counted, y - _beside(control, x) - jnp.broadcast_to(control.decoder_bias, y.shape), 0)
+        jnp.where(counted, y - _beside(control, x, tokens) - jnp.broadcast_to(control.decoder_bias, y.shape), 0)
     )
     written, f = unit_scale(jnp.where(counted, control.decode_directions(control.encode(x, sparse=True)), 0))
     return jnp.sum(rest * written), jnp.sum(written**2), e, f

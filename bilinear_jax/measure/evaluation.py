@@ -1,7 +1,7 @@
 """How well a dictionary replaces the site that it reconstructs. Scores are sums and counts, divided once at the end.
 
 An SAE reads x at a site and reconstructs it; a transcoder reconstructs another site of the same layer. y is the value
-of the site that is reconstructed, x what the dictionary reads in the same run, and ``y_hat = decode(encode(x), x)``.
+of the site that is reconstructed, x what the dictionary reads in the same run; ``y_hat = decode(encode(x), x, ids)``.
 ``measure.sums`` has the sums of one batch, as pure functions, and ``measure.controls`` the random dictionaries.
 """
 
@@ -154,7 +154,7 @@ def evaluate_saes(
         sums: list[SAESums] = []
         found: dict[Any, sites.SummedLoss] = {"clean": clean}
         for sae in saes:
-            one, y_hat = _dictionary_sums(sae, values[reads(sae)], values[target(sae)], batch.mask)
+            one, y_hat = _dictionary_sums(sae, values[reads(sae)], values[target(sae)], batch.mask, batch.tokens)
             sums.append(one)
             found["patched", sae.name] = _edited_loss(lm, target(sae), y_hat, batch.tokens, batch.mask)
         for place in targets:

@@ -82,7 +82,7 @@ class PairEffects:
     pairs: Array  # [n, 2] int: the input features of each pair
     vectors: Array  # [n, d_model]: 2 B(d_i, d_j), or B(d_i, d_i): what a pair writes per unit of c_i c_j
     tensor: BilinearTensor  # the MLP
-    inp: SAE  # the input SAE
+    inp: SAE  # the input SAE, without its token lookup: what features write does not depend on tokens
     norm_eps: float | None  # of the norm, if the input SAE reads the residual stream before it
 
 
@@ -103,7 +103,9 @@ def pair_effects(tracer: Tracer, pairs) -> PairEffects:
         vectors = (left_i * right_j + left_j * right_i) @ tracer.tensor.down.T
     vectors = vectors * jnp.asarray(entries(pairs)[:, None] / 2, vectors.dtype)
     norm_eps = eps_of_norm(tracer.lm, tracer.inp)
-    return PairEffects(jnp.asarray(pairs), vectors, tracer.tensor, tracer.inp, norm_eps)
+    config = dataclasses.replace(tracer.inp.config, token_lookup=None)
+    inp = SAE({name: value for name, value in tracer.inp.params.items() if name != "w_lookup"}, config)
+    return PairEffects(jnp.asarray(pairs), vectors, tracer.tensor, inp, norm_eps)
 
 
 def removed(
@@ -113,7 +115,7 @@ def removed(
 
     - "these": ``sum over P of y_ij``, the given pairs.
     - "other_pairs": ``B(D c, D c) - sum over P of y_ij``, all other pairs. What the decoder bias, the coordinates
-      passed through and the input SAE's error write stays, alone and together with features.
+      passed through, rows looked up and the input SAE's error write stays, alone and together with features.
     - "all_else": ``y - sum over P of y_ij``, everything except the given pairs. Then ``y'`` is what these pairs write,
       and the pre-activation of an output feature is their part of the account plus the term ``encoder``.
 

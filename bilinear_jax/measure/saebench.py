@@ -151,7 +151,8 @@ def saebench_adapter(
             torch is not imported.
 
     Raises:
-        ValueError: for a transcoder, a skip, a passthrough or a bilinear encoder, which SAEBench cannot express.
+        ValueError: for a transcoder, a skip, a passthrough, a bilinear encoder or a token lookup, which SAEBench cannot
+            express: it decodes codes without their tokens.
         ImportError: if torch is needed and is not installed.
 
     Example:
@@ -169,6 +170,7 @@ def saebench_adapter(
         "an SAE with a skip": c.skip,
         "an SAE with passthrough": bool(c.passthrough),
         "an SAE with a bilinear encoder": c.bilinear_encoder,
+        "an SAE with a token lookup": c.token_lookup is not None,
     }
     if wrong := [kind for kind, is_one in kinds.items() if is_one]:
         raise ValueError(

@@ -59,7 +59,7 @@ def sae_sums(
     """
     saes = tuple(saes)
     got = sites.capture(lm.config, lm.params, tokens, places(saes), compute_dtype=lm.compute_dtype)
-    return tuple(dictionary_sums(sae, got[reads(sae)], got[target(sae)], token_mask)[0] for sae in saes)
+    return tuple(dictionary_sums(sae, got[reads(sae)], got[target(sae)], token_mask, tokens)[0] for sae in saes)
 
 
 def dictionary_sums(
@@ -67,8 +67,11 @@ def dictionary_sums(
     x: Float[Array, "batch seq d_model"],
     y: Float[Array, "batch seq d_model"],
     token_mask: Bool[Array, "batch seq"],
+    tokens: Int[Array, "batch seq"] | None = None,
 ) -> tuple[SAESums, Float[Array, "batch seq d_model"]]:
     """The sums of one dictionary that reads x and should give y, and its reconstruction y_hat. A pure function.
+
+    ``tokens`` are the token ids, which a dictionary with a lookup needs.
 
     Thresholded activations are encoded densely, one row after another, so a token can have any number of active
     features. Memory: that of the codes, ``2 batch seq k`` numbers, or then ``(batch + seq) features``.
@@ -76,7 +79,7 @@ def dictionary_sums(
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     counted = token_mask[..., None]
     number = jnp.sum(token_mask, dtype=jnp.float32)
-    y_hat, active, absolute, fired = coded(sae, x, token_mask)
+    y_hat, active, absolute, fired = coded(sae, x, token_mask, tokens)
     mean = jnp.sum(y, axis=(0, 1), where=counted) / jnp.maximum(number, 1)
     exponent = unit_scale(jnp.where(counted, y, 0))[1]
 
@@ -98,24 +101,29 @@ def dictionary_sums(
     return sums, y_hat
 
 
-def coded(sae: SAE, x: Float[Array, "batch seq d_model"], token_mask: Bool[Array, "batch seq"]):
+def coded(
+    sae: SAE,
+    x: Float[Array, "batch seq d_model"],
+    token_mask: Bool[Array, "batch seq"],
+    tokens: Int[Array, "batch seq"] | None,
+):
     """The reconstruction, and of the codes at counted tokens: how many, the sum of |codes|, how many by feature."""
 
     def dense(row):
-        x, counted = row
+        x, counted, tokens = row
         codes = sae.encode(x)
         fired = jnp.sum((codes != 0) & counted[:, None], axis=0, dtype=jnp.int32)
-        return sae.decode(codes, x), jnp.sum(jnp.abs(codes), where=counted[:, None]), fired
+        return sae.decode(codes, x, tokens), jnp.sum(jnp.abs(codes), where=counted[:, None]), fired
 
     if sae.config.thresholded:
-        y_hat, absolute, fired = jax.lax.map(dense, (x, token_mask))
+        y_hat, absolute, fired = jax.lax.map(dense, (x, token_mask, tokens))
         fired = jnp.sum(fired, axis=0)
         return y_hat, jnp.sum(fired), jnp.sum(absolute), fired
     codes = sae.encode(x, sparse=True)
     nonzero = ((codes.values != 0) & token_mask[..., None]).astype(jnp.int32)
     fired = jnp.zeros(sae.config.n_features, jnp.int32).at[codes.indices].add(nonzero)
     absolute = jnp.sum(jnp.abs(codes.values), where=token_mask[..., None])
-    return sae.decode(codes, x), jnp.sum(nonzero), absolute, fired
+    return sae.decode(codes, x, tokens), jnp.sum(nonzero), absolute, fired
 
 
 def _cosines(a: Float[Array, "*tokens d_model"], b: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens"]:

@@ -4,14 +4,16 @@
     z     = y                                of a bilinear encoder: y_left * y_right  (+ y_linear)  (+ b_z)
     codes = activation(z)                    sparse, see ``nn.activations``
     x_hat = W_dec codes + b_dec              + W_skip x with ``skip``; and x_hat[passthrough] += x[passthrough]
+                                             + W_lookup[token] with ``token_lookup``: a row for each token id
 
 A transcoder reconstructs another site of its layer from x: with ``site = "mlp_in"`` and ``target = "mlp_out"`` it goes
 through the MLP. As elsewhere in the field, ``SAE`` is also the name of the class of transcoders.
 
 Sources: Gao et al. 2024 ("Scaling and evaluating sparse autoencoders") for top-k SAEs; Dunefsky et al. 2024
 ("Transcoders find interpretable LLM feature circuits"); Paulo et al. 2025 ("Transcoders beat sparse autoencoders for
-interpretability") for the skip. The options of top-k SAEs are those of the checkpoints published with "Bilinear MLPs
-enable weight-based mechanistic interpretability".
+interpretability") for the skip; Dooms and Wilhelm 2024 ("Tokenized SAEs: disentangling SAE reconstructions") for the
+lookup: codes do not depend on tokens, only reconstructions do. The options of top-k SAEs are those of the checkpoints
+published with "Bilinear MLPs enable weight-based mechanistic interpretability".
 """
 
 import dataclasses
@@ -29,7 +31,9 @@ from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.activations import damage, first_slots, is_active, largest
 from bilinear_jax.nn.attention import as_floating, linear
 from bilinear_jax.nn.sae_config import SAEConfig
+from bilinear_jax.nn.sae_summary import summary_of
 from bilinear_jax.nn.sparse import decode_at, linear_at
+from bilinear_jax.nn.token_lookup import rows_of
 from bilinear_jax.nn.transformer import run_module
 
 
@@ -66,8 +70,8 @@ class SAEModule(nn.Module):
 
     A bilinear encoder has ``w_enc [2 features, d_model]``, left rows first, or ``[3 features, d_model]`` with the rows
     of its linear term last. ``encoder_bias`` adds ``b_enc``, one number for each row of ``w_enc``; ``product_bias``
-    adds ``b_z [features]``; ``skip`` adds ``w_skip [d_model, d_model]``. ``threshold`` is ``[]`` for BatchTopK and
-    ``[features]`` for JumpReLU.
+    adds ``b_z [features]``; ``skip`` adds ``w_skip [d_model, d_model]``; ``token_lookup`` adds
+    ``w_lookup [token_lookup, d_model]``. ``threshold`` is ``[]`` for BatchTopK and ``[features]`` for JumpReLU.
 
     The derivatives of ``encode_sparse``, and of ``decode`` of its codes, use only the active features (``nn.sparse``).
     They equal those of the same function written densely.
@@ -88,6 +92,8 @@ class SAEModule(nn.Module):
             self.b_z = self.param("b_z", nn.initializers.zeros, (c.n_features,))
         if c.skip:
             self.w_skip = self.param("w_skip", nn.initializers.zeros, (c.d_model, c.d_model))
+        if c.token_lookup is not None:
+            self.w_lookup = self.param("w_lookup", nn.initializers.zeros, (c.token_lookup, c.d_model))
         if c.activation in ("batchtopk", "jumprelu"):
             shape = (c.n_features,) if c.activation == "jumprelu" else ()
             self.threshold = self.param("threshold", nn.initializers.zeros, shape)
@@ -193,7 +199,7 @@ class SAEModule(nn.Module):
     def decode_directions(
         self, codes: Any, counts: Int[Array, "..."] | None = None, reached: Int[Array, "..."] | None = None
     ) -> Float[Array, "... d_model"]:
-        """``W_dec codes``: the reconstruction without bias, skip and passthrough.
+        """``W_dec codes``: the reconstruction without bias, skip, passthrough and lookup.
 
         ``counts`` says how many of the sparse codes of each token, the first ones, count; None: all. ``reached`` says
         how many have derivatives, if more.
@@ -204,18 +210,24 @@ class SAEModule(nn.Module):
             y = linear(codes, self.w_dec)
         return y * self.config.scale
 
-    def decode(self, codes: Any, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
-        """``W_dec codes + b_dec``. With ``passthrough`` and ``skip`` it also needs the input ``x``.
+    def decode(
+        self, codes: Any, x: Float[Array, "... d_model"] | None = None, tokens: Any = None
+    ) -> Float[Array, "... d_model"]:
+        """``W_dec codes + b_dec``. With ``passthrough`` and ``skip`` it also needs ``x``, with a lookup ``tokens``.
 
-        Without ``x``, the skip is left out, and passthrough is an error.
+        Without ``x``, the skip is left out, and passthrough is an error. Without ``tokens``, a lookup is an error.
         """
         y = self.decode_directions(codes)
-        return y + self.beside(y, x)
+        return y + self.beside(y, x, tokens)
 
-    def beside(self, y: Float[Array, "... d_model"], x: Float[Array, "... d_model"] | None) -> Array:
+    def beside(
+        self, y: Float[Array, "... d_model"], x: Float[Array, "... d_model"] | None, tokens: Any = None
+    ) -> Array:
         """What a reconstruction, of the shape and dtype of y, has beside ``W_dec codes``."""
         c = self.config
         rest = jnp.broadcast_to((self.b_dec * c.scale).astype(y.dtype), y.shape)
+        if c.token_lookup is not None:
+            rest = rest + (rows_of(self.w_lookup, tokens, y.shape[:-1], c.name) * c.scale).astype(y.dtype)
         if c.skip and x is not None:
             rest = rest + linear(as_floating(x, self.w_skip), self.w_skip).astype(y.dtype)
         if not c.passthrough:
@@ -227,9 +239,11 @@ class SAEModule(nn.Module):
         dims = jnp.asarray(c.passthrough)
         return rest.at[..., dims].add(x[..., dims])
 
-    def __call__(self, x: Float[Array, "... d_model"]) -> "tuple[Float[Array, '... d_model'], SparseCodes]":
+    def __call__(
+        self, x: Float[Array, "... d_model"], tokens: Any = None
+    ) -> "tuple[Float[Array, '... d_model'], SparseCodes]":
         codes = self.encode_sparse(x)
-        return self.decode(codes, x), codes
+        return self.decode(codes, x, tokens), codes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
@@ -332,26 +346,32 @@ class SAE:
         """The pre-activations of ``x``."""
         return self._apply("preactivations", x)
 
-    def decode(self, codes, x: Float[Array, "... d_model"] | None = None) -> Float[Array, "... d_model"]:
+    def decode(
+        self, codes, x: Float[Array, "... d_model"] | None = None, tokens: Any = None
+    ) -> Float[Array, "... d_model"]:
         """The reconstruction from dense or sparse codes.
 
         With passthrough or a skip it needs the input ``x``. Without it, passthrough is an error, and the skip is left
-        out: the result is then what the features and the bias write.
+        out: the result is then what the features and the bias write. With a lookup it needs the token id of each
+        vector.
+
+        Raises:
+            ValueError: without what it needs, or for tokens of another shape or without a row.
         """
-        return self._apply("decode", codes, x)
+        return self._apply("decode", codes, x, tokens)
 
     def decode_directions(self, codes) -> Float[Array, "... d_model"]:
-        """What the features write: ``decode`` without bias, skip and passthrough."""
+        """What the features write: ``decode`` without bias, skip, passthrough and lookup."""
         return self._apply("decode_directions", codes)
 
-    def beside(self, x: Float[Array, "... d_model"]) -> Float[Array, "... d_model"]:
-        """What the reconstruction of ``x`` has beside its features: the bias, the skip, and what passes through."""
-        return self._apply("beside", x, x)
+    def beside(self, x: Float[Array, "... d_model"], tokens: Any = None) -> Float[Array, "... d_model"]:
+        """What the reconstruction has beside its features: the bias, the skip, what passes through, and the lookup."""
+        return self._apply("beside", x, x, tokens)
 
-    def __call__(self, x: Float[Array, "... d_model"]):
-        """``(reconstruction [..., d_model], codes [..., features])`` of ``x``."""
+    def __call__(self, x: Float[Array, "... d_model"], tokens: Any = None):
+        """``(reconstruction [..., d_model], codes [..., features])`` of ``x``. ``tokens`` as for ``decode``."""
         codes = self.encode(x)
-        return self.decode(codes, x), codes
+        return self.decode(codes, x, tokens), codes
 
     def check_feature(self, feature) -> int:
         """The feature as an int.
@@ -380,31 +400,7 @@ class SAE:
             trained on: mlp_out of layer 0, d_model 8, and reconstructs it
             encoder: linear, no bias; input not normalised; no coordinate passes through
         """
-        c = self.config
-        size = sum(leaf.size for leaf in self.params.values())
-        kind = "SAE" if c.target is None else "transcoder"
-        target = "it" if c.target is None else f"{c.target} of the same layer"
-        scaled = f"divided by {c.normalize:g}" if c.apply_normalize else "not normalised"
-        passed = f"coordinates {', '.join(map(str, c.passthrough))} pass" if c.passthrough else "no coordinate passes"
-        encoder = "bilinear" if c.bilinear_encoder else "linear"
-        extra = [
-            text
-            for text, there in (
-                (f"{c.activation} activation", c.activation != "topk"),
-                ("a linear term", c.linear_term),
-                ("a bias of the products", c.product_bias),
-                ("a linear skip", c.skip),
-            )
-            if there
-        ]
-        number = "a varying number" if c.k is None else c.k
-        active = f"{number} active at a token" + (" on average" if c.thresholded and c.k else "")
-        return (
-            f"{kind} {self.name}: {c.n_features} features, {active}, {size:,} parameters\n"
-            f"trained on: {c.site} of layer {c.layer}, d_model {c.d_model}, and reconstructs {target}\n"
-            f"encoder: {encoder}, {'a' if c.encoder_bias else 'no'} bias; input {scaled}; {passed} through"
-            + "".join(f"; {text}" for text in extra)
-        )
+        return summary_of(self.config, sum(leaf.size for leaf in self.params.values()))
 
     def _check(self, x) -> None:
         if x.shape[-1] != self.config.d_model:

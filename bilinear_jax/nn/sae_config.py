@@ -56,6 +56,7 @@ class SAEConfig:
     product_bias: bool = False  # of a bilinear encoder: add b_z to the products
     linear_term: bool = False  # of a bilinear encoder: add W x to the products
     max_active: int | None = None  # most active features of a token in sparse codes, unless top-k; None: 512, or all
+    token_lookup: int | None = None  # add a row of W_lookup for each token to the reconstruction: number of token ids
 
     def __post_init__(self):
         check_types(self)
@@ -115,6 +116,8 @@ class SAEConfig:
         outside = [dim for dim in self.passthrough if not 0 <= dim < self.d_model]
         if outside:
             raise ValueError(f"passthrough coordinates {outside} lie outside 0 ... {self.d_model - 1}")
+        if self.token_lookup is not None:
+            check_sizes(self, "token_lookup")
         for name in ("product_bias", "linear_term"):
             if getattr(self, name) and not self.bilinear_encoder:
                 raise ValueError(f"{name} is true, but only a bilinear encoder has it: set bilinear_encoder too")

@@ -30,7 +30,7 @@ from jaxtyping import PyTree
 import weights_convert
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.nn.configs import typed
-from bilinear_jax.nn.sae import SAE, SAEModule
+from bilinear_jax.nn.sae import SAE
 from bilinear_jax.nn.sae_config import SAEConfig, site_name
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.store import checksums
@@ -309,6 +309,7 @@ _LATER: dict[type, set[str]] = {
     },
     SAEConfig: {
         *("activation", "target", "skip", "centred", "product_bias", "linear_term", "max_active"),
+        "token_lookup",
     },
 }
 """The fields of a config that came after version 0.2. Older files lack them, and mean their defaults."""
@@ -350,5 +351,4 @@ def _abstract_transformer(config: TransformerConfig) -> PyTree:
 
 
 def _abstract_sae(config: SAEConfig) -> PyTree:
-    x = jax.ShapeDtypeStruct((1, config.d_model), jnp.float32)
-    return jax.eval_shape(SAEModule(config).init, jax.random.key(0), x)["params"]
+    return jax.eval_shape(lambda key: SAE.init(config, key).params, jax.random.key(0))

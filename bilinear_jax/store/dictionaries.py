@@ -209,6 +209,11 @@ def check_fits(config: SAEConfig | SAEName, model: Any, named: str | Path) -> No
             f"{named} has d_model {config.d_model}, but the model has {sizes.d_model}: it reads {hook} of "
             f"another model than {called}. Name SAEs of this model"
         )
+    if isinstance(config, SAEConfig) and config.token_lookup not in (None, sizes.n_vocab):
+        raise ValueError(
+            f"{named} has rows for {config.token_lookup} tokens, but the model has {sizes.n_vocab}: it is of another "
+            f"model than {called}. Name SAEs of this model"
+        )
 
 
 # Where they are

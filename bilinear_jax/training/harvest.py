@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn import sites as nn_sites
@@ -17,6 +17,9 @@ from bilinear_jax.training.fit import BatchIterator
 from bilinear_jax.training.mesh import place_rows
 
 LayerSite = tuple[str, int]
+
+TOKENS: LayerSite = ("tokens", 0)
+"""The key of the token ids in a batch, next to the sites. It is no site of a model."""
 
 
 class Harvest:
@@ -36,8 +39,9 @@ class Harvest:
     harvested again, and the batches that follow are bit-identical to those after ``get_state`` (on the same kind of
     device).
 
-    Memory on the device: ``4 * size * d_model * (number of sites)`` bytes (``nbytes``), and one run of the model while
-    a chunk is filled. With a mesh, the buffer is sharded over its "data" axis.
+    Memory on the device (``nbytes``): ``4 * size * d_model * (number of sites)`` bytes, with ``tokens`` another
+    ``4 * size``, and one run of the model while a chunk is filled. With a mesh, the buffer is sharded over its "data"
+    axis.
 
     Args:
         lm: the model. It computes activations in ``lm.compute_dtype``; batches are float32.
@@ -49,6 +53,7 @@ class Harvest:
         mask: ``mask(tokens) -> [rows, seq]`` bool, the tokens that count. A pure function that JAX can trace. Default:
             all but position 0 and the padding at the end of each row.
         mesh: from ``training.mesh.make_mesh``. Rows and batches are sharded over "data".
+        tokens: whether batches also have the token ids, ``batch[TOKENS]``, int32 ``[batch_size]``.
 
     Raises:
         ValueError: if the buffer cannot hold one batch, if there are no sites or the model does not have one, or if the
@@ -80,9 +85,10 @@ class Harvest:
         *,
         mask: Callable[[Array], Array] | None = None,
         mesh: Mesh | None = None,
+        tokens: bool = False,
     ):
         self._sites = _checked_sites(lm, sites)
-        token_bytes = 4 * lm.config.d_model * len(self._sites)
+        token_bytes = 4 * (lm.config.d_model * len(self._sites) + tokens)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if buffer_tokens < batch_size:
@@ -98,7 +104,7 @@ class Harvest:
         self.size = buffer_tokens // batch_size * batch_size  # tokens per chunk
         self.nbytes = token_bytes * self.size  # of the buffer
         self._lm, self._rows, self._batch_size, self._seed = lm, rows, batch_size, seed
-        self._mask, self._mesh = mask, mesh
+        self._mask, self._mesh, self._with_tokens = mask, mesh, tokens
         self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
         # The current chunk: where its rows begin, how many of their first tokens the previous chunk served, its number,
         # and how many of its batches are served.
@@ -107,7 +113,7 @@ class Harvest:
         self._buffers: dict[LayerSite, Array] = {}
         self._order = np.empty(0, np.int32)  # [size], the permutation; on the host
 
-    def __next__(self) -> dict[LayerSite, Float[Array, "batch_size d_model"]]:
+    def __next__(self) -> dict[LayerSite, Shaped[Array, "batch_size ..."]]:
         if self._next is None:
             self._next = self._fill()
         start = self._at["served"] * self._batch_size
@@ -127,7 +133,9 @@ class Harvest:
         """Harvest the chunk that ``self._at`` describes. Returns where the next one begins."""
         if not self._buffers:
             try:
-                self._buffers = _empty(self._sites, (self.size, self._lm.config.d_model), self._sharding)
+                self._buffers = _empty(
+                    self._sites, (self.size, self._lm.config.d_model), self._with_tokens, self._sharding
+                )
             except jax.errors.JaxRuntimeError as error:
                 raise RuntimeError(
                     f"no room for a buffer of {self.nbytes:,} bytes: {error} Lower buffer_tokens"
@@ -169,9 +177,10 @@ def _checked_sites(lm: LanguageModel, sites: Iterable[Any]) -> tuple[LayerSite, 
     return wanted
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(sites: tuple[LayerSite, ...], shape: tuple[int, int], sharding) -> dict[LayerSite, Array]:
-    return {site: _laid_out(jnp.zeros(shape), sharding) for site in sites}
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(sites: tuple[LayerSite, ...], shape: tuple[int, int], tokens: bool, sharding) -> dict[LayerSite, Array]:
+    made = {site: jnp.zeros(shape) for site in sites} | ({TOKENS: jnp.zeros(shape[:1], jnp.int32)} if tokens else {})
+    return {key: _laid_out(buffer, sharding) for key, buffer in made.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
@@ -191,20 +200,22 @@ def _write(
     nn_sites.check_token_mask(tokens, counted)
     counted = counted.reshape(-1).astype(bool)
     place = filled + jnp.cumsum(counted.astype(jnp.int32)) - 1
-    values = nn_sites.capture(lm.config, lm.params, tokens, tuple(buffers), compute_dtype=lm.compute_dtype)
+    wanted = tuple(key for key in buffers if key != TOKENS)
+    values = dict(nn_sites.capture(lm.config, lm.params, tokens, wanted, compute_dtype=lm.compute_dtype))
+    values[TOKENS] = tokens
 
     def put(buffer: Array, value: Array) -> Array:
         nowhere = buffer.shape[0] + jnp.arange(len(place))
-        found = value.reshape(-1, value.shape[-1]).astype(buffer.dtype)
+        found = value.reshape(-1, *buffer.shape[1:]).astype(buffer.dtype)
         at = jnp.where(counted & (place >= 0) & (place < buffer.shape[0]), place, nowhere)
         return _laid_out(buffer.at[at].set(found, mode="drop", unique_indices=True), sharding)
 
-    return {site: put(buffer, values[site]) for site, buffer in buffers.items()}, filled + jnp.sum(counted)
+    return {key: put(buffer, values[key]) for key, buffer in buffers.items()}, filled + jnp.sum(counted)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _serve(buffers: dict[LayerSite, Array], chosen: Int[Array, " batch_size"], sharding) -> dict[LayerSite, Array]:
-    return {site: _laid_out(buffer[chosen], sharding) for site, buffer in buffers.items()}
+    return {key: _laid_out(buffer[chosen], sharding) for key, buffer in buffers.items()}
 
 
 def _laid_out(array: Array, sharding) -> Array:

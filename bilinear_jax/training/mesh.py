@@ -43,6 +43,7 @@ CUTS: dict[str, tuple[str | None, ...]] = {
     "b_enc": ("model",),
     "w_dec_rows": ("model", None),  # the decoder as it is trained, see training/sae_state.py
     "b_z": ("model",),
+    "w_lookup": ("model", None),  # by token id
     "log_threshold": ("model",),
     "quiet": ("model",),
 }

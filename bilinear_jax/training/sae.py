@@ -31,7 +31,7 @@ from bilinear_jax.store.checksums import of_arrays
 from bilinear_jax.training import folder
 from bilinear_jax.training.batches import batches
 from bilinear_jax.training.fit import BatchIterator, FitOptions, TrainState, apply_optimizer, fingerprint, fit
-from bilinear_jax.training.harvest import Harvest
+from bilinear_jax.training.harvest import TOKENS, Harvest
 from bilinear_jax.training.mesh import one_copy, place
 from bilinear_jax.training.sae_loss import reconstruction_loss
 from bilinear_jax.training.sae_recipe import FASTEST, SAERecipe, window
@@ -52,8 +52,9 @@ CONTROL = 0.02
 def sae_update(configs: Sequence[SAEConfig], recipe: SAERecipe, form: str = "scan") -> Callable:
     """One training step of all SAEs: a pure function ``update(state, activations) -> (state, metrics)``.
 
-    ``activations[site, layer]`` is ``[batch, d_model]`` in any float dtype; every token counts. The result for one SAE
-    does not depend on the others.
+    ``activations[site, layer]`` is ``[batch, d_model]`` in any float dtype; every token counts. For dictionaries with a
+    token lookup, ``activations[training.harvest.TOKENS]`` has the token ids, ``[batch]``. The result for one SAE does
+    not depend on the others.
 
     The metrics of every SAE are ``nmse.<name>`` of the batch; ``dead.<name>``, the fraction of features that have not
     fired for ``recipe.dead_after`` tokens; with ``k_aux > 0`` ``aux.<name>``, the auxiliary loss; and of thresholded
@@ -74,8 +75,10 @@ def sae_update(configs: Sequence[SAEConfig], recipe: SAERecipe, form: str = "sca
                 jnp.stack([jnp.asarray(activations[site]).astype(jnp.float32) for site in sites]) for sites in wanted
             ]
 
-            def one(args, config=group[0]):
-                return _gradient(config, recipe, form, state.step, *args)
+            tokens = None if group[0].token_lookup is None else _token_ids(activations, group[0])
+
+            def one(args, config=group[0], tokens=tokens):
+                return _gradient(config, recipe, form, state.step, tokens, *args)
 
             stack = state.params[label], state.extra[label], *values
             gradients[label], extra[label], measured = jax.lax.map(one, stack)
@@ -119,9 +122,9 @@ def fit_saes(
         The SAEs, in the order of ``configs``.
 
     Raises:
-        ValueError: if there are no SAEs, two have the same name, one has another width than the model or a site that
-            the model does not have, the buffer or the text is too small, or the directory holds a run with another
-            config, recipe, model or text.
+        ValueError: if there are no SAEs, two have the same name, one has another width than the model, a
+            ``token_lookup`` other than its ``n_vocab``, or a site that the model does not have, the buffer or the text
+            is too small, or the directory holds a run with another config, recipe, model or text.
         FloatingPointError: if a loss is not finite. The last good checkpoint stays.
     """
     from bilinear_jax.measure.evaluation import evaluate_saes
@@ -130,6 +133,12 @@ def fit_saes(
     stacks(configs)  # checks the names
     if other := [config.name for config in configs if config.d_model != lm.config.d_model]:
         raise ValueError(f"the model has d_model {lm.config.d_model}, but these SAEs another: {', '.join(other)}")
+    n_vocab = lm.config.n_vocab
+    if wrong := [config for config in configs if config.token_lookup not in (None, n_vocab)]:
+        raise ValueError(
+            f"token_lookup of {wrong[0].name} is {wrong[0].token_lookup}, but the model has {n_vocab} token ids: set "
+            f"token_lookup to {n_vocab}, or to None for no lookup"
+        )
     sites = list(dict.fromkeys((site, c.layer) for c in configs for site in (c.site, c.reconstructs)))
     placed = place(lm, mesh)
     if recipe.compute_dtype is not None:
@@ -144,7 +153,11 @@ def fit_saes(
         return {f"held_out_{key}.{name}": getattr(m, key) for name, m in found.items() for key in HELD_OUT}
 
     return train_on_activations(
-        Harvest(placed, sites, rows, recipe.batch_size, recipe.buffer_tokens, recipe.seed, mesh=mesh),
+        Harvest(
+            *(placed, sites, rows, recipe.batch_size, recipe.buffer_tokens, recipe.seed),
+            mesh=mesh,
+            tokens=any(config.token_lookup is not None for config in configs),
+        ),
         configs,
         recipe,
         directory,
@@ -178,6 +191,8 @@ def train_on_activations(
     **options: Unpack[FitOptions],
 ) -> list[SAE]:
     """Train SAEs on batches of activations ``{(site, layer): [batch, d_model]}`` from any source, as ``fit_saes`` does.
+
+    With a token lookup, batches have ``training.harvest.TOKENS`` too. An id without a row makes the loss NaN.
 
     The same recipe and data give the same bits, on one kind of machine. With ``recipe.form = "fastest"`` the form of
     the sparse products is timed instead (``nn.sparse.fastest_form``), and forms round differently. ``config.json``
@@ -219,7 +234,18 @@ def train_on_activations(
     return trained(state)
 
 
-def _gradient(config: SAEConfig, recipe: SAERecipe, form: str, step, params, extra: dict[str, Array], x, y=None):
+def _token_ids(activations, config: SAEConfig):
+    if TOKENS not in activations:
+        raise ValueError(
+            f"{config.name} has a token lookup, but the batches have no token ids: give them as batch[TOKENS], from "
+            "bilinear_jax.training.harvest (Harvest does with tokens=True)"
+        )
+    return activations[TOKENS]
+
+
+def _gradient(
+    config: SAEConfig, recipe: SAERecipe, form: str, step, tokens, params, extra: dict[str, Array], x, y=None
+):
     """The gradient of one dictionary, its new counters and its metrics."""
     weight = jnp.exp(extra["log_weight"]) if "log_weight" in extra else recipe.sparsity
 
@@ -228,7 +254,8 @@ def _gradient(config: SAEConfig, recipe: SAERecipe, form: str, step, params, ext
         published = as_published(rows)
         if "running_threshold" in extra:
             published["threshold"] = extra["running_threshold"]
-        return reconstruction_loss(config, published, x, y, dead=dead, loss=recipe.loss, weight=weight, form=form)
+        options = {"tokens": tokens, "dead": dead, "loss": recipe.loss, "weight": weight, "form": form}
+        return reconstruction_loss(config, published, x, y, **options)
 
     (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     if recipe.frozen_decoder:

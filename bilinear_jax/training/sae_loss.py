@@ -58,6 +58,7 @@ def reconstruction_loss(
     x: Float[Array, "tokens d_model"],
     y: Float[Array, "tokens d_model"] | None = None,
     *,
+    tokens: Int[Array, " tokens"] | None = None,
     dead: Bool[Array, " features"] | None = None,
     loss: Loss = PLAIN,
     weight: Float[Array, ""] | float = 0.0,
@@ -69,6 +70,7 @@ def reconstruction_loss(
         config, params: in the published orientation, as ``nn.sae.SAEModule`` has them.
         x: what it reads.
         y: what it reconstructs. None: x.
+        tokens: the token ids, for a dictionary with a lookup. Only the rows of these tokens have a gradient.
         dead: which features are dead, for the auxiliary loss. None: there is no auxiliary loss.
         loss: the other options.
         weight: of the sparsity loss.
@@ -88,7 +90,7 @@ def reconstruction_loss(
 
     spans = [round(share * config.n_features) for share in loss.matryoshka] + [config.n_features]
     made = _thresholded(config, params, x, loss, spans, run) if config.thresholded else _top_k(x, spans, run)
-    beside = run("beside", made.written[-1], x)
+    beside = run("beside", made.written[-1], x, tokens)
     errors = [y - (written + beside) for written in made.written]
     shares = [_share(error, y) for error in errors]
     total = sum(shares[1:], start=shares[0]) / len(shares)

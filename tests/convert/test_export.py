@@ -115,6 +115,14 @@ def test_what_the_layout_cannot_say_of_an_sae_is_named(tmp_path, options, named)
     assert list(folder.iterdir()) == []
 
 
+def test_a_token_lookup_cannot_be_published(tmp_path):
+    config = SAEConfig("mlp_in", 0, 4, 2, 2, token_lookup=5)
+    params = jax.tree.map(np.asarray, SAE.init(config, jax.random.key(0)).params)
+    with pytest.raises(ValueError, match="the published layout cannot say token_lookup 5: keep it as a checkpoint of"):
+        weights_convert.write_sae(tmp_path, dataclasses.asdict(config), params)
+    assert list(tmp_path.iterdir()) == []
+
+
 @settings(max_examples=12, deadline=None, phases=[Phase.reuse, Phase.generate])  # to shrink takes minutes
 @given(st.data(), st.booleans(), DTYPES)
 def test_weights_in_any_memory_layout_come_back_bit_for_bit(tmp_path_factory, data, bias, dtype):

@@ -80,6 +80,12 @@ CASES = {
     "before the norm, with biases": {"site": "resid_mid", "bias": True},
     "passthrough": {"inp": {"passthrough": (1, 6)}},
     "passthrough before the norm, with biases": {"site": "resid_mid", "bias": True, "inp": {"passthrough": (0,)}},
+    "a lookup": {"inp": {"token_lookup": 11, "normalize": 4.0, "apply_normalize": True}, "out": {"token_lookup": 11}},
+    "a lookup before the norm, with biases": {
+        "site": "resid_mid",
+        "bias": True,
+        "inp": {"token_lookup": 11, "passthrough": (0,)},
+    },
     "normalised": {
         "inp": {"normalize": 4.0, "apply_normalize": True},
         "out": {"normalize": 3.0, "apply_normalize": True},
@@ -94,8 +100,8 @@ CASES = {
 def test_each_term_is_its_formula(options):
     # In float64 and with dense codes. A term in a wrong place would leave the sum as it is.
     tracer, x, y = case(**options)
-    feature = 5
-    found = account_at(output_feature(tracer, feature), x, y)
+    feature, tokens = 5, jnp.asarray([3, 0, 10, 3, 7])
+    found = account_at(output_feature(tracer, feature), x, y, tokens=tokens)
     true = preactivations(tracer.out, y)[:, feature]
     np.testing.assert_allclose(found.preactivation, true, rtol=1e-4)
     # These random SAEs reconstruct nothing, so that large terms cancel: to float32's rounding of those.
@@ -109,6 +115,8 @@ def test_each_term_is_its_formula(options):
     codes = np.asarray(inp.encode(x), np.float64)
     b, p = np.asarray(inp.b_dec, np.float64) * factor, np.zeros((5, D))
     p[:, list(inp.config.passthrough)] = np.asarray(x)[:, list(inp.config.passthrough)]
+    if inp.config.token_lookup:
+        p += factor * np.asarray(inp.params["w_lookup"], np.float64)[tokens]
     e = np.asarray(x, np.float64) - codes @ np.asarray(inp.w_dec, np.float64).T * factor - b - p
     b, p, e, f = (part * scale[:, None] for part in (np.broadcast_to(b, p.shape), p, e, codes))
     if options.get("bias"):

@@ -109,9 +109,15 @@ def test_a_rotation_keeps_what_the_form_has_along_its_directions():
     assert (np.diff(np.abs(found.values), axis=1) <= 1e-6).all()
 
 
-def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae():
-    found = TRACER.explained(TOKENS, parts=(1, D)).layer
-    scores = evaluate_sae(TRACER.lm, TRACER.out, TOKENS[12:])
+@pytest.mark.parametrize("options", [{}, {"token_lookup": 40}, {"passthrough": (1,)}, {"activation": "batchtopk"}])
+def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae(options):
+    config = dataclasses.replace(TRACER.out.config, **options)
+    params = SAE.init(config, jax.random.key(2)).params
+    if "token_lookup" in options:
+        params = params | {"w_lookup": jax.random.normal(jax.random.key(6), params["w_lookup"].shape)}
+    tracer = Tracer(TRACER.lm, 1, TRACER.inp, SAE(params, config))
+    found = tracer.explained(TOKENS, parts=(1, D)).layer
+    scores = evaluate_sae(TRACER.lm, tracer.out, TOKENS[12:])
     assert found.clean == pytest.approx(scores.loss_clean, rel=1e-6)
     assert found.removed == pytest.approx(scores.loss_zeroed, rel=1e-6)
     assert found.sae_loss == pytest.approx(scores.loss_patched, rel=1e-6)

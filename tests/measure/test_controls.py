@@ -40,6 +40,8 @@ KINDS = {
     "with a skip": {"skip": True, "tag": "b"},
     "transcoder": {"site": "mlp_in", "target": "mlp_out"},
     "transcoder with a skip": {"site": "mlp_in", "target": "mlp_out", "skip": True},
+    "with a lookup": {"token_lookup": 11},
+    "with a lookup in units of normalize": {"token_lookup": 11, "normalize": 4.0, "apply_normalize": True},
     "relu": {"k": None, "activation": "relu", "max_active": 2},
 }
 
@@ -54,6 +56,8 @@ def test_what_a_control_is(lm, kind):
     beside = np.zeros_like(x)
     if "w_skip" in sae.params:
         beside = x @ np.asarray(sae.params["w_skip"], np.float64).T
+    if sae.config.token_lookup:
+        beside = sae.config.scale * np.asarray(sae.params["w_lookup"], np.float64)[TOKENS[MASK]]
     passed = list(sae.config.passthrough)
     beside[:, passed] += x[:, passed]
     rest = y - beside
@@ -75,7 +79,7 @@ def test_what_a_control_is(lm, kind):
     written[:, passed] = 0
     around = rest - rest.mean(axis=0)
     scale = np.sum(around * written) / np.sum(written**2)
-    x_hat = np.asarray(control(jnp.asarray(x, jnp.float32))[0])
+    x_hat = np.asarray(control(jnp.asarray(x, jnp.float32), TOKENS[MASK])[0])
     np.testing.assert_allclose(x_hat, beside + rest.mean(axis=0) + scale * written, rtol=1e-3, atol=1e-4)
 
 

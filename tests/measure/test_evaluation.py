@@ -139,6 +139,19 @@ def transcoder(**changes) -> SAE:
     return SAE(params, dataclasses.replace(config, **changes))
 
 
+@pytest.mark.parametrize("activation", ["topk", "relu"])  # sparse codes, and dense ones row by row
+def test_a_lookup_by_hand(by_hand, activation):
+    # x: (0, 1), (0, 4); the feature gives (0, 1/2), (0, 2), and the rows (0, 1/2), (1, 0): errors 0, 4 + 1
+    lm, sae = by_hand
+    config = dataclasses.replace(sae.config, token_lookup=2, activation=activation)
+    looking = SAE(sae.params | {"w_lookup": jnp.array([[0.0, 0.5], [1.0, 0.0]])}, config)
+    metrics = evaluate_sae(lm, looking, TOKENS, BOTH)
+    assert metrics.nmse == pytest.approx(5 / 17) and metrics.l1 == 2.5
+    assert metrics.loss_patched == pytest.approx(math.log(1 + 1))  # token 1 is predicted from (1, 0 + 1)
+    (sums,) = sae_sums(lm, [looking], jnp.asarray(TOKENS), jnp.asarray(BOTH))
+    np.testing.assert_allclose(np.ldexp(sums.squared_error, 2 * sums.exponent), [1, 4])
+
+
 def test_a_transcoder_by_hand(by_hand):
     # y: (0, 1), (0, 4); reconstructions: (1/2, 1), (1, 2); errors: 1/4, 1 + 4
     metrics = evaluate_sae(by_hand[0], transcoder(), TOKENS, BOTH)
@@ -262,13 +275,16 @@ def numbers(metrics) -> list[float]:
     return [*found.pop("density"), *(value for name, value in found.items() if name != "correlation")]
 
 
-@pytest.mark.parametrize("kind", ["SAE", "transcoder"])
+@pytest.mark.parametrize("kind", ["SAE", "transcoder", "lookup"])
 def test_every_split_into_batches_gives_the_same(golden, scope, kind):
     sae = scope["1-mlp-out-x4-k6"]
     if kind == "transcoder":
         sae = SAE.init(
             SAEConfig("mlp_in", 1, 32, 2, activation="relu", target="mlp_out", max_active=2), jax.random.key(0)
         )
+    if kind == "lookup":
+        rows = jax.random.normal(jax.random.key(0), (golden.lm.config.n_vocab, 32))
+        sae = SAE(sae.params | {"w_lookup": rows}, dataclasses.replace(sae.config, token_lookup=len(rows)))
     mask = golden.expected["attention_mask"].astype(bool)
     mask[:, 0] = False
     mask[0] = False  # with rows one by one, a batch without a token

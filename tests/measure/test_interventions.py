@@ -21,6 +21,7 @@ from bilinear_jax.nn.transformer import TransformerConfig
 FEATURE = 3
 CASES = {
     "resid_mid with biases and passthrough": {"site": "resid_mid", "bias": True, "inp": {"passthrough": (2, 5)}},
+    "lookup": {"inp": {"token_lookup": 11}},
     "normalised, two layers": {
         "n_layer": 2,
         "inp": {"normalize": 4.0, "apply_normalize": True},

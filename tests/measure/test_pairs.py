@@ -21,8 +21,13 @@ from bilinear_jax.nn.transformer import TransformerConfig
 FEATURE = 3
 
 
-@pytest.fixture(scope="module", params=["micro", "biased"])
+@pytest.fixture(scope="module", params=["micro", "biased", "lookup"])
 def made(request, golden):
+    if request.param == "lookup":
+        tracer, tokens = published.biased_tracer()
+        config = dataclasses.replace(tracer.inp.config, token_lookup=11, passthrough=())
+        rows = jnp.asarray(np.random.default_rng(2).normal(size=(11, 8)), jnp.float32)
+        return Tracer(tracer.lm, 0, SAE(tracer.inp.params | {"w_lookup": rows}, config), tracer.out), tokens
     if request.param == "biased":
         return published.biased_tracer()
     tokens = np.random.default_rng(0).integers(3, golden.lm.config.n_vocab, (6, 12))

@@ -89,6 +89,7 @@ def test_it_moves_to_a_dtype_in_place():
         ({"skip": True}, "is an SAE with a skip"),
         ({"passthrough": (1,)}, "is an SAE with passthrough"),
         ({"bilinear_encoder": True}, "is an SAE with a bilinear encoder"),
+        ({"token_lookup": 5}, "is an SAE with a token lookup"),
     ],
 )
 def test_what_saebench_cannot_express_is_refused(options, says):

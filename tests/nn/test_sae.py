@@ -59,6 +59,49 @@ def test_passthrough_adds_the_inputs_own_coordinates():
         through.decode(through.encode(x))
 
 
+def test_a_lookup_adds_the_row_of_each_token():
+    """Codes do not depend on tokens, ids may repeat, and a normalisation that is applied scales rows as the bias."""
+    table = np.arange(20, dtype=np.float32).reshape(5, 4)
+    x, ids = jax.random.normal(jax.random.key(1), (3, 2, 4)), np.array([[4, 0], [1, 1], [3, 4]])
+    for options, scale in (({}, 1), ({"normalize": 10.0, "apply_normalize": True}, 10)):
+        sae, plain = with_params(small(token_lookup=5, **options), w_lookup=table), small(**options)
+        assert not np.any(small(token_lookup=5, **options).params["w_lookup"])
+        (found, codes), (expected, others) = sae(x, ids), plain(x, ids)
+        np.testing.assert_array_equal(codes, others)
+        np.testing.assert_allclose(found, expected + scale * table[ids], rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(sae.decode(sae.encode(x, sparse=True), tokens=ids), found, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(sae.beside(x, ids), found - sae.decode_directions(codes), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (None, r"adds a row for each of 5 tokens, but no tokens are given: call sae\(x, tokens\) or decode\(codes, x,"),
+        (
+            [1],
+            r"type int64 and shape \(1,\), but SAE 1-mlp-out-x3-k2 needs integers of shape \(2,\): give the token id",
+        ),
+        ([[1, 2]], r"shape \(1, 2\), but .* shape \(2,\)"),
+        ([0.0, 1.0], "type float64"),
+        (
+            [0, 5],
+            r"tokens have ids 0 \.\.\. 5, but SAE 1-mlp-out-x3-k2 has rows for 0 \.\.\. 4: give those of the model",
+        ),
+        ([-1, 2], r"tokens have ids -1 \.\.\. 2"),
+        ([2**32, 0], r"tokens have ids 0 \.\.\. 4294967296"),
+    ],
+)
+def test_tokens_that_a_lookup_cannot_take(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        small(token_lookup=5)(jnp.ones((2, 4)), tokens)
+
+
+def test_traced_ids_without_a_row_give_nan_and_not_another_row():
+    sae, x, ids = small(token_lookup=5), jnp.ones((4, 4)), jnp.asarray([-1, 0, 4, 5])
+    found = jax.jit(lambda sae, x, ids: sae(x, ids)[0])(sae, x, ids)
+    assert np.isnan(found).all(axis=1).tolist() == [True, False, False, True]
+
+
 def test_normalize_is_recorded_and_applied_only_on_request():
     x = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])
     recorded, applied = small(normalize=10.0), small(normalize=10.0, apply_normalize=True)
@@ -122,6 +165,9 @@ def test_names_are_the_published_ones():
         (dict(tag="\x1b[2J"), r"tag is '\\x1b\[2J'"),
         (dict(tag="\u202ev"), r"tag is '\\u202ev'"),
         (dict(tag="v\ud800"), r"tag is 'v\\ud800'"),
+        (dict(token_lookup=0), "token_lookup must be at least 1, got 0"),
+        (dict(token_lookup=2**31), "token_lookup must be at most 2147483647, got 2147483648"),
+        (dict(token_lookup=True), "token_lookup must be a whole number"),
         (dict(apply_normalize=True), "normalize is None, but apply_normalize needs a number other than 0"),
     ],
 )
@@ -144,6 +190,11 @@ def test_bad_configs_are_named(change, message):
             {"bilinear_encoder": True, "passthrough": (1, 3)},
             3 * 8 * 4 + 4,
             "encoder: bilinear, no bias; input not normalised; coordinates 1, 3 pass through",
+        ),
+        (
+            {"token_lookup": 5},
+            2 * 8 * 4 + 4 + 5 * 4,
+            "encoder: linear, no bias; input not normalised; no coordinate passes through; a row for each of 5 tokens",
         ),
     ],
 )

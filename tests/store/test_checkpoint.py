@@ -45,10 +45,12 @@ def test_smaller_on_disk_is_float32_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bilinear_encoder": True, "encoder_bias": True, "passthrough": (1, 3), "tag": "v2"}]
+    "options",
+    [{}, {"bilinear_encoder": True, "encoder_bias": True, "passthrough": (1, 3), "tag": "v2"}, {"token_lookup": 5}],
 )
 def test_a_saved_sae_comes_back_bit_for_bit(tmp_path, options):
     sae = SAE.init(SAEConfig("mlp_out", 1, d_model=8, expansion=4, k=3, **options), jax.random.key(1))
+    sae = SAE({name: value + 0.5 for name, value in sae.params.items()}, sae.config)
     checkpoint.save_sae(tmp_path / "scope" / sae.name, sae, origin=ORIGIN)
     again = checkpoint.load_sae(tmp_path, layer=1)
     assert again.config == sae.config

@@ -33,6 +33,7 @@ KINDS = {
     "jumprelu": {"activation": "jumprelu", "encoder_bias": True, "centred": False},
     "relu": {"activation": "relu", "expansion": 2.25},
     "transcoder": {"k": 3, "target": "mlp_out", "skip": True, "encoder_bias": True},
+    "lookup": {"k": 3, "token_lookup": 5},
     "jumprelu transcoder": {"activation": "jumprelu", "k": 5, "target": "resid_post", "tag": "a-b"},
 }
 
@@ -219,6 +220,18 @@ def test_what_does_not_fit_the_model_is_named(sets):
     with pytest.raises(ValueError, match=r"blocks\.3\..* belongs to layer 3, but the model has layers 0 \.\.\. 2"):
         bj.load_dictionary(sets / "saelens", layer=3, model=shallow)
     assert len(bj.load_dictionaries("ts-nano", layer=2, model=lm)) == 3
+
+
+@pytest.mark.parametrize("rows", [4095, 4096])
+def test_a_lookup_must_be_of_the_models_tokens(tmp_path, rows):
+    lm = bj.load("ts-nano")
+    sae = SAE.init(SAEConfig("mlp_in", 1, 256, 1, 3, token_lookup=rows), jax.random.key(0))
+    bj.save_sae(tmp_path / sae.name, sae, origin={})
+    if rows == lm.config.n_vocab:
+        assert bj.load_dictionary(tmp_path, model=lm).config == sae.config
+        return
+    with pytest.raises(ValueError, match=r"has rows for 4095 tokens, but the model has 4096: .*Name SAEs of this"):
+        bj.load_dictionary(tmp_path, model=lm)
 
 
 def test_what_is_no_dictionary(tmp_path, sets):

@@ -152,6 +152,8 @@ def as_read(key, value):
         ("sae", {"target": "mlp_mid"}, "no site 'mlp_mid'"),
         ("sae", {"activation": "gelu"}, "no activation 'gelu' in a dictionary: choose one of topk"),
         ("sae", {"skip": True}, r"In the model but not in the checkpoint: w_skip"),
+        ("sae", {"token_lookup": 5}, r"In the model but not in the checkpoint: w_lookup"),
+        ("sae", {"token_lookup": 0}, "token_lookup must be at least 1, got 0"),
         ("sae", {"max_active": 17}, "max_active is 17, but it must be between 1 and 16"),
         ("sae", {"linear_term": True}, "linear_term is true, but only a bilinear encoder has it"),
         ("sae", {"layer": 1}, "is that of an SAE 1-mlp-out-x2-k3-v0: rename the folder, or correct it"),

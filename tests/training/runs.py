@@ -101,7 +101,7 @@ def train_on_a_full_disk(directory: Path) -> None:
 
 
 def train_saes_on_a_model(directory: Path) -> None:
-    """A language model fills a buffer of three batches, for an SAE and a transcoder; saved at every fourth step."""
+    """A model fills a buffer of 3 batches, for an SAE with a lookup and a transcoder; saved at every fourth step."""
     share_compiled(directory)
     config = TransformerConfig(n_layer=1, n_head=1, d_model=8, d_hidden=8, n_ctx=8, n_vocab=8)
     random = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def train_saes_on_a_model(directory: Path) -> None:
     recipe = SAERecipe(steps=40, batch_size=32, warmup=2, rows=8, buffer_tokens=100, form="gather")
     tokens = random.integers(0, 8, 4000).astype(np.int32)
     product = {"target": "mlp_out", "bilinear_encoder": True, "product_bias": True, "activation": "batchtopk"}
-    configs = [SAEConfig("mlp_in", 0, 8, 2, 2), SAEConfig("mlp_in", 0, 8, 2, 2, **product)]
+    configs = [SAEConfig("mlp_in", 0, 8, 2, 2, token_lookup=8), SAEConfig("mlp_in", 0, 8, 2, 2, **product)]
     fit_saes(LanguageModel(params, config), configs, recipe, tokens, directory, save_every=4)
 
 

@@ -10,9 +10,11 @@ import pytest
 from runs import Stopped, stopped_at
 
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.measure.evaluation import evaluate_saes
 from bilinear_jax.nn.activations import batch_threshold, jump, least_threshold, places, step
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
+from bilinear_jax.training.harvest import TOKENS as TOKEN_IDS
 from bilinear_jax.training.mesh import make_mesh, one_copy, place, place_rows
 from bilinear_jax.training.sae import fit_saes, sae_update, train_on_activations
 from bilinear_jax.training.sae_loss import reconstruction_loss, training_slots
@@ -29,6 +31,8 @@ TRANSCODERS = {
     "skip": dict(target="mlp_out", encoder_bias=True, skip=True),
     "bilinear": dict(target="mlp_out", bilinear_encoder=True, product_bias=True),
     "bilinear-linear": dict(target="mlp_out", bilinear_encoder=True, product_bias=True, linear_term=True),
+    "lookup": dict(token_lookup=12),
+    "skip-lookup": dict(target="mlp_out", encoder_bias=True, skip=True, token_lookup=12),
 }
 LOSS = Loss(k_aux=3, aux_coefficient=0.5, matryoshka=(0.25, 0.5), bandwidth=0.4)
 
@@ -46,7 +50,7 @@ def params_of(config: SAEConfig, key: int = 0, threshold: float = 1.0) -> dict:
     return found
 
 
-def dense_loss(config: SAEConfig, params: dict, x, y, dead, loss: Loss, weight: float):
+def dense_loss(config: SAEConfig, params: dict, x, y, tokens, dead, loss: Loss, weight: float):
     """The loss as its module defines it, with every code written out, for JAX to differentiate."""
     centre = params["b_dec"][None] if config.centred else 0.0
     h = (x - centre) @ params["w_enc"].T
@@ -75,6 +79,8 @@ def dense_loss(config: SAEConfig, params: dict, x, y, dead, loss: Loss, weight: 
         codes = jnp.maximum(z, 0)
     skip = x @ params["w_skip"].T if config.skip else 0.0
     beside = params["b_dec"][None] + skip
+    if config.token_lookup:
+        beside = beside + jax.nn.one_hot(tokens, config.token_lookup) @ params["w_lookup"]
     total, errors = 0.0, []
     for share in (*loss.matryoshka, 1):
         first = (jnp.arange(config.n_features) < round(share * config.n_features))[None]
@@ -102,7 +108,7 @@ CASES = [(kind, "topk", 1.0) for kind in TRANSCODERS] + [
     (kind, activation, threshold)
     for kind, activation in [
         *(("sae", "topk_relu"), ("sae", "batchtopk"), ("skip", "relu"), ("transcoder", "jumprelu")),
-        *(("bilinear", "batchtopk"), ("bilinear-linear", "jumprelu")),
+        *(("bilinear", "batchtopk"), ("bilinear-linear", "jumprelu"), ("lookup", "batchtopk")),
     ]
     for threshold in (0.05, 3.0)[activation == "topk_relu" :]  # more active features than places, and fewer
 ]
@@ -118,12 +124,13 @@ def test_loss_and_gradients_are_those_of_dense_autodiff(kind, activation, thresh
     x = jax.random.normal(keys[0], (TOKENS, D))
     y = x if config.target is None else jax.random.normal(keys[1], (TOKENS, D))
     dead = jax.random.bernoulli(keys[2], 0.3, (config.n_features,))
+    tokens = jnp.arange(TOKENS) ** 2 % 12  # some ids several times, others never
 
     def ours(params):
-        return reconstruction_loss(config, params, x, y, dead=dead, loss=LOSS, weight=0.7)[0]
+        return reconstruction_loss(config, params, x, y, tokens=tokens, dead=dead, loss=LOSS, weight=0.7)[0]
 
     def dense(params):
-        return dense_loss(config, params, x, y, dead, LOSS, 0.7)
+        return dense_loss(config, params, x, y, tokens, dead, LOSS, 0.7)
 
     with jax.default_matmul_precision("highest"):
         (value, found), (other, expected) = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, dense))
@@ -135,6 +142,8 @@ def test_loss_and_gradients_are_those_of_dense_autodiff(kind, activation, thresh
         np.testing.assert_allclose(found[name] / scale, leaf / scale, atol=1e-5, err_msg=name)
     if activation == "jumprelu":
         assert float(jnp.max(jnp.abs(found["threshold"]))) > 0
+    if config.token_lookup:
+        assert np.any(np.asarray(found["w_lookup"]), axis=1).tolist() == [id in (0, 1, 4, 9) for id in range(12)]
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
@@ -271,15 +280,70 @@ def test_a_frozen_decoder_stays_random_with_a_start(lm):
     assert not np.array_equal(started.w_dec, random.w_dec)
 
 
+# The token lookup.
+
+
+def test_a_lookup_finds_what_belongs_to_tokens_and_leaves_the_feature_to_the_codes():
+    """Each token has a row, and one feature is sparse. Eight features, one active, cannot be 40 rows."""
+    rows = np.random.default_rng(0).normal(size=(40, D)).astype(np.float32)
+    rows[:, 0] = 0
+
+    def batch(i: int) -> dict:
+        random = np.random.default_rng([1, i])
+        ids = random.integers(0, 40, 256).astype(np.int32)
+        codes = (random.uniform(1, 3, 256) * (random.random(256) < 0.3)).astype(np.float32)
+        return {("mlp_in", 0): rows[ids] + codes[:, None] * np.eye(D, dtype=np.float32)[:1], TOKEN_IDS: ids}
+
+    plain = SAEConfig("mlp_in", 0, D, 1, 1, activation="topk_relu", encoder_bias=True)
+    configs = [plain, dataclasses.replace(plain, token_lookup=40, tag="lookup")]
+    recipe = SAERecipe(steps=1000, batch_size=256, lr=2e-2, final_lr=0.0)
+    state = initial_state(configs, recipe, {("mlp_in", 0): np.zeros(D, np.float32)})
+    update = jax.jit(sae_update(configs, recipe))
+    for i in range(recipe.steps):
+        state, _ = update(state, batch(i))
+    without, found = saes_of(state, configs)
+    new = batch(recipe.steps)
+    x, ids = jnp.asarray(new["mlp_in", 0]), new[TOKEN_IDS]
+    assert float(jnp.sum((found(x, ids)[0] - x) ** 2) / jnp.sum(x**2)) < 0.005
+    assert float(jnp.sum((without(x)[0] - x) ** 2) / jnp.sum(x**2)) > 0.2
+    # up to one constant and the feature's own direction, the rows are those that were planted
+    learned, planted = (part[:, 1:] - part[:, 1:].mean(axis=0) for part in (np.asarray(found.params["w_lookup"]), rows))
+    assert np.sum((learned - planted) ** 2) < 0.05 * np.sum(planted**2)
+
+
+def test_a_lookup_needs_the_ids_of_the_model(lm, tmp_path):
+    """Before any step: a table of another size, or batches without ids."""
+    config, tokens = SAEConfig("mlp_in", 0, D, 2, 3, token_lookup=9), np.zeros(3000, np.int32)
+    with pytest.raises(ValueError, match=r"token_lookup of 0-mlp-in-x2-k3 is 9, but the model has 10 token ids: set"):
+        fit_saes(lm, [config], RECIPE, tokens, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match=r"0-mlp-in-x2-k3 has a token lookup, but the batches have no token ids: give"):
+        sae_update([config], RECIPE)(initial_state([config], RECIPE, MEANS), {("mlp_in", 0): np.zeros((4, D))})
+
+
+def test_dictionaries_with_and_without_a_lookup_are_harvested_together(lm, tmp_path):
+    """What is harvested for the plain one stays the same; the other reconstructs what it cannot."""
+    tokens = np.random.default_rng(0).integers(0, 10, 3000)
+    plain = SAEConfig("resid_pre", 0, D, 1, 1)
+    configs = [plain, dataclasses.replace(plain, token_lookup=10, tag="lookup")]
+    recipe = SAERecipe(steps=60, batch_size=64, lr=3e-2, buffer_tokens=512, rows=8)
+    alone = fit_saes(lm, configs[:1], recipe, tokens, tmp_path / "alone")
+    both = fit_saes(lm, configs, recipe, tokens, tmp_path / "both")
+    jax.tree.map(np.testing.assert_array_equal, alone[0].params, both[0].params)
+    found = evaluate_saes(lm, both, tokens[:160].reshape(10, 16))
+    assert found[both[1].name].nmse < 0.5 * found[plain.name].nmse
+
+
 # Runs.
 
 
 def both_sites(i: int) -> dict:
     x = jax.random.normal(jax.random.key(i), (64, D))
-    return {("mlp_in", 0): x, ("mlp_out", 0): x**2 - 1}
+    ids = jax.random.randint(jax.random.key(i), 64, 0, 12)
+    return {("mlp_in", 0): x, ("mlp_out", 0): x**2 - 1, TOKEN_IDS: ids}
 
 
-ALL = [config_of("bilinear", "batchtopk", 3), config_of("sae", "relu", 3)]
+ALL = [config_of("bilinear", "batchtopk", 3), config_of("sae", "relu", 3), config_of("lookup", "topk", 3)]
 MEANS = {("mlp_in", 0): np.zeros(D, np.float32), ("mlp_out", 0): np.zeros(D, np.float32)}
 RECIPE = SAERecipe(steps=8, batch_size=64, lr=1e-2)
 
@@ -292,6 +356,7 @@ def test_kinds_train_in_one_run_which_goes_on_with_the_same_bits(tmp_path):
     for mine, other in zip(halved, whole, strict=True):
         assert mine.config == other.config
         jax.tree.map(np.testing.assert_array_equal, mine.params, other.params)
+    assert np.all(np.any(np.asarray(whole[2].params["w_lookup"]), axis=1))
     last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {f"nmse.{config.name}" for config in ALL} <= last.keys()
 
@@ -305,6 +370,9 @@ def test_kinds_over_eight_devices_gives_what_one_device_gives():
         for i in range(3):
             batch = jax.tree.map(np.asarray, both_sites(i))
             state, _ = update(state, batch if placed is None else place_rows(batch, placed))
+        if placed is not None:
+            shards = state.params["stack_2"]["w_lookup"].addressable_shards
+            assert {shard.data.shape for shard in shards} == {(1, 3, D)}  # 12 ids over 4 devices
         states.append(one_copy(state, placed))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), states[0].params, states[1].params

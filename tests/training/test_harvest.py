@@ -12,7 +12,7 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.training.batches import batches
 from bilinear_jax.training.fit import BatchIterator, ByStep
-from bilinear_jax.training.harvest import Harvest
+from bilinear_jax.training.harvest import TOKENS, Harvest
 from bilinear_jax.training.mesh import make_mesh, place
 
 SEQ, ROWS, PAD, N_VOCAB = 8, 3, 0, 2000
@@ -76,6 +76,16 @@ def test_a_row_is_of_the_same_token_at_every_site(planted):
         assert {value.shape for value in batch.values()} == {(10, 2)}
 
 
+def test_the_ids_are_those_of_the_rows(planted):
+    """And nothing else changes with them."""
+    harvests = [Harvest(planted, SITES, ByStep(numbered), 10, 60, tokens=tokens) for tokens in (True, False)]
+    for batch, other in zip(*(take(harvest, 14) for harvest in harvests), strict=True):  # more than two chunks
+        ids = batch.pop(TOKENS)
+        assert ids.dtype == np.int32 and ids.shape == (10,)
+        np.testing.assert_array_equal(ids, batch["resid_pre", 0][:, 0])
+        jax.tree.map(np.testing.assert_array_equal, batch, other)
+
+
 def test_shuffled_over_the_whole_chunk_and_otherwise_in_the_next(planted):
     def places(seed):
         served = tokens_of(take(Harvest(planted, SITES, ByStep(numbered), 20, 200, seed), 20)).reshape(2, 200)
@@ -110,8 +120,9 @@ def harvest_of(lm, seed=0, **options) -> Harvest:
     return Harvest(lm, REAL, batches(stream, 6, 4, seed=2), 16, 70, seed, **options)
 
 
-def test_restored_bit_identically_without_being_saved(model):
-    harvest = harvest_of(model)
+@pytest.mark.parametrize("tokens", [False, True])
+def test_restored_bit_identically_without_being_saved(model, tokens):
+    harvest = harvest_of(model, tokens=tokens)
     assert isinstance(harvest, BatchIterator)
     states, served = [], []
     for _ in range(12):
@@ -119,7 +130,7 @@ def test_restored_bit_identically_without_being_saved(model):
         served += take(harvest, 1)
     assert len(set(states)) == 12 and max(map(len, states)) < 1000
     for begin in (0, 2, 3, 4, 7, 8):
-        fresh = harvest_of(model)
+        fresh = harvest_of(model, tokens=tokens)
         take(fresh, begin % 3)  # wherever it was
         fresh.set_state(json.loads(states[begin]))
         assert json.dumps(fresh.get_state()) == states[begin]
@@ -142,23 +153,24 @@ def test_the_values_are_those_of_the_model_and_compute_dtype_is_its(model):
             np.testing.assert_allclose(batch[site][order], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_is_the_buffer_and_within_the_bound(model):
-    harvest = harvest_of(model)
+@pytest.mark.parametrize("tokens", [True, False])
+def test_memory_is_the_buffer_and_within_the_bound(model, tokens):
+    harvest = harvest_of(model, tokens=tokens)
     take(harvest, 9)
     held = sum(buffer.nbytes for buffer in harvest._buffers.values())
-    assert held == harvest.nbytes == 64 * (8 + 8 + 8) * 4 <= 70 * 24 * 4
+    assert held == harvest.nbytes == 64 * (8 + 8 + 8 + tokens) * 4
     # one site twice is one site
-    assert Harvest(model, [*REAL, ("mlp-in", 1)], ByStep(numbered), 16, 70).nbytes == held
+    assert Harvest(model, [*REAL, ("mlp-in", 1)], ByStep(numbered), 16, 70, tokens=tokens).nbytes == held
 
 
 def test_on_a_mesh_it_is_the_same_and_shared_out(model):
     mesh = make_mesh()
     lm = LanguageModel(place(model.params, mesh), model.config)
-    ours, theirs = harvest_of(lm, mesh=mesh), harvest_of(model)
+    ours, theirs = harvest_of(lm, mesh=mesh, tokens=True), harvest_of(model, tokens=True)
     for _ in range(6):
         batch = next(ours)
         assert {len(value.sharding.device_set) for value in batch.values()} == {8}
-        assert {value.addressable_shards[0].data.shape for value in batch.values()} == {(2, 8)}
+        assert {value.addressable_shards[0].data.shape for value in batch.values()} == {(2, 8), (2,)}
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), batch, next(theirs))
 
 

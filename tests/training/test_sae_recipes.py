@@ -8,6 +8,7 @@ from small_recipes import RUN, command, options
 
 import bilinear_jax as bj
 from bilinear_jax.measure.evaluation import evaluate_saes, to_json
+from bilinear_jax.nn.sae import SAE
 from bilinear_jax.store.sources import sae_names
 from bilinear_jax.store.tokens import open_tokens
 from bilinear_jax.training.batches import held_out_rows
@@ -62,6 +63,25 @@ class TestSAEs:
         assert float(one.params["threshold"]) > 0
         assert scores[one.name]["l0"] == pytest.approx(evaluate_saes(lm, [one], rows)[one.name].l0)
         assert np.all(np.asarray(one.encode(lm.capture(rows, [("mlp_in", 0)])["mlp_in", 0])) >= 0)
+
+    def test_a_token_lookup_by_the_command(self, run, text, tmp_path):
+        """It is trained, saved and scored; the same command again only scores it, and a plain one lies beside it."""
+        overrides = self.SMALL | {
+            **{"saes.kinds": "sae,skip-transcoder", "saes.layers": "0", "saes.sites": "mlp_out"},
+            **{"recipe.form": "scan", "recipe.lr": "1e-2", "saes.token_lookup": "true", "run.weights": "float32"},
+        }
+        given = ["sae", "ts-nano", "--data", text, "--out", tmp_path, "--model", run / "model", *options(overrides)]
+        assert command(*given) == 0
+        names = {"0-mlp-out-x4-k2-lookup", "0-mlp-in-to-mlp-out-x4-k2-skip-lookup"}
+        scores = (tmp_path / "saes.json").read_text()
+        assert set(sae_names(tmp_path)) == names == json.loads(scores).keys()
+        assert command(*given) == 0 and (tmp_path / "saes.json").read_text() == scores
+        lm, rows = bj.load(run / "model"), held_out_rows(open_tokens(run / "tokens").held_out, 16)
+        one = bj.load_sae(tmp_path, "mlp_out", tag="lookup")
+        assert one.config.token_lookup == lm.config.n_vocab == 270 and np.any(one.params["w_lookup"])
+        assert json.loads(scores)[one.name]["nmse"] == pytest.approx(evaluate_saes(lm, [one], rows)[one.name].nmse)
+        plain = SAE(one.params | {"w_lookup": one.params["w_lookup"] * 0}, one.config)
+        assert evaluate_saes(lm, [plain], rows)[one.name].nmse != pytest.approx(json.loads(scores)[one.name]["nmse"])
 
     def test_a_kind_that_there_is_not_is_named(self, run, text, tmp_path):
         with pytest.raises(ValueError, match=r"no kind 'crosscoder' in saes.kinds: choose one of sae, transcoder"):

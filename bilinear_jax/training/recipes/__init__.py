@@ -92,6 +92,7 @@ class SAEGrid:
     kinds: tuple[str, ...] = ("sae",)  # sae, transcoder, skip-transcoder, bilinear-transcoder
     activations: tuple[str, ...] = ("topk",)  # topk, topk_relu, batchtopk, jumprelu, relu
     tag: str | None = None  # tells these SAEs apart from others with the same properties
+    token_lookup: bool = False  # add a learned row for each token of the vocabulary to the reconstructions
 
     def __post_init__(self):
         check_types(self)
@@ -105,7 +106,7 @@ class SAEGrid:
     def configs(self, model: TransformerConfig) -> list[SAEConfig]:
         """The configs of the dictionaries. Raises ``ValueError`` for a layer that the model does not have.
 
-        Skip and bilinear transcoders have their kind in their tag.
+        Skip and bilinear transcoders have their kind in their tag, and dictionaries with a lookup ``lookup``.
 
         Example:
             >>> model = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
@@ -121,9 +122,10 @@ class SAEGrid:
         for layer, kind in itertools.product(layers, self.kinds):
             sites = self.sites if kind == "sae" else ("mlp_in",)
             mark = kind.removesuffix("-transcoder") if "-" in kind else None
-            tag = "-".join(part for part in (mark, self.tag) if part) or None
+            tag = "-".join(part for part in (mark, "lookup" if self.token_lookup else None, self.tag) if part) or None
+            lookup = model.n_vocab if self.token_lookup else None
             for site, expansion, activation, k in itertools.product(sites, self.expansions, self.activations, self.ks):
-                options = {"tag": tag, "activation": activation, **KINDS[kind]}
+                options = {"tag": tag, "activation": activation, "token_lookup": lookup, **KINDS[kind]}
                 found.append(SAEConfig(site, layer, model.d_model, expansion, k, **options))
         return found
 
