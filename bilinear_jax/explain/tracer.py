@@ -22,7 +22,7 @@ from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from bilinear_jax.errors import check_count
+from bilinear_jax.explain.batches import interaction, of_every_matrix
 from bilinear_jax.explain.directions import CertifiedForm, Directions, resolve, rows_read, the_sae
 from bilinear_jax.explain.explained import Explained, explained
 from bilinear_jax.explain.interactions import Interactions, Submatrix, submatrix, top_interactions
@@ -31,10 +31,9 @@ from bilinear_jax.explain.samples import Layer, second_moment
 from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
 from bilinear_jax.explain.transcoders import check_transcoder, is_transcoder, transcoder_tensor
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.linalg.devices import one_blas_thread, spread
+from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.nn.sae import SAE, unit_columns
-from bilinear_jax.tensor import BilinearTensor
 
 Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
 
@@ -200,7 +199,7 @@ class Tracer:
         Memory: the result, ``U * features^2`` numbers with ``project``, twice, and ``hidden * in`` numbers.
         """
         features, single = self._features(idx)
-        q = _interaction(self.tensor, self.directions[features], self.basis if project else None)
+        q = interaction(self.tensor, self.directions[features], self.basis if project else None)
         return q[0] if single else q
 
     def top_eigh(
@@ -304,9 +303,9 @@ class Tracer:
         Example:
             >>> import bilinear_jax as bj
             >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
-            >>> found = tracer.explained(bj.load_corpus("ts-nano")[:16], features=range(16), parts=(1, 16))
+            >>> found = tracer.explained(bj.load_corpus("ts-nano")[:8], features=range(8), parts=(1, 8))
             >>> found.r2.shape, bool(np.median(found.r2[:, 1]) > np.median(found.controls["rotated"].r2[:, 1]))
-            ((16, 2), True)
+            ((8, 2), True)
         """
         through = self.outputs if is_transcoder(self.outputs) else None
         tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
@@ -354,38 +353,14 @@ class Tracer:
 
         Example:
             >>> import bilinear_jax as bj
-            >>> tracer = bj.Tracer(bj.load("ts-nano"), layer=2)
-            >>> strength = tracer.compute(bj.spectra.truncated_eigenvalues, k=2)
-            >>> strength.shape == (tracer.n_features,)
-            True
+            >>> lm = bj.load("ts-nano")
+            >>> tracer = bj.Tracer(lm, layer=2, out=bj.Directions.tokens(lm, [" dog", " cat"]))
+            >>> tracer.compute(bj.spectra.truncated_eigenvalues, k=2).shape
+            (2,)
         """
-        from tqdm import tqdm
-
-        check_count("batch_size", batch_size)
-        total, size = self.n_features, min(batch_size, self.n_features)
-
-        @jax.jit
-        def step(tensor, directions, basis, features):
-            def of_some(shared, features):
-                tensor, directions, basis = shared
-                return fn(_interaction(tensor, directions[features], basis), **kwargs)
-
-            return spread(of_some, mesh, (tensor, directions, basis), features)
-
-        results = []
-        with one_blas_thread():
-            for start in tqdm(range(0, total, size), desc=f"features of {self.outputs.name}", disable=None):
-                # The last batch is filled up with the last feature, so that only one shape is compiled.
-                features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))
-                result = step(self.tensor, self.directions, self.basis if project else None, features)
-                for leaf in jax.tree.leaves(result) if not results else ():
-                    if leaf.ndim == 0 or leaf.shape[0] != size:
-                        raise ValueError(
-                            f"fn returned an array of shape {leaf.shape} for {size} matrices: the first axis must be "
-                            "the batch"
-                        )
-                results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
+        basis = self.basis if project else None
+        name = f"features of {self.outputs.name}"
+        return of_every_matrix(fn, self.tensor, self.directions, basis, batch_size, name, mesh=mesh, **kwargs)
 
     def top_interactions(self, n: int = 50, feature: Index | None = None, *, mesh: Mesh | None = None) -> Interactions:
         """The n largest |entries| of the projected matrices ``D^T Q D``, of one output feature or of all together.
@@ -464,9 +439,3 @@ class Tracer:
                 self.check_feature(outside.flat[0])  # raises
             features = features.astype(np.int32)
         return jnp.atleast_1d(features), features.ndim == 0
-
-
-@jax.jit
-def _interaction(tensor: BilinearTensor, directions, basis) -> Float[Array, "U in in"]:
-    with jax.default_matmul_precision("highest"):
-        return tensor.interaction(directions, basis)

@@ -1,0 +1,61 @@
+"""Functions of the interaction matrices of many output directions, a batch at a time."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
+
+from bilinear_jax.errors import check_count
+from bilinear_jax.linalg.devices import one_blas_thread, spread
+from bilinear_jax.tensor import BilinearTensor
+
+
+@jax.jit
+def interaction(tensor: BilinearTensor, directions, basis) -> Float[Array, "U in in"]:
+    """``tensor.interaction`` compiled, with the highest matmul precision."""
+    with jax.default_matmul_precision("highest"):
+        return tensor.interaction(directions, basis)
+
+
+def of_every_matrix(
+    fn: Callable[..., PyTree],
+    tensor: BilinearTensor,
+    directions: Float[Array, "U out"],
+    basis: Float[Array, "in new"] | None,
+    batch_size: int,
+    description: str,
+    *,
+    mesh: Mesh | None,
+    **kwargs,
+) -> PyTree:
+    """``fn(q, **kwargs)`` of the interaction matrices of all directions: see ``Tracer.compute``."""
+    from tqdm import tqdm
+
+    check_count("batch_size", batch_size)
+    total, size = len(directions), min(batch_size, len(directions))
+
+    @jax.jit
+    def step(tensor, directions, basis, features):
+        def of_some(shared, features):
+            tensor, directions, basis = shared
+            return fn(interaction(tensor, directions[features], basis), **kwargs)
+
+        return spread(of_some, mesh, (tensor, directions, basis), features)
+
+    results = []
+    with one_blas_thread():
+        for start in tqdm(range(0, total, size), desc=description, disable=None):
+            # The last batch is filled up with the last feature, so that only one shape is compiled.
+            features = jnp.asarray(np.minimum(np.arange(start, start + size), total - 1))
+            result = step(tensor, directions, basis, features)
+            for leaf in jax.tree.leaves(result) if not results else ():
+                if leaf.ndim == 0 or leaf.shape[0] != size:
+                    raise ValueError(
+                        f"fn returned an array of shape {leaf.shape} for {size} matrices: the first axis must be "
+                        "the batch"
+                    )
+            results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
