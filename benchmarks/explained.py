@@ -1,0 +1,130 @@
+"""How much of an output feature its first eigenpairs explain, on text that nothing was chosen on, beside the controls.
+
+On every layer of a model, for SAEs of the MLP's output that are trained here (the rates and sizes of
+``benchmarks/dictionaries.py``), by ``Tracer.explained``: medians over features, and means over seeds with the largest
+distance from them.
+
+    methods     eigenpairs in the metric of the data, and by weight
+    baselines   lookups of the token and of the bigram
+    controls    the form cut along random directions; random output directions; SAEs whose decoder columns stayed
+                random; SAEs of a model with random weights
+
+For the SAEs of the first seed also the share of the MLP's effect on the loss that is left if all its features are
+replaced by their explanations.
+
+    python benchmarks/explained.py          # ts-nano, all layers, three seeds
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from dictionaries import trained
+
+import bilinear_jax as bj
+from bilinear_jax.explain.explained import Explained
+from bilinear_jax.explain.scores import Scores
+from bilinear_jax.language import LanguageModel
+from bilinear_jax.nn.sae import SAE
+
+METHODS = ("data", "weight")
+
+
+def medians(scores: Scores, column: int) -> dict[str, float]:
+    named = {"r2": scores.r2, "r2_active": scores.r2_active, "average_precision": scores.average_precision}
+    return {f"median_{name}": float(np.nanmedian(values[:, column])) for name, values in named.items()}
+
+
+def cases_of(found: Explained, layer: int, dictionary: str, seed: int, control: bool) -> list[dict]:
+    """One case for each method and number of parts."""
+    own = {f"eigenpairs by {found.by}": (found, found.parts, control)}
+    own |= {f"{name}, by {found.by}": (scores, found.parts, True) for name, scores in found.controls.items()}
+    if found.by == METHODS[0]:
+        own |= {f"{name} lookup": (scores, (0,), control) for name, scores in found.lookups.items()}
+        own |= {"the whole pre-activation": (found.full, (0,), control)}
+    base = {"layer": layer, "dictionary": dictionary, "seed": seed}
+    return [
+        base | {"method": method, "inputs_read": number, "control": is_control} | medians(scores, column)
+        for method, (scores, numbers, is_control) in own.items()
+        for column, number in enumerate(numbers)
+    ]
+
+
+def table(cases: list[dict]) -> str:
+    """A row for each layer, dictionary, method and number of parts: R2, where it fires, and average precision."""
+    rows: dict[tuple, list[dict]] = {}
+    for case in cases:
+        rows.setdefault(tuple(case[name] for name in ("layer", "dictionary", "method", "inputs_read")), []).append(case)
+    lines = ["| layer | dictionary | method | parts | R2 | R2 where it fires | average precision |", "| --- " * 7 + "|"]
+    for key, its in rows.items():
+        cells = []
+        for name in ("median_r2", "median_r2_active", "median_average_precision"):
+            values = np.array([case[name] for case in its])
+            cells.append(f"{values.mean():.3f} ± {np.abs(values - values.mean()).max():.3f}")
+        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ts-nano")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: all")
+    parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--features", type=int, default=48, help="random features of each SAE")
+    parser.add_argument("--rows", type=int, default=48, help="rows to choose on, and as many to score on")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--k", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--n-ctx", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
+    parser.add_argument("--out", type=Path, default=Path("runs/explained"))
+    options = parser.parse_args()
+
+    lm = bj.load(options.model)
+    corpus = np.asarray(bj.load_corpus(options.model))
+    choose, score, train = corpus[: options.rows], corpus[options.rows : 2 * options.rows], corpus[2 * options.rows :]
+    options.layers = list(range(lm.config.n_layer)) if options.layers is None else options.layers
+    random = LanguageModel.init(lm.config, jax.random.key(0))
+    runs = {
+        "SAE": (lm, options.seeds, False),
+        "SAE, decoder frozen at random": (lm, 1, True),
+        "SAE of a random model": (random, 1, False),
+    }
+    cases, layers = [], []
+    for name, (model, seeds, frozen) in runs.items():
+        out = options.out / name.replace(", ", "-").replace(" ", "-")
+        for sae in trained(model, ["sae"], train.reshape(-1), options, out, seeds, frozen):
+            layer, seed = sae.config.layer, int((sae.config.tag or "").rpartition("-")[2])
+            tracer = bj.Tracer(model, layer, unused_input(sae), sae)
+            some = np.sort(np.random.default_rng(seed).permutation(tracer.n_features)[: options.features])
+            for by in METHODS if name == "SAE" else METHODS[:1]:
+                found = tracer.explained(score, choose, features=some, parts=options.parts, by=by, seed=seed)
+                cases += cases_of(found, layer, name, seed, control=name != "SAE")
+            if name == "SAE" and seed == 0:
+                layers.append({"layer": layer} | replaced(tracer, score, choose, options.parts))
+    print(table(cases))
+    print("\n| layer | cost of removing it, nats | the SAE itself | mean output of the token |", end="")
+    print("".join(f" {n} |" for n in options.parts))
+    print("| --- " * (4 + len(options.parts)) + "|")
+    for one in layers:
+        numbers = [one["removed"] - one["clean"], one["sae_recovered"], one["token_recovered"], *one["recovered"]]
+        print(f"| {one['layer']} | {' | '.join(f'{value:.3f}' for value in numbers)} |")
+    print(json.dumps({"model": options.model, "features": options.features, "cases": cases, "layers": layers}))
+
+
+def unused_input(sae: SAE) -> SAE:
+    """An input SAE, which a tracer has and eigenpairs do not use."""
+    return SAE.init(bj.SAEConfig("mlp_in", sae.config.layer, sae.config.d_model, 1, 1), jax.random.key(0))
+
+
+def replaced(tracer: bj.Tracer, score, choose, parts) -> dict:
+    found = tracer.explained(score, choose, parts=parts).layer
+    assert found is not None
+    names = ("clean", "removed", "sae_recovered", "token_recovered", "recovered")
+    return {name: getattr(found, name) for name in names}
+
+
+if __name__ == "__main__":
+    main()
