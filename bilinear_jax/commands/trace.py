@@ -14,6 +14,10 @@ EXAMPLES = """examples:
   bilinear-jax trace --layer 2 --feature 7 --text "Once upon a time" --position 3 --n 5 --json
       at the fourth token, five pairs, as JSON
 """
+METRIC_ROWS = 32
+"""Rows of the dataset in whose metric the eigenpairs at a token are."""
+
+FINDS = "what its vector finds in x: share of input features"
 EIGENVECTOR = "its eigenvector: cosine with input features"
 
 
@@ -39,6 +43,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise common.WrongUse("--position needs a text: give --text too")
     if options.text is not None and not options.use_encoder:
         raise common.WrongUse("--text explains what makes a feature fire (its encoder row): leave out --no-use-encoder")
+    from bilinear_jax.explain.account import account
+
     lm = common.load_model(options)
     tracer = common.load_tracer(options, lm)
     result = {
@@ -54,7 +60,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result |= from_weights(tracer, options.feature, options.k, options.n)
     if options.text is not None:
         tokens = lm.encode(options.text, keep_end=options.keep_end)
-        result["account"] = at_tokens(tracer, tokens, options.feature, options.n, options.position)
+        found = account(tracer, tokens, options.feature)
+        result["account"] = at_tokens(tracer, tokens, options.feature, found, options.n, options.position)
+        result["account"] |= eigenpairs_at(options, tracer, tokens, found, result["account"]["position"])
     return result | _fires_on(options, tracer, result)
 
 
@@ -81,15 +89,15 @@ def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
     }
 
 
-def at_tokens(tracer, tokens, feature: int, n: int, position: int | None) -> dict[str, Any]:
+def at_tokens(tracer, tokens, feature: int, found, n: int, position: int | None) -> dict[str, Any]:
     """The account of the pre-activation at each token, and its parts at one of them."""
     import numpy as np
 
-    from bilinear_jax.explain.account import TERMS, account
+    from bilinear_jax.explain.account import TERMS
     from bilinear_jax.language import not_finite
     from bilinear_jax.show.text import token_label
 
-    lm, found = tracer.lm, account(tracer, tokens, feature)
+    lm = tracer.lm
     site = "mlp_out", tracer.layer
     codes = tracer.out.encode(lm.original.capture(tokens, [site])[site], sparse=True)
     active = np.where(np.asarray(codes.indices) == feature, codes.values, 0).sum(axis=-1)[0]
@@ -125,6 +133,24 @@ def at_tokens(tracer, tokens, feature: int, n: int, position: int | None) -> dic
     }
 
 
+def eigenpairs_at(options: argparse.Namespace, tracer, tokens, found, position: int) -> dict[str, Any]:
+    """The eigenpairs that contribute most at one position, in the metric of the dataset; nothing if there is none."""
+    from bilinear_jax.explain.at_token import form_at
+    from bilinear_jax.explain.samples import tensor_inputs
+
+    try:
+        text = common.load_tokens(options, tracer.lm, rows=METRIC_ROWS)
+    except FileNotFoundError:
+        if options.data is not None:
+            raise
+        return {}
+    x = tensor_inputs(tracer.lm.original, (tracer.site, tracer.layer), tracer.tensor.n_in, tokens)
+    at, codes, indices = (array[0, position] for array in (x, found.codes, found.indices))
+    form = form_at(tracer, at, codes, indices, options.feature, tracer.metric(text.ids), n=options.k)
+    listed = [one._asdict() for one in form.eigenpairs]
+    return {"form": {"total": form.total, "listed": form.first, "metric": text.name}, "eigenpairs": listed}
+
+
 def _largest(block, indices, codes) -> list[dict[str, Any]]:
     """The pairs that contribute in one token's account, largest first. Both orders of two features are one pair."""
     import numpy as np
@@ -147,6 +173,7 @@ def _fires_on(options: argparse.Namespace, tracer, result: dict[str, Any]) -> di
     pairs = result["interactions"] + result.get("account", {}).get("pairs", [])
     named = {pair[side] for pair in pairs for side in "ij"}
     named |= {feature for each in result["eigenpairs"] for feature, _ in each["reads"]}
+    named |= {feature for each in result.get("account", {}).get("eigenpairs", []) for feature, _ in each["finds"]}
     try:
         tokens = None if options.data is None else common.load_tokens(options, tracer.lm).ids
         inp, out = (Visualizer(tracer.lm.original, sae, tokens) for sae in (tracer.inp, tracer.out))
@@ -216,6 +243,7 @@ def _account_text(account: dict[str, Any], named) -> list[str]:
     rows = [[TERMS[name], f"{one['terms'][name]:+.4f}", f"{account['shares'][name]:.1%}"] for name in shown]
     lines += [common.columns(["term", "sum", "share"], rows, left=["term"])]
     lines += ["share: the fraction of the |terms|; each pair and each feature is one term", ""]
+    lines += _eigenpairs_text(account, named)
     rows = [
         [f"{pair['contribution']:+.4f}", f"{pair['share']:.1%}", *(named(pair[side]) for side in "ij")]
         for pair in account["pairs"]
@@ -223,4 +251,23 @@ def _account_text(account: dict[str, Any], named) -> list[str]:
     lines += [common.columns(["contribution", "share", "i", "j"], rows, left=["i", "j"])]
     total = sum(pair["contribution"] for pair in account["pairs"])
     share = sum(pair["share"] for pair in account["pairs"])
-    return [*lines, f"These {len(rows)} pairs add up to {total:+.4f}, and are {share:.1%} of the |terms|."]
+    return [
+        *lines,
+        f"These {len(rows)} pairs of input features add up to {total:+.4f}, and are {share:.1%} of the |terms|.",
+    ]
+
+
+def _eigenpairs_text(account: dict[str, Any], named) -> list[str]:
+    if not account.get("eigenpairs"):
+        return []
+    rows = []
+    for one in account["eigenpairs"]:
+        finds = ", ".join(f"{share:+.0%} {named(feature)}" for feature, share in one["finds"])
+        rows.append([f"{one['contribution']:+.4f}", f"{one['share']:.1%}", one["rank"], finds])
+    form = account["form"]
+    return [
+        f"Its form x^T Q x is {form['total']:+.4f} here. In the metric of {form['metric']}, these eigenpairs add most:",
+        common.columns(["contribution", "share", "rank", FINDS], rows, left=[FINDS]),
+        f"These {len(rows)} add up to {form['listed']:+.4f}; a negative one suppresses the feature. In pairs:",
+        "",
+    ]

@@ -9,6 +9,7 @@ For a language model between two SAEs:
     tracer        ``Tracer``: the MLP of a layer as a tensor between SAE features
     mlp           the MLP of a layer as a tensor
     account       every term of an output feature's pre-activation at a token
+    at_token      the eigenpairs that make a pre-activation at one token
     explained     how much of a feature its first few eigenpairs explain, on other text and beside its controls; its
                   pieces are parts, scores, lookups, removed, replaced and samples
     overview      eigenpairs and interactions of output features, one after another

@@ -92,7 +92,7 @@ def second_moment(
     """
     total, number = 0.0, 0
     for batch in lm.batches(tokens, token_mask, batch_size, description="second moments"):
-        x = np.asarray(_input(lm, (site, layer), n_in, batch.tokens), np.float64)
+        x = np.asarray(tensor_inputs(lm, (site, layer), n_in, batch.tokens), np.float64)
         if not np.isfinite(x).all():
             raise batch.not_finite()
         x = x[np.asarray(batch.mask)]
@@ -127,7 +127,8 @@ def edited_loss(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _input(lm: LanguageModel, site: Place, n_in: int, tokens: Int[Array, "batch seq"]):
+def tensor_inputs(lm: LanguageModel, site: Place, n_in: int, tokens: Int[Array, "batch seq"]):
+    """What the MLP's tensor reads at every token, ``[batch, seq, n_in]``: see ``second_moment``."""
     x = sites.capture(lm.config, lm.params, tokens, [site], compute_dtype=lm.compute_dtype)[site].astype(jnp.float32)
     if site[0] == "resid_mid" and lm.config.norms[1]:
         x = rms_norm(x, eps=lm.config.rms_eps)

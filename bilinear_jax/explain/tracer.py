@@ -106,7 +106,7 @@ class Tracer:
         if inp is None and plain:
             inp = Directions.coordinates(lm.config.d_model)
         self.inputs = resolve("inp", inp, lm, layer, source)
-        site = self._site
+        site = self.site
         if through is None:
             self.tensor = mlp_tensor(lm, layer, site)
             self.outputs = resolve("out", out, lm, layer, source)
@@ -256,7 +256,7 @@ class Tracer:
             >>> bool(by_data.explained[0] > by_weight.explained[0])  # for Gaussian inputs, the share of the variance
             True
         """
-        lm, site = self.lm.original, self._site
+        lm, site = self.lm.original, self.site
         moment = second_moment(lm, self.layer, site, self.tensor.n_in, tokens, token_mask, batch_size)
         return Metric.of(moment, rank=rank, shrink=shrink)
 
@@ -321,8 +321,8 @@ class Tracer:
         return explained(layer, some, tokens, choose, loss=can if loss is None else loss, **options)
 
     @property
-    def _site(self) -> str:
-        """The site that the tensor reads."""
+    def site(self) -> str:
+        """The site that the tensor reads: mlp_in, or resid_mid for ``r / rms(r)``."""
         return "resid_mid" if isinstance(self.inputs, Directions) else self.inputs.config.site
 
     def compute(

@@ -87,6 +87,24 @@ class TestCommands:
         assert len({len(line) for line in table}) == 1
         assert (found["n_features"], found["n_converged"]) == (13, 13)
 
+    def check_eigenpairs(self, account, lm, tracer):
+        """The listed eigenpairs are the largest at the token, and what their vectors find is made of input features."""
+        x = lm.capture(lm.encode(PROMPT), [("mlp_in", 2)])["mlp_in", 2][0, account["position"]]
+        top = tracer.top_eigh(256, [5], metric=tracer.metric(bj.load_corpus("ts-nano")[:32]), exact=True)
+        along = np.asarray(top.vectors[0] @ x, np.float64)
+        terms = np.asarray(top.values[0], np.float64) * along**2
+        order = np.argsort(-np.abs(terms))[:6]
+        np.testing.assert_allclose([one["contribution"] for one in account["eigenpairs"]], terms[order], atol=1e-3)
+        assert account["form"]["total"] == pytest.approx(float(x @ tracer.q(5) @ x), abs=1e-3)
+        assert account["form"]["total"] == pytest.approx(terms.sum(), abs=1e-2)
+        assert account["form"]["listed"] == pytest.approx(terms[order].sum(), abs=1e-3)
+        for one in account["eigenpairs"]:
+            vector = top.vectors[0, one["rank"] - 1]
+            codes = tracer.inp.encode(x)
+            for feature, share in one["finds"]:
+                part = codes[feature] * (vector @ tracer.inp.decoder[:, feature])
+                assert share == pytest.approx(float(part / (vector @ x)), rel=1e-2, abs=1e-3)
+
     def test_trace(self, lm, tracer, tmp_path):
         found = parsed("trace", "--layer", 2, "--feature", 5, "--n", 12, "--text", PROMPT, cwd=tmp_path)
         self.check_weights(found, np.asarray(tracer.q(5, project=True), np.float64))
@@ -107,7 +125,9 @@ class TestCommands:
         assert account["shares"]["pairs"] == pytest.approx(np.abs(both).sum() / whole, rel=1e-4)
         np.testing.assert_allclose([pair["share"] for pair in account["pairs"]], largest / whole, rtol=1e-3)
         assert sum(account["shares"].values()) == pytest.approx(1)
+        self.check_eigenpairs(account, lm, tracer)
         text = trace.text(found)
+        assert f"These 6 add up to {account['form']['listed']:+.4f}" in text
         assert f"At position {account['position']}, " in text
         for activation, says in ((0.0, True), (2.0, False)):
             rows = [row | {"activation": activation} for row in account["tokens"]]
