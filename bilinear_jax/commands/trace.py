@@ -1,6 +1,7 @@
 """``bilinear-jax trace``: explain an output feature from the weights, and exactly at the tokens of a text."""
 
 import argparse
+import math
 from typing import Any
 
 from bilinear_jax.commands import common
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.k > tracer.tensor.n_in:
         raise ValueError(f"--k is {options.k}, but each feature has {tracer.tensor.n_in} eigenvalues: ask for fewer")
     result |= from_weights(tracer, options.feature, options.k, options.n)
+    result |= scored(options, tracer)
     if options.text is not None:
         tokens = lm.encode(options.text, keep_end=options.keep_end)
         found = account(tracer, tokens, options.feature)
@@ -86,6 +88,34 @@ def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
         "explained": found.explained,
         "interactions": listed,
         "interactions_share": float(shares.sum()),
+    }
+
+
+def scored(options: argparse.Namespace, tracer) -> dict[str, Any]:
+    """How much the first k eigenpairs explain on one half of the dataset, chosen on the other; nothing without one."""
+    import dataclasses
+
+    from bilinear_jax.explain.scores import Scores
+
+    try:
+        text = common.load_tokens(options, tracer.lm, rows=2 * METRIC_ROWS)
+    except FileNotFoundError:
+        if options.data is not None:
+            raise
+        return {}
+    if len(text.ids) < 2:
+        return {}
+    found = tracer.explained(text.ids, features=[options.feature], parts=[options.k], loss=False)
+
+    def numbers(scores) -> dict[str, float | None]:
+        values = {field.name: float(getattr(scores, field.name)[0, 0]) for field in dataclasses.fields(Scores)}
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+    every = {f"{options.k} eigenpairs": found, **{f"control: {name}": one for name, one in found.controls.items()}}
+    every |= {f"{name} lookup": one for name, one in found.lookups.items()} | {"all eigenpairs": found.full}
+    return {
+        "scores": {name: numbers(one) for name, one in every.items()},
+        "scored_on": {"text": text.name, "chosen": found.tokens[0], "scored": found.tokens[1]},
     }
 
 
@@ -214,9 +244,27 @@ def text(result: dict[str, Any]) -> str:
         f"These {len(rows)} hold {result['interactions_share']:.3%} of the squares of D^T Q D. Two features add twice",
         "their weight times both activations.",
     ]
+    if "scores" in result:
+        lines += _scores_text(result)
     if "no_tokens" in result:
         lines += ["", f"It is not known what features fire on: {result['no_tokens']}"]
     return "\n".join(lines + (_account_text(result["account"], named) if "account" in result else []))
+
+
+def _scores_text(result: dict[str, Any]) -> list[str]:
+    columns = {"r2": "R2", "r2_active": "where it fires", "average_precision": "average precision"}
+    rows = [
+        [name, *("" if scores[column] is None else f"{scores[column]:.3f}" for column in columns)]
+        for name, scores in result["scores"].items()
+    ]
+    on = result["scored_on"]
+    return [
+        "",
+        f"== How much its first eigenpairs explain, in the metric of {on['text']}",
+        common.columns(["", *columns.values()], rows, left=[""]),
+        f"Chosen on {on['chosen']} tokens, scored on {on['scored']} others. R2 is of the pre-activation, average",
+        "precision of where it fires. What a control matches says nothing of this feature.",
+    ]
 
 
 def _reads(reads, named) -> str:

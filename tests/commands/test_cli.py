@@ -108,6 +108,11 @@ class TestCommands:
     def test_trace(self, lm, tracer, tmp_path):
         found = parsed("trace", "--layer", 2, "--feature", 5, "--n", 12, "--text", PROMPT, cwd=tmp_path)
         self.check_weights(found, np.asarray(tracer.q(5, project=True), np.float64))
+        expected = tracer.explained(bj.load_corpus("ts-nano")[:64], features=[5], parts=[6])
+        wanted = {"6 eigenpairs": expected, "control: random directions": expected.controls["random directions"]}
+        for name, scores in wanted.items():
+            assert found["scores"][name]["r2"] == pytest.approx(scores.r2[0, 0], abs=1e-4)
+        assert found["scored_on"]["scored"] == expected.tokens[1]
         account = found["account"]
         for row in account["tokens"]:
             assert sum(row["terms"].values()) == pytest.approx(row["preactivation"], abs=1e-4)
