@@ -25,6 +25,7 @@ from dictionaries import trained
 
 import bilinear_jax as bj
 from bilinear_jax.explain.explained import Explained
+from bilinear_jax.explain.replaced import Recovered
 from bilinear_jax.explain.scores import Scores
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
@@ -73,10 +74,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--features", type=int, default=48, help="random features of each SAE")
-    parser.add_argument("--rows", type=int, default=48, help="rows to choose on, and as many to score on")
+    parser.add_argument("--rows", type=int, default=32, help="rows to choose on, and as many to score on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--k", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--n-ctx", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
     parser.add_argument("--out", type=Path, default=Path("runs/explained"))
@@ -100,10 +101,12 @@ def main() -> None:
             tracer = bj.Tracer(model, layer, unused_input(sae), sae)
             some = np.sort(np.random.default_rng(seed).permutation(tracer.n_features)[: options.features])
             for by in METHODS if name == "SAE" else METHODS[:1]:
-                found = tracer.explained(score, choose, features=some, parts=options.parts, by=by, seed=seed)
+                loss = name == "SAE" and seed == 0 and by == METHODS[0]
+                arguments = {"features": some, "parts": options.parts, "by": by, "seed": seed, "loss": loss}
+                found = tracer.explained(score, choose, **arguments)
                 cases += cases_of(found, layer, name, seed, control=name != "SAE")
-            if name == "SAE" and seed == 0:
-                layers.append({"layer": layer} | replaced(tracer, score, choose, options.parts))
+                if found.layer is not None:
+                    layers.append({"layer": layer} | of_layer(found.layer))
     print(table(cases))
     print("\n| layer | cost of removing it, nats | the SAE itself | mean output of the token |", end="")
     print("".join(f" {n} |" for n in options.parts))
@@ -119,9 +122,7 @@ def unused_input(sae: SAE) -> SAE:
     return SAE.init(bj.SAEConfig("mlp_in", sae.config.layer, sae.config.d_model, 1, 1), jax.random.key(0))
 
 
-def replaced(tracer: bj.Tracer, score, choose, parts) -> dict:
-    found = tracer.explained(score, choose, parts=parts).layer
-    assert found is not None
+def of_layer(found: Recovered) -> dict:
     names = ("clean", "removed", "sae_recovered", "token_recovered", "recovered")
     return {name: getattr(found, name) for name in names}
 

@@ -105,7 +105,7 @@ def scored(options: argparse.Namespace, tracer) -> dict[str, Any]:
         return {}
     if len(text.ids) < 2:
         return {}
-    found = tracer.explained(text.ids, features=[options.feature], parts=[options.k], loss=False)
+    found = tracer.explained(text.ids, features=[options.feature], parts=[options.k])
 
     def numbers(scores) -> dict[str, float | None]:
         values = {field.name: float(getattr(scores, field.name)[0, 0]) for field in dataclasses.fields(Scores)}

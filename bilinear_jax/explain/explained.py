@@ -24,16 +24,14 @@ from jaxtyping import Array, Bool, Float, Int
 from bilinear_jax.explain.lookups import lookups
 from bilinear_jax.explain.parts import METHODS, Parts, check_method, checked_numbers, eigenparts, partial_sums, rotated
 from bilinear_jax.explain.removed import firings_left
-from bilinear_jax.explain.replaced import Explanations, Recovered, recovered
+from bilinear_jax.explain.replaced import Recovered, recovered
 from bilinear_jax.explain.samples import Layer, Samples, gather
-from bilinear_jax.explain.scores import Scores, constants, score
+from bilinear_jax.explain.scores import Scores, score
 from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.nn.sites import token_array
 
 BYTES = 2**26  # of the predictions that are held at once; does not change the result
-
-Part = tuple[Scores, Float[np.ndarray, "U parts"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +123,7 @@ def explained(
             one = _of_some(layer, some, rows, random, choosing, scoring, metric, numbers, key_turn)
             found.append(jax.tree.map(lambda leaf, number=number: leaf[:number], one))
         made = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-        its_loss = None
-        if loss:
-            explanations = jax.tree.map(jnp.asarray, Explanations(made.parts, made.constants))
-            its_loss = recovered(layer, explanations, numbers, choosing, scoring_rows, masks[1], batch_size)
+        its_loss = recovered(layer, metric, numbers, choosing, scoring_rows, masks[1], batch_size) if loss else None
     return Explained(
         **{field.name: getattr(made.scores["explanation"], field.name) for field in dataclasses.fields(Scores)},
         by=by,
@@ -152,8 +147,6 @@ class _OfSome(NamedTuple):
     firings: Int[np.ndarray, " U"]
     left: Float[np.ndarray, "U parts"] | None
     left_random: Float[np.ndarray, "U parts"] | None
-    parts: Parts
-    constants: Float[np.ndarray, "U parts"]
 
 
 def _of_some(
@@ -174,8 +167,7 @@ def _of_some(
 
     most = numbers[-1]
     explanation, turned = eigenparts(layer.tensor, rows, most, metric), rotated(layer.tensor, rows, most, metric, key)
-    predictions = sums(explanation)
-    made = {"explanation": scores(*predictions), "rotated": scores(*sums(turned))}
+    made = {"explanation": scores(*sums(explanation)), "rotated": scores(*sums(turned))}
     other, held_other = choosing.y @ np.asarray(random).T, scoring.y @ np.asarray(random).T
     firing = (_largest(other.T, fired.sum(axis=1)), _largest(held_other.T, held_fired.sum(axis=1)))
     found = eigenparts(layer.tensor, random, most, metric)
@@ -189,8 +181,7 @@ def _of_some(
             firings_left(layer, scoring, some, held_fired, one, numbers)
             for one in (explanation.vectors, jax.random.normal(key, explanation.vectors.shape))
         )
-    its = constants(predictions[0], z.T)
-    return _OfSome(made, held_fired.sum(axis=1), left, left_random, jax.device_get(explanation), its)
+    return _OfSome(made, held_fired.sum(axis=1), left, left_random)
 
 
 def _largest(values: Float[np.ndarray, "U tokens"], numbers: Int[np.ndarray, " U"]) -> Bool[np.ndarray, "U tokens"]:

@@ -21,13 +21,15 @@ from jaxtyping import Array, Float
 
 from bilinear_jax.explain.directions import encoder_constant
 from bilinear_jax.explain.lookups import token_means
-from bilinear_jax.explain.parts import Parts, partial_sums
+from bilinear_jax.explain.parts import Parts, eigenparts, partial_sums
 from bilinear_jax.explain.samples import Layer, Samples, edited_loss
+from bilinear_jax.linalg.devices import one_blas_thread
+from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.tensor import with_constant
 
-FEATURES_AT_ONCE = 16  # whose predictions are computed together; does not change the result
+FEATURES_AT_ONCE = 32  # whose predictions are computed together; does not change the result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,38 +69,58 @@ class Explanations(NamedTuple):
     constants: Float[Array, "features numbers"]  # added to the sum of the first parts
 
 
+def explanations(layer: Layer, metric: Metric, numbers: tuple[int, ...], choosing: Samples) -> Explanations:
+    """The eigenpairs of all features in a metric, and the constants that bring their means to those of the samples.
+
+    Memory: ``features k in`` numbers of 4 bytes.
+    """
+    most, some = numbers[-1], range(0, len(layer.directions), FEATURES_AT_ONCE)
+    directions = jnp.asarray(layer.directions)
+    padded = jnp.pad(directions, ((0, -len(directions) % FEATURES_AT_ONCE), (0, 0)), mode="edge")  # one shape
+    with one_blas_thread():
+        found = [eigenparts(layer.tensor, padded[start : start + FEATURES_AT_ONCE], most, metric) for start in some]
+        parts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(directions)], *jax.block_until_ready(found))
+    moment = jnp.asarray(choosing.x.T @ choosing.x / len(choosing.x))
+    with jax.default_matmul_precision("highest"):
+        squares = jnp.sum((parts.vectors @ moment) * parts.vectors, axis=-1)  # E[(p . x)^2]
+        means = directions @ jnp.asarray(choosing.y.mean(axis=0))
+    sums = jnp.cumsum(parts.values * squares, axis=1)[:, jnp.asarray(numbers) - 1]
+    return Explanations(parts, means[:, None] - sums)
+
+
 def recovered(
     layer: Layer,
-    explanations: Explanations,
+    metric: Metric,
     numbers: tuple[int, ...],
     choosing: Samples,
     tokens,
     token_mask=None,
     batch_size: int = 16,
 ) -> Recovered:
-    """The losses on some text with the explanations in place of the layer's MLP.
+    """The losses on some text with the explanations of all features in place of the layer's MLP.
 
     Args:
         layer: its outputs are an SAE of mlp_out, read by its encoder rows.
-        explanations: of all its features.
+        metric: in which the eigenpairs are taken.
         numbers: numbers of parts.
-        choosing: the samples that the mean output of each token is taken from.
+        choosing: the samples that the constants and the mean output of each token are taken from.
         tokens, token_mask, batch_size: as for ``LanguageModel.batches``. The output is replaced at the tokens that
             count, and their losses are summed.
 
     Raises:
         ValueError: if the tokens do not fit the model, or a value is not finite.
 
-    Memory: ``numbers batch_size seq features`` numbers of 4 bytes.
+    Memory: ``numbers batch_size seq features`` numbers of 4 bytes, and those of ``explanations``.
     """
     sae = layer.sae
     assert sae is not None
     if sae.config.thresholded:  # a token of an explanation may have more active features than one of the model
         sae = SAE(sae.params, dataclasses.replace(sae.config, max_active=sae.config.n_features))
     table = jnp.asarray(token_means(choosing.token, choosing.y, layer.lm.config.n_vocab))
+    every = explanations(layer, metric, numbers, choosing)
     total, predicted = np.zeros(len(numbers) + 4), 0.0
     for batch in layer.lm.batches(tokens, token_mask, batch_size, description="replace the MLP"):
-        summed, number = _losses(layer.lm, layer.layer, sae, explanations, numbers, table, batch.tokens, batch.mask)
+        summed, number = _losses(layer.lm, layer.layer, sae, every, numbers, table, batch.tokens, batch.mask)
         total, predicted = total + np.asarray(summed, np.float64), predicted + float(number)
         if not np.isfinite(total).all():
             raise batch.not_finite()
@@ -107,19 +129,19 @@ def recovered(
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "numbers"))
-def _losses(lm, layer: int, sae: SAE, explanations: Explanations, numbers, table, tokens, mask):
+def _losses(lm, layer: int, sae: SAE, every: Explanations, numbers, table, tokens, mask):
     """The summed losses of a batch, in the order of the fields of ``Recovered``, the explanations last."""
     wanted, place = [("mlp_in", layer), ("mlp_out", layer)], ("mlp_out", layer)
     clean, got = sites.captured_loss(lm.config, lm.params, tokens, mask, wanted, compute_dtype=lm.compute_dtype)
     mlp_in, y = (got[site].astype(jnp.float32) for site in wanted)
-    x = mlp_in if explanations.parts.vectors.shape[-1] == mlp_in.shape[-1] else with_constant(mlp_in)
+    x = mlp_in if every.parts.vectors.shape[-1] == mlp_in.shape[-1] else with_constant(mlp_in)
     flat = x.reshape(-1, x.shape[-1])
 
     def predict(one):
         values, vectors, constants = (part[None] for part in one)
         return partial_sums(flat, Parts(values, vectors), numbers)[0] + constants[0][:, None]
 
-    z = jax.lax.map(predict, (*explanations.parts, explanations.constants), batch_size=FEATURES_AT_ONCE)
+    z = jax.lax.map(predict, (*every.parts, every.constants), batch_size=FEATURES_AT_ONCE)
     constant = encoder_constant(sae, jnp.arange(sae.config.n_features))
 
     def written(z_hat):

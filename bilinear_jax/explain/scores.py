@@ -36,11 +36,6 @@ class Scores:
     recall: Float[np.ndarray, "features parts"]
 
 
-def constants(chosen: Float[np.ndarray, "U parts choosing"], target: Float[np.ndarray, "U choosing"]) -> Numbers:
-    """The constant of each prediction: the mean of what it misses at the choosing tokens."""
-    return target.mean(axis=-1)[:, None] - chosen.mean(axis=-1)
-
-
 def score(
     chosen: Float[np.ndarray, "U parts choosing"],
     chosen_target: Float[np.ndarray, "U choosing"],
@@ -64,7 +59,8 @@ def score(
         [1.0, 1.0, 1.0]
     """
     everywhere, here = np.ones_like(fired), np.broadcast_to(fired[:, None], predicted.shape)
-    missed = (target[:, None] - (predicted + constants(chosen, chosen_target)[:, :, None])) ** 2
+    constant = chosen_target.mean(axis=-1)[:, None] - chosen.mean(axis=-1)  # the mean of what is missed
+    missed = (target[:, None] - (predicted + constant[:, :, None])) ** 2
     called = predicted >= _thresholds(chosen, chosen_fired)[:, :, None]
     right = np.sum(called & here, axis=-1)
     return Scores(

@@ -269,7 +269,7 @@ class Tracer:
         parts: Iterable[SupportsIndex] = (1, 2, 4, 8, 16, 32),
         by: str = "data",
         seed: int = 0,
-        loss: bool | None = None,
+        loss: bool = False,
         token_mask=None,
         batch_size: int = 16,
     ) -> Explained:
@@ -288,8 +288,8 @@ class Tracer:
             parts: numbers of parts, the columns of the result.
             by: "data" or "weight".
             seed: of the controls.
-            loss: whether to measure the model's loss with the MLP replaced by the explanations of all features. None:
-                if they are all features of an output SAE, read by its encoder rows; other outputs have no such loss.
+            loss: whether to measure the model's loss with the MLP replaced by the explanations of all features of the
+                output SAE, whichever ``features`` are scored (``explain.replaced``).
             token_mask: of ``tokens``; by default the tokens that count (see ``LanguageModel.batches``).
             batch_size: rows that are run through the model at once.
 
@@ -311,14 +311,13 @@ class Tracer:
         tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
         layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions)
         some = np.asarray(self._features(slice(None) if features is None else features)[0])
-        can = through is None and isinstance(self.outputs, SAE) and self.use_encoder and len(some) == self.n_features
-        if loss and not can:
+        if loss and not (through is None and isinstance(self.outputs, SAE) and self.use_encoder):
             raise ValueError(
-                "loss=True replaces an MLP by the explanations of all features of an output SAE, read by its encoder "
-                "rows: leave features out, or loss"
+                "loss=True replaces an MLP by the explanations of the features of an output SAE, read by its encoder "
+                "rows, and this tracer has other outputs: leave loss out"
             )
         options = {"parts": parts, "by": by, "seed": seed, "token_mask": token_mask, "batch_size": batch_size}
-        return explained(layer, some, tokens, choose, loss=can if loss is None else loss, **options)
+        return explained(layer, some, tokens, choose, loss=loss, **options)
 
     @property
     def site(self) -> str:

@@ -9,10 +9,13 @@ import pytest
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain import explained as module
-from bilinear_jax.explain.parts import rotated
+from bilinear_jax.explain import replaced
+from bilinear_jax.explain.parts import partial_sums, rotated
+from bilinear_jax.explain.samples import Layer, gather
 from bilinear_jax.explain.scores import Scores
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.measure.evaluation import evaluate_sae
 from bilinear_jax.nn.architecture import TransformerConfig
 from bilinear_jax.nn.sae import SAE
@@ -67,36 +70,37 @@ def test_what_is_scored_was_not_seen_in_choosing(monkeypatch):
         return found._replace(y=np.random.default_rng(len(found.y)).normal(size=found.y.shape).astype(np.float32))
 
     monkeypatch.setattr(module, "gather", shuffled)
-    found = TRACER.explained(TOKENS, parts=(1, 4), loss=False)
+    found = TRACER.explained(TOKENS, parts=(1, 4))
     for scores in (found, *found.lookups.values(), found.controls["rotated"]):
         assert np.max(scores.r2) < 0.15 and np.median(scores.r2) < 0
 
 
 def test_the_halves_can_be_given_as_two_texts():
-    found = TRACER.explained(TOKENS, parts=(2,), loss=False)
-    given = TRACER.explained(TOKENS[12:], TOKENS[:12], parts=(2,), loss=False)
+    found = TRACER.explained(TOKENS, parts=(2,))
+    given = TRACER.explained(TOKENS[12:], TOKENS[:12], parts=(2,))
     for name in NAMES:
         np.testing.assert_array_equal(getattr(found, name), getattr(given, name))
     assert found.tokens == given.tokens == (12 * 11, 12 * 11)
-    other = TRACER.explained(TOKENS[12:], TOKENS[:6], parts=(2,), loss=False)
+    other = TRACER.explained(TOKENS[12:], TOKENS[:6], parts=(2,))
     assert not np.array_equal(other.r2, found.r2)
 
 
 def test_features_at_once_do_not_change_a_score(monkeypatch):
-    found = TRACER.explained(TOKENS, parts=(1, 3))
+    found = TRACER.explained(TOKENS, parts=(1, 3), loss=True)
     monkeypatch.setattr(module, "BYTES", 7 * 8 * 3 * 132)  # seven features
-    other = TRACER.explained(TOKENS, parts=(1, 3), batch_size=5)
+    monkeypatch.setattr(replaced, "FEATURES_AT_ONCE", 5)
+    other = TRACER.explained(TOKENS, parts=(1, 3), batch_size=5, loss=True)
     for one, two in zip(all_scores(found), all_scores(other), strict=True):
         for name in NAMES:
             np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found.firings, other.firings)
     np.testing.assert_allclose(found.firings_left, other.firings_left)
     np.testing.assert_allclose(found.layer.losses, other.layer.losses, rtol=1e-5)
-    some = TRACER.explained(TOKENS, features=[3, 17], parts=(1, 3))
+    some = TRACER.explained(TOKENS, features=[3, 17], parts=(1, 3), loss=True)
     np.testing.assert_allclose(
         some.controls["random directions"].r2, found.controls["random directions"].r2[[3, 17]], atol=1e-4
     )
-    assert some.layer is None and some.features.tolist() == [3, 17]
+    assert some.layer == found.layer and some.features.tolist() == [3, 17]
 
 
 def test_a_rotation_keeps_what_the_form_has_along_its_directions():
@@ -110,13 +114,14 @@ def test_a_rotation_keeps_what_the_form_has_along_its_directions():
 
 
 @pytest.mark.parametrize("options", [{}, {"token_lookup": 40}, {"passthrough": (1,)}, {"activation": "batchtopk"}])
-def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae(options):
+@pytest.mark.parametrize("by", ["data", "weight"])
+def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae(options, by):
     config = dataclasses.replace(TRACER.out.config, **options)
     params = SAE.init(config, jax.random.key(2)).params
     if "token_lookup" in options:
         params = params | {"w_lookup": jax.random.normal(jax.random.key(6), params["w_lookup"].shape)}
     tracer = Tracer(TRACER.lm, 1, TRACER.inp, SAE(params, config))
-    found = tracer.explained(TOKENS, parts=(1, D)).layer
+    found = tracer.explained(TOKENS, features=[0], parts=(1, D), by=by, loss=True).layer
     scores = evaluate_sae(TRACER.lm, tracer.out, TOKENS[12:])
     assert found.clean == pytest.approx(scores.loss_clean, rel=1e-6)
     assert found.removed == pytest.approx(scores.loss_zeroed, rel=1e-6)
@@ -125,8 +130,19 @@ def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae(options):
     assert found.recovered[1] == pytest.approx(found.sae_recovered, rel=1e-2)
 
 
+@pytest.mark.parametrize("shrink", [0.0, 1.0])
+def test_explanations_have_the_mean_of_what_they_explain(shrink):
+    layer = Layer(TRACER.lm, 1, TRACER.tensor, TRACER.out, TRACER.directions)
+    samples = gather(layer, TOKENS)
+    metric = Metric.of(samples.x.T @ samples.x / len(samples.x), shrink=shrink)
+    found = replaced.explanations(layer, metric, (1, 5), samples)
+    predicted = partial_sums(jnp.asarray(samples.x), found.parts, (1, 5)) + found.constants[:, :, None]
+    wanted = (samples.y @ np.asarray(TRACER.directions).T).mean(axis=0)
+    np.testing.assert_allclose(predicted.mean(axis=-1), np.stack([wanted, wanted], axis=1), atol=1e-4)
+
+
 def test_firings_left_are_those_of_the_projected_input():
-    found = TRACER.explained(TOKENS, parts=(2, D), loss=False)
+    found = TRACER.explained(TOKENS, parts=(2, D))
     feature = int(np.argmax(found.firings))
     metric = TRACER.metric(TOKENS[:12])
     vectors = TRACER.top_eigh(2, [feature], metric=metric).vectors[0]
@@ -153,6 +169,8 @@ def test_plain_directions_have_no_firing():
     found = tracer.explained(TOKENS, parts=(1, D))
     np.testing.assert_allclose(found.r2[:, 1], 1, atol=1e-3)
     assert np.isnan(found.average_precision).all() and found.firings_left is None and found.layer is None
+    with pytest.raises(ValueError, match="leave loss out"):
+        tracer.explained(TOKENS, loss=True)
     assert "| data | 16 | 1.000 |  |  |  |  |" in found.table()
 
 
@@ -174,7 +192,6 @@ def test_the_metric_of_a_tracer_is_that_of_what_its_tensor_reads():
         ((TOKENS,), {"parts": ()}, ValueError, "at least one"),
         ((TOKENS[:1],), {}, ValueError, "one row, but it takes two"),
         ((TOKENS,), {"by": "size"}, UnknownNameError, "data"),
-        ((TOKENS,), {"features": [1], "loss": True}, ValueError, "leave features out"),
         ((TOKENS,), {"features": [99]}, UnknownNameError, "99"),
     ],
 )
