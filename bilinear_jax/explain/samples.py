@@ -33,8 +33,13 @@ class Layer:
 
     @property
     def sae(self) -> SAE | None:
-        """The dictionary whose features are the outputs; None if they are plain directions."""
-        return self.outputs if isinstance(self.outputs, SAE) else None
+        """The dictionary whose features are the outputs; None if they are plain directions.
+
+        Without its layer and tag, which do not change a number: so what is compiled for one serves all that are alike.
+        """
+        if not isinstance(self.outputs, SAE):
+            return None
+        return SAE(self.outputs.params, dataclasses.replace(self.outputs.config, layer=0, tag=None))
 
 
 class Samples(NamedTuple):
