@@ -311,6 +311,8 @@ class Tracer:
         tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
         layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions)
         some = np.asarray(self._features(slice(None) if features is None else features)[0])
+        if not len(some):
+            raise ValueError("name at least one output feature, or None for all")
         if loss and not (through is None and isinstance(self.outputs, SAE) and self.use_encoder):
             raise ValueError(
                 "loss=True replaces an MLP by the explanations of the features of an output SAE, read by its encoder "

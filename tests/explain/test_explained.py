@@ -193,6 +193,7 @@ def test_the_metric_of_a_tracer_is_that_of_what_its_tensor_reads():
         ((TOKENS[:1],), {}, ValueError, "one row, but it takes two"),
         ((TOKENS,), {"by": "size"}, UnknownNameError, "data"),
         ((TOKENS,), {"features": [99]}, UnknownNameError, "99"),
+        ((TOKENS,), {"features": []}, ValueError, "name at least one"),
     ],
 )
 def test_bad_requests_are_named(arguments, options, error, message):
