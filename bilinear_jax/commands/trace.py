@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   bilinear-jax trace --layer 2 --feature 7 --text "Once upon a time" --position 3 --n 5 --json
       at the fourth token, five pairs, as JSON
 """
-METRIC_ROWS = 32
-"""Rows of the dataset in whose metric the eigenpairs at a token are."""
+METRIC_ROWS, METRIC_TOKENS = 32, 256
+"""Rows of the dataset in whose metric eigenpairs are, and the most tokens of a row."""
 
 FINDS = "what its vector finds in x: share of input features"
 EIGENVECTOR = "its eigenvector: cosine with input features"
@@ -98,7 +98,7 @@ def scored(options: argparse.Namespace, tracer) -> dict[str, Any]:
     from bilinear_jax.explain.scores import Scores
 
     try:
-        text = common.load_tokens(options, tracer.lm, rows=2 * METRIC_ROWS)
+        text = common.load_tokens(options, tracer.lm, rows=2 * METRIC_ROWS, seq=METRIC_TOKENS)
     except FileNotFoundError:
         if options.data is not None:
             raise
@@ -169,7 +169,7 @@ def eigenpairs_at(options: argparse.Namespace, tracer, tokens, found, position: 
     from bilinear_jax.explain.samples import tensor_inputs
 
     try:
-        text = common.load_tokens(options, tracer.lm, rows=METRIC_ROWS)
+        text = common.load_tokens(options, tracer.lm, rows=METRIC_ROWS, seq=METRIC_TOKENS)
     except FileNotFoundError:
         if options.data is not None:
             raise
