@@ -59,12 +59,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.k > tracer.tensor.n_in:
         raise ValueError(f"--k is {options.k}, but each feature has {tracer.tensor.n_in} eigenvalues: ask for fewer")
     result |= from_weights(tracer, options.feature, options.k, options.n)
-    result |= scored(options, tracer)
     if options.text is not None:
         tokens = lm.encode(options.text, keep_end=options.keep_end)
         found = account(tracer, tokens, options.feature)
         result["account"] = at_tokens(tracer, tokens, options.feature, found, options.n, options.position)
         result["account"] |= eigenpairs_at(options, tracer, tokens, found, result["account"]["position"])
+    result |= scored(options, tracer)
     return result | _fires_on(options, tracer, result)
 
 
