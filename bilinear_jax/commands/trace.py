@@ -59,12 +59,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.k > tracer.tensor.n_in:
         raise ValueError(f"--k is {options.k}, but each feature has {tracer.tensor.n_in} eigenvalues: ask for fewer")
     result |= from_weights(tracer, options.feature, options.k, options.n)
+    text = _metric_text(options, lm)
     if options.text is not None:
         tokens = lm.encode(options.text, keep_end=options.keep_end)
         found = account(tracer, tokens, options.feature)
         result["account"] = at_tokens(tracer, tokens, options.feature, found, options.n, options.position)
-        result["account"] |= eigenpairs_at(options, tracer, tokens, found, result["account"]["position"])
-    result |= scored(options, tracer)
+        if text is not None:
+            position = result["account"]["position"]
+            result["account"] |= eigenpairs_at(tracer, tokens, found, options.feature, position, options.k, text)
+    if text is not None:
+        result |= scored(tracer, options.feature, options.k, text)
     return result | _fires_on(options, tracer, result)
 
 
@@ -91,27 +95,31 @@ def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
     }
 
 
-def scored(options: argparse.Namespace, tracer) -> dict[str, Any]:
-    """How much the first k eigenpairs explain on one half of the dataset, chosen on the other; nothing without one."""
+def _metric_text(options: argparse.Namespace, lm) -> common.Tokens | None:
+    """The rows of the dataset to choose eigenpairs on, and as many to score them on. None: there is no dataset."""
+    try:
+        return common.load_tokens(options, lm, rows=2 * METRIC_ROWS, seq=METRIC_TOKENS)
+    except FileNotFoundError:
+        if options.data is not None:
+            raise
+        return None
+
+
+def scored(tracer, feature: int, k: int, text: common.Tokens) -> dict[str, Any]:
+    """How much the first k eigenpairs explain on one half of the rows, chosen on the other; nothing of one row."""
     import dataclasses
 
     from bilinear_jax.explain.scores import Scores
 
-    try:
-        text = common.load_tokens(options, tracer.lm, rows=2 * METRIC_ROWS, seq=METRIC_TOKENS)
-    except FileNotFoundError:
-        if options.data is not None:
-            raise
-        return {}
     if len(text.ids) < 2:
         return {}
-    found = tracer.explained(text.ids, features=[options.feature], parts=[options.k])
+    found = tracer.explained(text.ids, features=[feature], parts=[k])
 
     def numbers(scores) -> dict[str, float | None]:
         values = {field.name: float(getattr(scores, field.name)[0, 0]) for field in dataclasses.fields(Scores)}
         return {name: None if math.isnan(value) else value for name, value in values.items()}
 
-    every = {f"{options.k} eigenpairs": found, **{f"control: {name}": one for name, one in found.controls.items()}}
+    every = {f"{k} eigenpairs": found, **{f"control: {name}": one for name, one in found.controls.items()}}
     every |= {f"{name} lookup": one for name, one in found.lookups.items()} | {"all eigenpairs": found.full}
     return {
         "scores": {name: numbers(one) for name, one in every.items()},
@@ -163,20 +171,14 @@ def at_tokens(tracer, tokens, feature: int, found, n: int, position: int | None)
     }
 
 
-def eigenpairs_at(options: argparse.Namespace, tracer, tokens, found, position: int) -> dict[str, Any]:
-    """The eigenpairs that contribute most at one position, in the metric of the dataset; nothing if there is none."""
+def eigenpairs_at(tracer, tokens, found, feature: int, position: int, k: int, text: common.Tokens) -> dict[str, Any]:
+    """The k eigenpairs that contribute most at one position, in the metric of the text. ``found``: the account."""
     from bilinear_jax.explain.at_token import form_at
     from bilinear_jax.explain.samples import tensor_inputs
 
-    try:
-        text = common.load_tokens(options, tracer.lm, rows=METRIC_ROWS, seq=METRIC_TOKENS)
-    except FileNotFoundError:
-        if options.data is not None:
-            raise
-        return {}
     x = tensor_inputs(tracer.lm.original, (tracer.site, tracer.layer), tracer.tensor.n_in, tokens)
     at, codes, indices = (array[0, position] for array in (x, found.codes, found.indices))
-    form = form_at(tracer, at, codes, indices, options.feature, tracer.metric(text.ids), n=options.k)
+    form = form_at(tracer, at, codes, indices, feature, tracer.metric(text.ids[:METRIC_ROWS]), n=k)
     listed = [one._asdict() for one in form.eigenpairs]
     return {"form": {"total": form.total, "listed": form.first, "metric": text.name}, "eigenpairs": listed}
 

@@ -101,8 +101,7 @@ def explained(
     choosing, scoring = (
         gather(layer, rows, mask, batch_size) for rows, mask in zip((choosing_rows, scoring_rows), masks, strict=True)
     )
-    moment = choosing.x.astype(np.float64)
-    metric = Metric.of(moment.T @ moment / len(moment), shrink=METHODS[by])
+    metric = Metric.of(choosing.moment, shrink=METHODS[by])
     most = numbers[-1]
     if most > metric.root.shape[1]:
         raise ValueError(

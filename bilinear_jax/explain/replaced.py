@@ -22,12 +22,11 @@ from jaxtyping import Array, Float
 from bilinear_jax.explain.directions import encoder_constant
 from bilinear_jax.explain.lookups import token_means
 from bilinear_jax.explain.parts import Parts, eigenparts, partial_sums
-from bilinear_jax.explain.samples import Layer, Samples, edited_loss
+from bilinear_jax.explain.samples import Layer, Samples, edited_loss, extended
 from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
-from bilinear_jax.tensor import with_constant
 
 FEATURES_AT_ONCE = 32  # whose predictions are computed together; does not change the result
 
@@ -80,7 +79,7 @@ def explanations(layer: Layer, metric: Metric, numbers: tuple[int, ...], choosin
     with one_blas_thread():
         found = [eigenparts(layer.tensor, padded[start : start + FEATURES_AT_ONCE], most, metric) for start in some]
         parts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(directions)], *jax.block_until_ready(found))
-    moment = jnp.asarray(choosing.x.T @ choosing.x / len(choosing.x))
+    moment = jnp.asarray(choosing.moment, jnp.float32)
     with jax.default_matmul_precision("highest"):
         squares = jnp.sum((parts.vectors @ moment) * parts.vectors, axis=-1)  # E[(p . x)^2]
         means = directions @ jnp.asarray(choosing.y.mean(axis=0))
@@ -134,7 +133,7 @@ def _losses(lm, layer: int, sae: SAE, every: Explanations, numbers, table, token
     wanted, place = [("mlp_in", layer), ("mlp_out", layer)], ("mlp_out", layer)
     clean, got = sites.captured_loss(lm.config, lm.params, tokens, mask, wanted, compute_dtype=lm.compute_dtype)
     mlp_in, y = (got[site].astype(jnp.float32) for site in wanted)
-    x = mlp_in if every.parts.vectors.shape[-1] == mlp_in.shape[-1] else with_constant(mlp_in)
+    x = extended(mlp_in, every.parts.vectors.shape[-1])
     flat = x.reshape(-1, x.shape[-1])
 
     def predict(one):

@@ -52,6 +52,12 @@ class Samples(NamedTuple):
     token: Int[np.ndarray, " tokens"]  # the token itself
     previous: Int[np.ndarray, " tokens"]  # the one before it
 
+    @property
+    def moment(self) -> Float[np.ndarray, "in in"]:
+        """``E[x x^T]`` over the tokens, in float64."""
+        x = self.x.astype(np.float64)
+        return x.T @ x / len(x)
+
     def fired(self, features: Int[np.ndarray, " U"], n_features: int) -> Bool[np.ndarray, "U tokens"]:
         """Whether each of some features is active at each token. A feature may be named twice."""
         once, row = np.unique(features, return_inverse=True)
@@ -131,13 +137,18 @@ def edited_loss(
     return sites.loss(lm.config, lm.params, tokens, token_mask, edits, compute_dtype=lm.compute_dtype)
 
 
+def extended(x: Float[Array, "... d_model"], n_in: int) -> Float[Array, "... n_in"]:
+    """x with the constant input, if a tensor of ``n_in`` inputs has room for it."""
+    return x if n_in == x.shape[-1] else with_constant(x)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def tensor_inputs(lm: LanguageModel, site: Place, n_in: int, tokens: Int[Array, "batch seq"]):
     """What the MLP's tensor reads at every token, ``[batch, seq, n_in]``: see ``second_moment``."""
     x = sites.capture(lm.config, lm.params, tokens, [site], compute_dtype=lm.compute_dtype)[site].astype(jnp.float32)
     if site[0] == "resid_mid" and lm.config.norms[1]:
         x = rms_norm(x, eps=lm.config.rms_eps)
-    return x if n_in == x.shape[-1] else with_constant(x)
+    return extended(x, n_in)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -146,7 +157,7 @@ def _ends(lm: LanguageModel, layer: int, tensor: BilinearTensor, sae: SAE | None
     wanted = [("mlp_in", layer), ("mlp_out", layer)]
     got = sites.capture(lm.config, lm.params, tokens, wanted, compute_dtype=lm.compute_dtype)
     mlp_in, y = (got[site].astype(jnp.float32) for site in wanted)
-    x = mlp_in if tensor.n_in == mlp_in.shape[-1] else with_constant(mlp_in)
+    x = extended(mlp_in, tensor.n_in)
     if sae is None:
         nothing = jnp.zeros((*tokens.shape, 0))
         return x, y, nothing, nothing.astype(jnp.int32)

@@ -32,28 +32,29 @@ def test_average_precision_with_ties(pairs):
         assert np.isnan(found)
 
 
-def random_case(constant=0.0):
-    z, held = RNG.normal(size=(2, 3, 200))
-    noise = RNG.normal(size=(2, 3, 2, 200))
-    return z + 1, held + 1, z[:, None] + noise[0] + constant, held[:, None] + noise[1] + constant
+def random_case():
+    """Pre-activations, predictions and firing, at choosing and at scoring tokens."""
+    z, held = 1 + RNG.normal(size=(2, 3, 200))
+    noise = RNG.normal(size=(2, 3, 2, 200)) - 1
+    return z, held, z[:, None] + noise[0], held[:, None] + noise[1], z > 1.5, held > 1.5
+
+
+EACH = [(u, n) for u in range(3) for n in range(2)]
 
 
 def test_r2_after_a_constant_of_the_choosing_tokens():
-    z, held, chosen, predicted = random_case()
-    fired, held_fired = z > 1.5, held > 1.5
+    z, held, chosen, predicted, fired, held_fired = random_case()
     found = score(chosen, z, fired, predicted, held, held_fired)
-    for u in range(3):
-        for n in range(2):
-            guess = predicted[u, n] + (z[u] - chosen[u, n]).mean()
-            for name, where in {"r2": slice(None), "r2_active": held_fired[u]}.items():
-                its, missed = held[u][where], (held[u] - guess)[where]
-                wanted = 1 - np.sum(missed**2) / np.sum((its - its.mean()) ** 2)
-                assert getattr(found, name)[u, n] == pytest.approx(wanted)
+    for u, n in EACH:
+        guess = predicted[u, n] + (z[u] - chosen[u, n]).mean()
+        for name, where in {"r2": slice(None), "r2_active": held_fired[u]}.items():
+            its, missed = held[u][where], (held[u] - guess)[where]
+            wanted = 1 - np.sum(missed**2) / np.sum((its - its.mean()) ** 2)
+            assert getattr(found, name)[u, n] == pytest.approx(wanted)
 
 
 def test_nothing_but_a_constant_may_differ():
-    z, held, chosen, predicted = random_case()
-    fired, held_fired = z > 1.5, held > 1.5
+    z, held, chosen, predicted, fired, held_fired = random_case()
     plain = score(chosen, z, fired, predicted, held, held_fired)
     moved = score(chosen + 7, z, fired, predicted + 7, held, held_fired)
     np.testing.assert_allclose(moved.r2, plain.r2)
@@ -61,19 +62,17 @@ def test_nothing_but_a_constant_may_differ():
 
 
 def test_the_threshold_is_the_choosing_tokens():
-    z, held, chosen, predicted = random_case()
-    fired, held_fired = z > 1.5, held > 1.5
+    z, held, chosen, predicted, fired, held_fired = random_case()
     found = score(chosen, z, fired, predicted, held, held_fired)
-    for u in range(3):
-        for n in range(2):
-            called = predicted[u, n] >= np.sort(chosen[u, n])[-fired[u].sum()]
-            right = np.sum(called & held_fired[u])
-            assert found.precision[u, n] == pytest.approx(right / called.sum())
-            assert found.recall[u, n] == pytest.approx(right / held_fired[u].sum())
+    for u, n in EACH:
+        called = predicted[u, n] >= np.sort(chosen[u, n])[-fired[u].sum()]
+        right = np.sum(called & held_fired[u])
+        assert found.precision[u, n] == pytest.approx(right / called.sum())
+        assert found.recall[u, n] == pytest.approx(right / held_fired[u].sum())
 
 
 def test_a_feature_that_never_fires_has_no_score_of_firing():
-    z, held, chosen, predicted = random_case()
+    z, held, chosen, predicted, _, _ = random_case()
     never = np.zeros_like(z, bool)
     found = score(chosen, z, never, predicted, held, never)
     assert np.isfinite(found.r2).all()
