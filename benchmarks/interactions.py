@@ -19,7 +19,7 @@ from measure import FW_MEDIUM, best_of, case, report
 
 import bilinear_jax as bj
 from bilinear_jax.explain import interactions
-from bilinear_jax.nn.sae import unit_columns
+from bilinear_jax.linalg.scale import unit_columns
 
 FEATURES = 8192
 

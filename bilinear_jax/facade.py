@@ -2,7 +2,7 @@
 
 from bilinear_jax import images
 from bilinear_jax.errors import UnknownNameError
-from bilinear_jax.explain import cp, interactions, similarity, spectra
+from bilinear_jax.explain import cp, interactions, products, similarity, spectra
 from bilinear_jax.explain.account import account
 from bilinear_jax.explain.directions import Directions
 from bilinear_jax.explain.hosvd import hosvd
@@ -20,8 +20,9 @@ from bilinear_jax.measure.evaluation import evaluate_saes
 from bilinear_jax.measure.interventions import ablate_pairs, steer
 from bilinear_jax.measure.pairs import pair_summaries
 from bilinear_jax.measure.saebench import saebench_adapter
+from bilinear_jax.nn.activations import SparseCodes
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
-from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
+from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.toy import ToyConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.show import figures
@@ -79,6 +80,7 @@ __all__ = [
     "low_rank_correlation",
     "pair_summaries",
     "pixel_eigenvectors",
+    "products",
     "saebench_adapter",
     "save_model",
     "save_sae",

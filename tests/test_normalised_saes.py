@@ -28,7 +28,8 @@ from bilinear_jax.measure.correlation import low_rank_correlation
 from bilinear_jax.measure.evaluation import evaluate_saes
 from bilinear_jax.measure.interventions import ablate_pairs, steer
 from bilinear_jax.measure.pairs import pair_summaries
-from bilinear_jax.nn.sae import SAE, SAEConfig, SparseCodes
+from bilinear_jax.nn.activations import SparseCodes
+from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
 from bilinear_jax.pages import neuronpedia
 from bilinear_jax.pages.gather import gather

@@ -15,8 +15,7 @@ from bilinear_jax.explain.select import checked_features
 from bilinear_jax.explain.spectra import effective_rank, top_eigh
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.linalg.devices import one_blas_thread
-from bilinear_jax.linalg.scale import lengths, unit_scale
-from bilinear_jax.nn.sae import unit_columns
+from bilinear_jax.linalg.scale import lengths, unit_columns, unit_scale
 from bilinear_jax.tensor import BilinearTensor
 
 FEATURES_AT_ONCE = 32  # output features whose matrices are held at once; does not change the result

@@ -33,7 +33,8 @@ from bilinear_jax.explain.transcoders import check_transcoder, is_transcoder, tr
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.linalg.metric import Metric
-from bilinear_jax.nn.sae import SAE, unit_columns
+from bilinear_jax.linalg.scale import unit_columns
+from bilinear_jax.nn.sae import SAE
 
 Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
 

@@ -33,6 +33,8 @@ def check_transcoder(transcoder: SAE, lm: LanguageModel, layer: int) -> SAE:
     wrong = None
     if not c.bilinear_encoder:
         wrong = "its encoder is linear, so that its features are not products of two inputs: train a bilinear one"
+    elif c.inputs is not None:
+        wrong = "it reads the codes of an SAE, so its features are products already: see explain.products"
     elif c.site != "mlp_in":
         wrong = f"it reads {c.site}, and must read mlp_in"
     elif c.layer != layer:

@@ -100,3 +100,13 @@ def lengths(x: Float[Array, "..."], axis: int | tuple[int, ...] = -1) -> Float[A
     squares = jnp.sum(scaled**2, axis=axis)
     zero = squares <= 0
     return shift(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), exponents.reshape(squares.shape))
+
+
+def unit_columns(columns: Float[Array, "d_model features"]) -> Float[Array, "d_model features"]:
+    """Every column scaled to unit length. A zero column stays zero."""
+
+    def divided(columns, sizes):
+        return columns / jnp.broadcast_to(jnp.where(sizes > 0, sizes, 1), columns.shape)
+
+    columns = divided(columns, jnp.max(jnp.abs(columns), axis=0))  # so that no square underflows
+    return divided(columns, jnp.linalg.norm(columns, axis=0))

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from bilinear_jax.errors import check_count
 from bilinear_jax.language import Batch, LanguageModel
 from bilinear_jax.nn import sites
-from bilinear_jax.nn.sae import SAE, SparseCodes
+from bilinear_jax.nn.activations import SparseCodes
+from bilinear_jax.nn.sae import SAE
 from bilinear_jax.store import checksums
 from bilinear_jax.store.files import atomic_file
 from weights_convert.export import save_tensors

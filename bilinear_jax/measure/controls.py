@@ -35,11 +35,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.linalg.scale import unit_scale
+from bilinear_jax.linalg.scale import unit_columns, unit_scale
 from bilinear_jax.measure.activations import check_names
 from bilinear_jax.measure.sums import Place, coded, places, reads, target
 from bilinear_jax.nn import sites
-from bilinear_jax.nn.sae import SAE, unit_columns
+from bilinear_jax.nn.sae import SAE
 
 
 def random_dictionaries(

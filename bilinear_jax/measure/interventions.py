@@ -36,7 +36,8 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.measure.cofiring import entries
 from bilinear_jax.measure.pairs import check_request, checked_pairs
 from bilinear_jax.nn import sites
-from bilinear_jax.nn.sae import SAE, SparseCodes
+from bilinear_jax.nn.activations import SparseCodes
+from bilinear_jax.nn.sae import SAE
 from bilinear_jax.nn.transformer import Edit, Site
 from bilinear_jax.tensor import BilinearTensor
 

@@ -13,6 +13,8 @@ Sources: Gao et al. 2024 (top-k); Bussmann et al. 2024, "BatchTopK sparse autoen
 "Jumping ahead: improving reconstruction fidelity with JumpReLU sparse autoencoders".
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _RUN = 32  # features in a run of ``largest`` and ``least_threshold``, and in a word of ``places``
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indices"], meta_fields=["n_features"])
+@dataclasses.dataclass(frozen=True)
+class SparseCodes:
+    """The k active features of each token. Every other feature is exactly 0."""
+
+    values: Float[Array, "... k"]  # the codes, largest first
+    indices: Int[Array, "... k"]  # the feature of each code
+    n_features: int  # number of all features
+
+    def dense(self) -> Float[Array, "... features"]:
+        """The same codes as a dense array over all features."""
+        flat_values, flat_indices = (part.reshape(-1, part.shape[-1]) for part in (self.values, self.indices))
+        rows = jnp.broadcast_to(jnp.arange(flat_values.shape[0])[:, None], flat_values.shape)
+        dense = jnp.zeros((flat_values.shape[0], self.n_features), self.values.dtype)
+        dense = dense.at[rows, flat_indices].set(flat_values)
+        return dense.reshape(*self.values.shape[:-1], self.n_features)
 
 
 def largest(y: Float[Array, "... features"], k: int) -> Int[Array, "... k"]:

@@ -6,6 +6,10 @@
     x_hat = W_dec codes + b_dec              + W_skip x with ``skip``; and x_hat[passthrough] += x[passthrough]
                                              + W_lookup[token] with ``token_lookup``: a row for each token id
 
+A readable transcoder has, in place of x in the first line, the codes of an SAE of its site, ``f = TopK(W_in (x -
+b_in))``, and a bilinear encoder whose rows have at most ``reads`` weights other than 0. So each z is a product of two
+short sums of named input features: see ``explain.products``.
+
 A transcoder reconstructs another site of its layer from x: with ``site = "mlp_in"`` and ``target = "mlp_out"`` it goes
 through the MLP. As elsewhere in the field, ``SAE`` is also the name of the class of transcoders.
 
@@ -28,7 +32,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from bilinear_jax.errors import UnknownNameError
-from bilinear_jax.nn.activations import damage, first_slots, is_active, largest
+from bilinear_jax.linalg.scale import unit_columns
+from bilinear_jax.nn.activations import SparseCodes, damage, first_slots, is_active, largest
 from bilinear_jax.nn.attention import as_floating, linear
 from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.nn.sae_summary import summary_of
@@ -37,40 +42,13 @@ from bilinear_jax.nn.token_lookup import rows_of
 from bilinear_jax.nn.transformer import run_module
 
 
-def unit_columns(columns: Float[Array, "d_model features"]) -> Float[Array, "d_model features"]:
-    """Every column scaled to unit length. A zero column stays zero."""
-
-    def divided(columns, sizes):
-        return columns / jnp.broadcast_to(jnp.where(sizes > 0, sizes, 1), columns.shape)
-
-    columns = divided(columns, jnp.max(jnp.abs(columns), axis=0))  # so that no square underflows
-    return divided(columns, jnp.linalg.norm(columns, axis=0))
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indices"], meta_fields=["n_features"])
-@dataclasses.dataclass(frozen=True)
-class SparseCodes:
-    """The k active features of each token. Every other feature is exactly 0."""
-
-    values: Float[Array, "... k"]  # the codes, largest first
-    indices: Int[Array, "... k"]  # the feature of each code
-    n_features: int  # number of all features
-
-    def dense(self) -> Float[Array, "... features"]:
-        """The same codes as a dense array over all features."""
-        flat_values, flat_indices = (part.reshape(-1, part.shape[-1]) for part in (self.values, self.indices))
-        rows = jnp.broadcast_to(jnp.arange(flat_values.shape[0])[:, None], flat_values.shape)
-        dense = jnp.zeros((flat_values.shape[0], self.n_features), self.values.dtype)
-        dense = dense.at[rows, flat_indices].set(flat_values)
-        return dense.reshape(*self.values.shape[:-1], self.n_features)
-
-
 class SAEModule(nn.Module):
     """A dictionary as a Flax module. Params: ``w_enc [features, d_model]``, ``w_dec [d_model, features]``, ``b_dec``.
 
     A bilinear encoder has ``w_enc [2 features, d_model]``, left rows first, or ``[3 features, d_model]`` with the rows
     of its linear term last. ``encoder_bias`` adds ``b_enc``, one number for each row of ``w_enc``; ``product_bias``
-    adds ``b_z [features]``; ``skip`` adds ``w_skip [d_model, d_model]``; ``token_lookup`` adds
+    adds ``b_z [features]``; ``inputs`` adds ``w_in [inputs, d_model]`` and ``b_in [d_model]``, which are not trained,
+    and ``w_enc`` has ``inputs`` columns then; ``skip`` adds ``w_skip [d_model, d_model]``; ``token_lookup`` adds
     ``w_lookup [token_lookup, d_model]``. ``threshold`` is ``[]`` for BatchTopK and ``[features]`` for JumpReLU.
 
     The derivatives of ``encode_sparse``, and of ``decode`` of its codes, use only the active features (``nn.sparse``).
@@ -83,7 +61,10 @@ class SAEModule(nn.Module):
     def setup(self):
         c = self.config
         rows, init = c.n_features * c.encoder_blocks, nn.initializers.normal(1 / math.sqrt(c.d_model))
-        self.w_enc = self.param("w_enc", init, (rows, c.d_model))
+        self.w_enc = self.param("w_enc", init, (rows, c.width))
+        if c.inputs is not None:
+            self.w_in = self.param("w_in", init, (c.inputs, c.d_model))
+            self.b_in = self.param("b_in", nn.initializers.zeros, (c.d_model,))
         self.w_dec = self.param("w_dec", init, (c.d_model, c.n_features))
         self.b_dec = self.param("b_dec", nn.initializers.zeros, (c.d_model,))
         if c.encoder_bias:
@@ -104,7 +85,7 @@ class SAEModule(nn.Module):
 
     def linear_part(self, x: Shaped[Array, "... d_model"]) -> Float[Array, "... rows"]:
         """y: ``W_enc`` times the input, with ``b_enc``. The pre-activations are ``product(y)``."""
-        return linear(self._centred(x), self.w_enc, self.b_enc if self.config.encoder_bias else None)
+        return linear(self.read(x), self.w_enc, self.b_enc if self.config.encoder_bias else None)
 
     def product(
         self, y: Float[Array, "... rows"], indices: Int[Array, "... k"] | None = None
@@ -134,7 +115,7 @@ class SAEModule(nn.Module):
         rows = rows.reshape(*indices.shape[:-1], indices.shape[-1] * c.encoder_blocks)  # a feature's side by side
         counts = None if counts is None else counts * c.encoder_blocks
         bias = self.b_enc if c.encoder_bias else None
-        found = linear_at(self._centred(x), self.w_enc, y, rows, bias, self.form, counts)
+        found = linear_at(self.read(x), self.w_enc, y, rows, bias, self.form, counts)
         found = found.reshape(*indices.shape, c.encoder_blocks)
         return self.product(jnp.concatenate(list(jnp.moveaxis(found, -1, 0)), axis=-1), indices)
 
@@ -192,9 +173,17 @@ class SAEModule(nn.Module):
         codes = jnp.where(self.active(z), z, jnp.zeros_like(z))
         return codes + jnp.broadcast_to(damage(z), z.shape)
 
-    def _centred(self, x):
-        x = as_floating(x, self.b_dec) / self.config.scale
-        return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape) if self.config.centred else x
+    def read(self, x: Shaped[Array, "... d_model"]) -> Float[Array, "... width"]:
+        """What the rows of ``w_enc`` are multiplied with: x, centred if it is to be, or the codes of the inputs."""
+        c = self.config
+        x = as_floating(x, self.b_dec) / c.scale
+        if c.inputs is None or c.inputs_k is None:
+            return x - jnp.broadcast_to(self.b_dec.astype(x.dtype), x.shape) if c.centred else x
+        rows, bias = jax.lax.stop_gradient((self.w_in, self.b_in))
+        z = linear(x - jnp.broadcast_to(bias.astype(x.dtype), x.shape), rows)
+        indices = largest(z, c.inputs_k)
+        values = jnp.take_along_axis(z, indices, axis=-1)
+        return SparseCodes(values, indices, c.inputs).dense() + jnp.broadcast_to(damage(z), z.shape)
 
     def decode_directions(
         self, codes: Any, counts: Int[Array, "..."] | None = None, reached: Int[Array, "..."] | None = None

@@ -57,6 +57,9 @@ class SAEConfig:
     linear_term: bool = False  # of a bilinear encoder: add W x to the products
     max_active: int | None = None  # most active features of a token in sparse codes, unless top-k; None: 512, or all
     token_lookup: int | None = None  # add a row of W_lookup for each token to the reconstruction: number of token ids
+    inputs: int | None = None  # of a readable one: encode the codes of this many input features of its site, not x
+    inputs_k: int | None = None  # active input features of each token
+    reads: int | None = None  # most input features that each factor of a product has a weight for
 
     def __post_init__(self):
         check_types(self)
@@ -121,12 +124,34 @@ class SAEConfig:
         for name in ("product_bias", "linear_term"):
             if getattr(self, name) and not self.bilinear_encoder:
                 raise ValueError(f"{name} is true, but only a bilinear encoder has it: set bilinear_encoder too")
+        self._check_inputs()
         for name in ("passthrough", "apply_normalize", "centred"):
             if getattr(self, name) and self.target is not None:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, but a transcoder ({self.site} to {self.target}) cannot have it: "
                     "what it reads and what it reconstructs are two sites"
                 )
+
+    def _check_inputs(self) -> None:
+        given = {name: getattr(self, name) for name in ("inputs", "inputs_k", "reads")}
+        if not any(value is not None for value in given.values()):
+            return
+        if self.inputs is None or self.inputs_k is None or self.reads is None:
+            raise ValueError(f"a readable dictionary has inputs, inputs_k and reads, but got {given}: give all three")
+        check_sizes(self, "inputs")
+        if not self.bilinear_encoder or self.linear_term or self.target is None:
+            raise ValueError(
+                "inputs is set, but only a bilinear transcoder without a linear term reads codes: set bilinear_encoder "
+                "and target"
+            )
+        for name in ("inputs_k", "reads"):
+            if not 1 <= given[name] <= self.inputs:
+                raise ValueError(f"{name} is {given[name]}, but it must be between 1 and {self.inputs} (inputs)")
+
+    @property
+    def width(self) -> int:
+        """The numbers that each row of ``w_enc`` is multiplied with: ``d_model``, or the input features."""
+        return self.inputs or self.d_model
 
     @property
     def n_features(self) -> int:

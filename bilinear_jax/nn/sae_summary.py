@@ -17,6 +17,7 @@ def summary_of(c: SAEConfig, size: int) -> str:
             ("a linear term", c.linear_term),
             ("a bias of the products", c.product_bias),
             ("a linear skip", c.skip),
+            (f"reads {c.reads} of {c.inputs} input features a factor", c.inputs is not None),
             (f"a row for each of {c.token_lookup} tokens", c.token_lookup is not None),
         )
         if there

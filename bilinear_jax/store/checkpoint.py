@@ -308,8 +308,8 @@ _LATER: dict[type, set[str]] = {
         *("tied", "linear", "original_gate", "original_above", "family"),
     },
     SAEConfig: {
-        *("activation", "target", "skip", "centred", "product_bias", "linear_term", "max_active"),
-        "token_lookup",
+        *("activation", "target", "skip", "centred", "product_bias", "linear_term", "max_active", "token_lookup"),
+        *("inputs", "inputs_k", "reads"),
     },
 }
 """The fields of a config that came after version 0.2. Older files lack them, and mean their defaults."""

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.configs import check_types
 from bilinear_jax.nn.sites import loss as summed_loss
-from bilinear_jax.nn.transformer import REMAT, TransformerConfig
+from bilinear_jax.nn.transformer import REMAT, Edit, Site, TransformerConfig
 from bilinear_jax.store.checksums import of_arrays
 from bilinear_jax.store.fields import COUNT, NOT_NEGATIVE, SEED, Rule, check_fields
 from bilinear_jax.store.tokenizers import end_tokens, load_tokenizer, prompt_ids
@@ -62,6 +62,7 @@ class LanguageRecipe:
     accumulation: int = 1  # parts of a batch whose gradients are computed one after another, to save memory
     remat: str | None = None  # activations kept for the gradient: None (all), "products", or "layer" (the fewest)
     compute_dtype: str = "float32"  # dtype of activations, or "bfloat16"; parameters, norms and loss stay float32
+    dropout: float = 0.0  # share of the embedding and of each attn_out and mlp_out that a step sets to 0, in 256ths
     anneal: float = 0.0  # for a SwiGLU model: fraction of the steps over which its gate becomes linear; 0: never
     seed: int = 0  # seed of the parameters and of the order of the data
 
@@ -79,6 +80,7 @@ class LanguageRecipe:
         check_fields(self, NOT_NEGATIVE, "lr", "embed_lr", "weight_decay", "warmup")
         check_fields(self, Rule("must be at least 0 and below 1", lambda b: all(0 <= x < 1 for x in b)), "betas")
         check_fields(self, Rule("must lie in 0 ... 1", lambda x: 0 <= x <= 1), "final", "anneal")
+        check_fields(self, Rule("must be at least 0 and below 1", lambda x: 0 <= x < 1), "dropout")
         check_fields(self, Rule("must be greater than 0", lambda x: x > 0), "clip")
         check_fields(self, SEED, "seed")
         if self.batch_size % self.accumulation:
@@ -136,16 +138,19 @@ def language_update(
     The loss is the mean cross entropy over all tokens of the batch except those at position 0. With
     ``a = recipe.accumulation``, part i of the batch is rows i, i + a, i + 2 a, ..., so that rows stay on their devices.
     The gradients of the summed losses are added, and divided once.
+
+    What ``recipe.dropout`` sets to 0 depends on the seed, the step and the part. It is scaled so that means stay.
     """
     optimizer = language_optimizer(recipe)
     parts = recipe.accumulation
 
-    def sums(params, tokens, beta):
+    def sums(params, tokens, beta, key):
         return summed_loss(
             config,
             params,
             tokens,
             jnp.ones(tokens.shape, bool),
+            dropout(config.n_layer, recipe.dropout, key),
             compute_dtype=jnp.dtype(recipe.compute_dtype),
             beta=beta,
             remat=recipe.remat,
@@ -156,16 +161,20 @@ def language_update(
         beta = recipe.beta(state.step)
         gradient_of = jax.value_and_grad(sums, has_aux=True)
 
-        def add(so_far, tokens):
-            return jax.tree.map(jnp.add, so_far, gradient_of(state.params, tokens, beta)), None
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+
+        def add(so_far, part):
+            tokens, number = part
+            found = gradient_of(state.params, tokens, beta, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, so_far, found), None
 
         batch = jnp.asarray(batch)
         if parts == 1:
-            (total, count), gradient = gradient_of(state.params, batch, beta)
+            (total, count), gradient = gradient_of(state.params, batch, beta, key)
         else:
             cut = jnp.swapaxes(batch.reshape(batch.shape[0] // parts, parts, -1), 0, 1)
             zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
-            ((total, count), gradient), _ = jax.lax.scan(add, zeros, cut)
+            ((total, count), gradient), _ = jax.lax.scan(add, zeros, (cut, jnp.arange(parts)))
         gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
         params, opt_state = apply_optimizer(optimizer, gradient, state)
         metrics = {"loss": total / count, "gradient_norm": optax.tree.norm(gradient)}
@@ -174,6 +183,26 @@ def language_update(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return update
+
+
+def dropout(n_layer: int, share: float, key: Array) -> dict[Site, Edit]:
+    """Edits of a model: each sets a random share of what is added to the residual stream to 0, and scales up the rest.
+
+    The share is rounded to 256ths: then a number needs one random byte, which takes a quarter of the time.
+    """
+    dropped = min(round(256 * share), 255)
+    if not dropped:
+        return {}
+    places = [("resid_pre", 0)] + [(site, layer) for layer in range(n_layer) for site in ("attn_out", "mlp_out")]
+
+    def edit(number: int) -> Edit:
+        def drop(value):
+            kept = jax.random.bits(jax.random.fold_in(key, number), value.shape, jnp.uint8) >= dropped
+            return jnp.where(kept, value * (256 / (256 - dropped)), 0)
+
+        return drop
+
+    return {place: edit(number) for number, place in enumerate(places)}
 
 
 def initial_state(config: TransformerConfig, recipe: LanguageRecipe, params: PyTree | None = None) -> TrainState:

@@ -29,7 +29,10 @@ from jax.sharding import Mesh
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.measure import evaluation
+from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.store.checkpoint import read_sae, save_model, save_sae
+from bilinear_jax.store.dictionaries import load_dictionary
 from bilinear_jax.store.documents import as_sources, read_documents, up_to, without_last
 from bilinear_jax.store.files import check_name, finite_or_null, replace_file
 from bilinear_jax.store.terminal import say
@@ -180,6 +183,7 @@ def train_saes(
         text.tokens,
         out / "saes",
         held_out=rows,
+        inputs=_inputs(configs, lm, scope if scope.is_dir() else lm.source),
         evaluate_every=plan.run.evaluate_every,
         mesh=mesh,
         **_fit_options(plan, _wandb_log(package, wandb, plan, out / "saes")),
@@ -199,6 +203,17 @@ def train_saes(
 
     _alone(finish, out)
     return scope
+
+
+def _inputs(configs: Sequence[SAEConfig], lm: LanguageModel, scope: Any) -> dict[int, SAE]:
+    """The SAEs whose codes the readable transcoders among the configs read, by layer."""
+    return {
+        c.layer: load_dictionary(
+            scope, site=c.site, layer=c.layer, expansion=c.inputs / c.d_model, k=c.inputs_k, target=c.site, model=lm
+        )
+        for c in configs
+        if c.inputs is not None
+    }
 
 
 def _run_folder(out: str | Path) -> Path:

@@ -23,10 +23,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.sae import SAE
+from bilinear_jax.nn.sae import SAE, SAEModule
 from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.nn.sites import capture
 from bilinear_jax.nn.sparse import FORMS, check_form, fastest_form
+from bilinear_jax.nn.transformer import run_module
 from bilinear_jax.store.checksums import of_arrays
 from bilinear_jax.training import folder
 from bilinear_jax.training.batches import batches
@@ -34,8 +35,9 @@ from bilinear_jax.training.fit import BatchIterator, FitOptions, TrainState, app
 from bilinear_jax.training.harvest import TOKENS, Harvest
 from bilinear_jax.training.mesh import one_copy, place
 from bilinear_jax.training.sae_loss import reconstruction_loss
+from bilinear_jax.training.sae_reads import after_update, check_inputs
 from bilinear_jax.training.sae_recipe import FASTEST, SAERecipe, window
-from bilinear_jax.training.sae_start import Samples, Start, start_from
+from bilinear_jax.training.sae_start import NONE, Samples, Start, start_from
 from bilinear_jax.training.sae_state import as_published, initial_state, sae_optimizer, saes_of, stacks
 from weights_convert.files import expanded
 
@@ -85,6 +87,10 @@ def sae_update(configs: Sequence[SAEConfig], recipe: SAERecipe, form: str = "sca
             for i, config in enumerate(group):
                 metrics |= {f"{name}.{config.name}": values[i] for name, values in measured.items()}
         params, opt_state = apply_optimizer(optimizer, gradients, state)
+        for label, group in groups.items():
+            if group[0].inputs is not None:
+                weights = state.params[label]["w_enc"], params[label]["w_enc"], extra[label]["power"]
+                params[label] |= {"w_enc": after_update(group[0], recipe, state.step, *weights)}
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 
     return update
@@ -98,6 +104,7 @@ def fit_saes(
     directory: str | Path,
     *,
     held_out: np.ndarray | None = None,
+    inputs: Mapping[int, SAE] = NONE,
     mesh: Mesh | None = None,
     evaluate_every: int | None = None,
     **options: Unpack[FitOptions],
@@ -114,6 +121,7 @@ def fit_saes(
         directory: the folder for checkpoints and ``metrics.jsonl``, see ``fit``. It logs the metrics of ``sae_update``.
         held_out: ``[rows, seq]``, the held-out text. With it, ``evaluate_saes`` is logged as
             ``held_out_<metric>.<name>``.
+        inputs: the SAEs whose codes readable transcoders read, by layer.
         mesh: from ``training.mesh.make_mesh``. Tokens and features are sharded over its devices.
         evaluate_every: steps between evaluations. There is also one at the end.
         options: ``save_every``, ``keep``, ``keep_every``, ``log_every`` and ``log``, as for ``fit``.
@@ -123,8 +131,9 @@ def fit_saes(
 
     Raises:
         ValueError: if there are no SAEs, two have the same name, one has another width than the model, a
-            ``token_lookup`` other than its ``n_vocab``, or a site that the model does not have, the buffer or the text
-            is too small, or the directory holds a run with another config, recipe, model or text.
+            ``token_lookup`` other than its ``n_vocab``, a site that the model does not have, or no SAE to read from,
+            the buffer or the text is too small, or the directory holds a run with another config, recipe, model or
+            text.
         FloatingPointError: if a loss is not finite. The last good checkpoint stays.
     """
     from bilinear_jax.measure.evaluation import evaluate_saes
@@ -139,6 +148,7 @@ def fit_saes(
             f"token_lookup of {wrong[0].name} is {wrong[0].token_lookup}, but the model has {n_vocab} token ids: set "
             f"token_lookup to {n_vocab}, or to None for no lookup"
         )
+    check_inputs(configs, inputs)
     sites = list(dict.fromkeys((site, c.layer) for c in configs for site in (c.site, c.reconstructs)))
     placed = place(lm, mesh)
     if recipe.compute_dtype is not None:
@@ -162,13 +172,14 @@ def fit_saes(
         recipe,
         directory,
         {site: values.mean(axis=0) for site, values in samples.items()},
-        start=start_from(lm, samples),
+        start=start_from(lm, samples, inputs),
         identity={
             "model": dataclasses.asdict(lm.config),
             "params": fingerprint(lm.params),
             "tokens": len(tokens),
             folder.DATA: of_arrays(tokens),
-        },
+        }
+        | ({"inputs": {str(layer): fingerprint(sae.params) for layer, sae in inputs.items()}} if inputs else {}),
         mesh=mesh,
         evaluate=None if held_out is None else evaluate,
         evaluate_every=evaluate_every,
@@ -265,6 +276,9 @@ def _gradient(
     if "running_threshold" in extra:
         kept = jnp.where(step == 0, 0.0, MEMORY)
         new["running_threshold"] = kept * extra["running_threshold"] + (1 - kept) * parts.pop("threshold")
+    if "power" in extra:
+        codes = run_module(SAEModule(config), as_published(params), x, method="read")
+        new["power"] = extra["power"] + jnp.mean(codes**2, axis=0)
     if "log_weight" in extra:
         new["log_weight"] = extra["log_weight"] + CONTROL * jnp.clip(parts["l0"] / config.k - 1, -1.0, 1.0)
     return gradient, new, parts | {"dead": jnp.mean((new["quiet"] >= recipe.dead_after).astype(jnp.float32))}

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.nn.activations import batch_threshold, damage, jump, least_threshold, places, step
-from bilinear_jax.nn.sae import SAEModule, SparseCodes
+from bilinear_jax.nn.activations import SparseCodes, batch_threshold, damage, jump, least_threshold, places, step
+from bilinear_jax.nn.sae import SAEModule
 from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.nn.sparse import counted
 from bilinear_jax.nn.transformer import run_module

@@ -44,6 +44,7 @@ class SAERecipe:
     sparsity: float = 0.1  # weight of the sparsity loss of jumprelu and relu; with relu and k, its first value
     bandwidth: float = 0.2  # of the threshold's straight-through derivative (jumprelu), in units of the threshold
     frozen_decoder: bool = False  # a control: decoder columns stay as they are at random
+    narrow: float = 0.6  # of readable transcoders: share of the steps in which the inputs of a factor fall to reads
     dead_after: int = 1_000_000  # tokens without firing after which a feature counts as dead
     seed: int = 0  # seed of the parameters and of the order of the data
     form: str = "scan"  # of the sparse products: scan, gather, dense, or fastest: timed once, when the run begins
@@ -59,6 +60,7 @@ class SAERecipe:
             lambda shares: all(0 < a < b for a, b in zip(shares, (*shares[1:], 1.0), strict=False)),
         )
         check_fields(self, rising, "matryoshka")
+        check_fields(self, Rule("must be above 0 and at most 1", lambda share: 0 < share <= 1), "narrow")
         check_fields(self, SEED, "seed")
         if self.n_ctx is not None:
             check_fields(self, Rule("must be at least 2: position 0 is not trained on", lambda n: n >= 2), "n_ctx")

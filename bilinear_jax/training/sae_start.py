@@ -6,6 +6,8 @@
     bilinear transcoder     of a gated or bilinear MLP: the hidden units that write most. The feature of unit m is
     (mlp_in to mlp_out)     (l_m . x)(r_m . x) |p_m| along p_m / |p_m|, so the start computes a part of the MLP exactly
                             (half of it where the MLP has a gate, whose derivative at 0 is about one half)
+    readable transcoder     the same units in the features of the input SAE, l_m . (D f + b): what the MLP makes of the
+                            SAE's reconstruction
     jumprelu                each threshold is the value that a share k / features of the tokens exceeds
 
 Each hidden unit is turned so that its mean contribution is positive, since the largest pre-activations are active.
@@ -14,6 +16,7 @@ If there are more features than units, each further feature is a unit turned rou
 
 import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +32,16 @@ Samples = Mapping[tuple[str, int], Float[Array | np.ndarray, "tokens d_model"]]
 Start = Callable[[SAEConfig, dict[str, Array]], dict[str, Array]]
 """``start(config, random params) -> params``."""
 
+NONE: Mapping[int, SAE] = MappingProxyType({})
+
 RIDGE = 1e-3
 """Added to the covariance of x, in units of its mean eigenvalue, when M is fitted."""
 
 
-def start_from(lm: LanguageModel, samples: Samples) -> Start:
+def start_from(lm: LanguageModel, samples: Samples, inputs: Mapping[int, SAE] = NONE) -> Start:
     """The start of each dictionary, as in the docstring of this module. A pure function of the model and the samples.
+
+    ``inputs`` are the input SAEs of readable transcoders, by layer.
 
     Example:
         >>> import jax
@@ -56,7 +63,8 @@ def start_from(lm: LanguageModel, samples: Samples) -> Start:
     def start(config: SAEConfig, params: dict[str, Array]) -> dict[str, Array]:
         x = samples[config.site, config.layer]
         if config.target is not None and config.bilinear_encoder:
-            params = params | _of_hidden_units(lm, config, np.asarray(x, np.float64))
+            units = _of_hidden_units(lm, config, np.asarray(x, np.float64))
+            params = params | (units if config.inputs is None else _in_features(inputs[config.layer], units))
         elif config.target is not None:
             m, mean = least_squares(config.site, config.target, config.layer)
             rows = np.asarray(params["w_dec"], np.float64).T @ m
@@ -71,6 +79,16 @@ def start_from(lm: LanguageModel, samples: Samples) -> Start:
         return params
 
     return start
+
+
+def _in_features(sae: SAE, units: dict[str, Array]) -> dict[str, Array]:
+    """Hidden units in the features of an SAE of x, and the encoder of this SAE."""
+    its = {"w_in": jnp.asarray(sae.encoder, jnp.float32), "b_in": jnp.asarray(sae.decoder_bias, jnp.float32)}
+    if not units:
+        return its
+    rows = np.asarray(units["w_enc"], np.float64)
+    weights, biases = rows @ np.asarray(sae.decoder, np.float64), rows @ np.asarray(sae.decoder_bias, np.float64)
+    return units | {"w_enc": _single(weights), "b_enc": _single(biases)} | its
 
 
 def _single(array: np.ndarray) -> Float[Array, "..."]:

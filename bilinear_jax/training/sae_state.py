@@ -4,6 +4,7 @@ params[stack]   w_enc, w_dec_rows [n, features, d_model]   b_dec [n, d_model]   
                 with log_threshold for the thresholds of JumpReLU, so that they stay positive
 extra[stack]    quiet [n, features]: tokens since each feature last fired, counted up to dead_after
                 running_threshold [n]: of BatchTopK, the mean of the thresholds of the batches
+                power [n, inputs]: of readable transcoders, the sum over steps of the mean square of each input
                 log_weight [n]: of ReLU with k, the logarithm of the weight of the sparsity loss
 """
 
@@ -85,6 +86,8 @@ def initial_state(
 def _counters(group: Sequence[SAEConfig], recipe: SAERecipe) -> dict[str, Array]:
     n, config = len(group), group[0]
     found = {"quiet": jnp.zeros((n, config.n_features), jnp.int32)}
+    if config.inputs is not None:
+        found["power"] = jnp.zeros((n, config.inputs))
     if config.activation == "batchtopk":
         found["running_threshold"] = jnp.zeros(n)
     if config.activation == "relu" and config.k is not None:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from bilinear_jax.explain import cp, interactions, overview, similarity, spectra
 from bilinear_jax.explain.hosvd import hosvd
-from bilinear_jax.linalg.scale import lengths
-from bilinear_jax.nn.sae import unit_columns
+from bilinear_jax.linalg.scale import lengths, unit_columns
 from bilinear_jax.tensor import BilinearTensor
 
 RNG = np.random.default_rng(0)

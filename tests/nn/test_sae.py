@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bilinear_jax.errors import UnknownNameError
-from bilinear_jax.nn.sae import SAE, SAEConfig, SAEModule, SparseCodes
+from bilinear_jax.nn.activations import SparseCodes
+from bilinear_jax.nn.sae import SAE, SAEConfig, SAEModule
 from bilinear_jax.nn.transformer import run_module
 
 

@@ -31,6 +31,10 @@ TRANSCODERS = {
     "skip": dict(target="mlp_out", encoder_bias=True, skip=True),
     "bilinear": dict(target="mlp_out", bilinear_encoder=True, product_bias=True),
     "bilinear-linear": dict(target="mlp_out", bilinear_encoder=True, product_bias=True, linear_term=True),
+    "readable": dict(
+        **dict(target="mlp_out", bilinear_encoder=True, encoder_bias=True, product_bias=True),
+        **dict(inputs=12, inputs_k=4, reads=3),
+    ),
     "lookup": dict(token_lookup=12),
     "skip-lookup": dict(target="mlp_out", encoder_bias=True, skip=True, token_lookup=12),
 }
@@ -53,7 +57,12 @@ def params_of(config: SAEConfig, key: int = 0, threshold: float = 1.0) -> dict:
 def dense_loss(config: SAEConfig, params: dict, x, y, tokens, dead, loss: Loss, weight: float):
     """The loss as its module defines it, with every code written out, for JAX to differentiate."""
     centre = params["b_dec"][None] if config.centred else 0.0
-    h = (x - centre) @ params["w_enc"].T
+    h = x - centre
+    if config.inputs is not None:
+        bias, rows = jax.lax.stop_gradient((params["b_in"], params["w_in"]))
+        z = (x - bias[None]) @ rows.T
+        h = jnp.where(z >= jnp.sort(z, axis=1)[:, -config.inputs_k, None], z, 0)
+    h = h @ params["w_enc"].T
     h = h + params["b_enc"][None] if config.encoder_bias else h
     if config.bilinear_encoder:
         left, right, *linear = jnp.split(h, config.encoder_blocks, axis=-1)
@@ -344,6 +353,7 @@ def both_sites(i: int) -> dict:
 
 
 ALL = [config_of("bilinear", "batchtopk", 3), config_of("sae", "relu", 3), config_of("lookup", "topk", 3)]
+ALL.append(config_of("readable", "topk", 3))
 MEANS = {("mlp_in", 0): np.zeros(D, np.float32), ("mlp_out", 0): np.zeros(D, np.float32)}
 RECIPE = SAERecipe(steps=8, batch_size=64, lr=1e-2)
 

@@ -18,6 +18,7 @@ from bilinear_jax.training import language
 from bilinear_jax.training.batches import held_out_rows
 from bilinear_jax.training.language import (
     LanguageRecipe,
+    dropout,
     fit_language,
     initial_state,
     language_optimizer,
@@ -330,3 +331,31 @@ def test_a_prompt_that_cannot_be_continued_is_told_before_a_step(tmp_path, promp
 def test_recipes_that_make_no_sense_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         LanguageRecipe(**({"steps": 10} | fields))
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_depends_on_the_step():
+    """And it is the same again for a step, so a resumed run has the same bits."""
+    edits = dropout(2, 0.25, jax.random.key(0))
+    assert sorted(edits) == sorted([("resid_pre", 0), *((s, i) for i in range(2) for s in ("attn_out", "mlp_out"))])
+    ones = jnp.ones((8, 32, 64))
+    found = {place: np.asarray(edit(ones)) for place, edit in edits.items()}
+    for values in found.values():
+        assert np.mean(values == 0) == pytest.approx(0.25, abs=0.02)
+        assert set(np.unique(values)) == {0.0, np.float32(4 / 3)}
+    kept = [values != 0 for values in found.values()]
+    assert not any(np.array_equal(one, other) for i, one in enumerate(kept) for other in kept[:i])
+    again = dropout(2, 0.25, jax.random.key(0))["mlp_out", 1](ones)
+    np.testing.assert_array_equal(again, found["mlp_out", 1])
+    assert not np.array_equal(dropout(2, 0.25, jax.random.key(1))["mlp_out", 1](ones), again)
+    assert not dropout(2, 0.0, jax.random.key(0))
+
+
+def test_a_step_with_dropout_is_another_and_its_parts_drop_other_values():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8, (4, 16)))
+    rows = jnp.concatenate([tokens[:1]] * 4)
+    losses = {}
+    for share, parts in ((0.0, 1), (0.5, 1), (0.5, 2), (0.5, 4)):
+        recipe = LanguageRecipe(steps=2, batch_size=4, dropout=share, accumulation=parts)
+        losses[share, parts] = float(language_update(CONFIG, recipe)(initial_state(CONFIG, recipe), rows)[1]["loss"])
+    assert len(set(losses.values())) == 4
+    assert all(np.isfinite(list(losses.values())))

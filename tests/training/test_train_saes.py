@@ -11,7 +11,8 @@ import pytest
 from runs import Stopped, stopped_at
 
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.nn.sae import SAE, SAEConfig, unit_columns
+from bilinear_jax.linalg.scale import unit_columns
+from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import Transformer, TransformerConfig
 from bilinear_jax.training.fit import ByStep, apply_optimizer, cosine_with_warmup
 from bilinear_jax.training.mesh import make_mesh, one_copy, place, place_rows

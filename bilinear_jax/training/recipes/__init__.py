@@ -77,6 +77,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "transcoder": {"target": "mlp_out", "encoder_bias": True},
     "skip-transcoder": {"target": "mlp_out", "encoder_bias": True, "skip": True},
     "bilinear-transcoder": {"target": "mlp_out", "bilinear_encoder": True, "product_bias": True},
+    "readable-transcoder": {
+        "target": "mlp_out",
+        "bilinear_encoder": True,
+        "encoder_bias": True,
+        "product_bias": True,
+    },
 }
 """The kinds of dictionaries that a recipe can name, each with the fields of its config. Transcoders read mlp_in."""
 
@@ -89,10 +95,13 @@ class SAEGrid:
     ks: tuple[int, ...]  # active features per token: of each (topk), on average (batchtopk), a target (jumprelu, relu)
     sites: tuple[str, ...] = ("mlp_in", "mlp_out")  # where the SAEs read; transcoders go from mlp_in to mlp_out
     layers: tuple[int, ...] | None = None  # layers of the sites; None: all
-    kinds: tuple[str, ...] = ("sae",)  # sae, transcoder, skip-transcoder, bilinear-transcoder
+    kinds: tuple[str, ...] = ("sae",)  # sae, transcoder, skip-transcoder, bilinear-transcoder, readable-transcoder
     activations: tuple[str, ...] = ("topk",)  # topk, topk_relu, batchtopk, jumprelu, relu
     tag: str | None = None  # tells these SAEs apart from others with the same properties
     token_lookup: bool = False  # add a learned row for each token of the vocabulary to the reconstructions
+    reads: int = 8  # of readable transcoders: most input features of each factor of a product
+    inputs_expansion: int = 4  # of readable transcoders: input features / d_model, of the SAE of mlp_in that they read
+    inputs_k: int = 20  # of readable transcoders: k of that SAE, which must exist already
 
     def __post_init__(self):
         check_types(self)
@@ -106,7 +115,7 @@ class SAEGrid:
     def configs(self, model: TransformerConfig) -> list[SAEConfig]:
         """The configs of the dictionaries. Raises ``ValueError`` for a layer that the model does not have.
 
-        Skip and bilinear transcoders have their kind in their tag, and dictionaries with a lookup ``lookup``.
+        Skip, bilinear and readable transcoders have their kind in their tag, and dictionaries with a lookup ``lookup``.
 
         Example:
             >>> model = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=16, n_ctx=6, n_vocab=10)
@@ -126,6 +135,9 @@ class SAEGrid:
             lookup = model.n_vocab if self.token_lookup else None
             for site, expansion, activation, k in itertools.product(sites, self.expansions, self.activations, self.ks):
                 options = {"tag": tag, "activation": activation, "token_lookup": lookup, **KINDS[kind]}
+                if kind == "readable-transcoder":
+                    inputs = self.inputs_expansion * model.d_model
+                    options |= {"inputs": inputs, "inputs_k": self.inputs_k, "reads": self.reads}
                 found.append(SAEConfig(site, layer, model.d_model, expansion, k, **options))
         return found
 
