@@ -5,7 +5,7 @@ your own, and scored on the rest (``explain.scores``). Beside it stand
 
     full       the whole pre-activation: as good as any explanation can be
     lookups    the mean of the token, and of the bigram, fitted on the choosing tokens (``explain.lookups``)
-    controls   rotated: the form cut along random directions (``explain.parts``)
+    controls   rotated: the form cut along random directions (``explain.parts``); of pairs, random pairs
                random directions: the same method for a random output direction of the same norm, which "fires" at as
                many tokens as the feature
 
@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from bilinear_jax.explain.feature_pairs import inputs_read
 from bilinear_jax.explain.lookups import lookups
-from bilinear_jax.explain.parts import METHODS, Parts, check_method, checked_numbers, eigenparts, partial_sums, rotated
+from bilinear_jax.explain.parts import Pairs, Parts, check_method, checked_numbers, partial_sums
 from bilinear_jax.explain.removed import firings_left
 from bilinear_jax.explain.replaced import Recovered, recovered
 from bilinear_jax.explain.samples import Layer, Samples, gather
 from bilinear_jax.explain.scores import Scores, score
+from bilinear_jax.explain.ways import Way, way_of
 from bilinear_jax.linalg.devices import one_blas_thread
-from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.nn.sites import token_array
 
 BYTES = 2**26  # of the predictions that are held at once; does not change the result
@@ -45,8 +46,9 @@ class Explained(Scores):
     tokens: tuple[int, int]  # numbers of choosing and scoring tokens
     full: Scores  # of the whole pre-activation, [features, 1]
     lookups: Mapping[str, Scores]  # token and bigram, [features, 1]
-    controls: Mapping[str, Scores]  # rotated and random directions, [features, parts]
-    firings_left: Float[np.ndarray, "features parts"] | None  # explain.removed; None of plain directions
+    controls: Mapping[str, Scores]  # rotated or random pairs, and random directions, [features, parts]
+    inputs_read: Int[np.ndarray, "features parts"]  # the inputs that the parts read: all, or those in the pairs
+    firings_left: Float[np.ndarray, "features parts"] | None  # explain.removed; None of plain directions and of pairs
     firings_left_random: Float[np.ndarray, "features parts"] | None  # the same for random directions of the input
     layer: Recovered | None  # the MLP replaced by the explanations of all features: explain.replaced
 
@@ -101,16 +103,10 @@ def explained(
     choosing, scoring = (
         gather(layer, rows, mask, batch_size) for rows, mask in zip((choosing_rows, scoring_rows), masks, strict=True)
     )
-    metric = Metric.of(choosing.moment, shrink=METHODS[by])
-    most = numbers[-1]
-    if most > metric.root.shape[1]:
-        raise ValueError(
-            f"parts is up to {most}, but the input has {metric.root.shape[1]} directions on the choosing tokens: give "
-            "fewer parts, or more tokens"
-        )
-    key_turn, key_directions = jax.random.split(jax.random.key(seed))
+    way = way_of(by, layer, choosing, numbers, seed)
+    keys = jax.random.split(jax.random.key(seed))
     found: list[_OfSome] = []
-    most_at_once = max(1, BYTES // (8 * most * max(len(choosing.x), len(scoring.x))))
+    most_at_once = max(1, BYTES // (8 * numbers[-1] * max(len(choosing.x), len(scoring.x))))
     at_once = min(most_at_once, len(features))
     with one_blas_thread():
         for start in range(0, len(features), at_once):
@@ -118,11 +114,11 @@ def explained(
             # The last group is filled up with its last feature, so there is only one shape to compile.
             some = features[np.minimum(start + np.arange(at_once), len(features) - 1)]
             rows = jnp.asarray(layer.directions)[some]
-            random = _random_directions(rows, jnp.asarray(some), key_directions)
-            one = _of_some(layer, some, rows, random, choosing, scoring, metric, numbers, key_turn)
+            random = _random_directions(rows, jnp.asarray(some), keys[1])
+            one = _of_some(layer, some, rows, random, choosing, scoring, way, numbers, keys[0])
             found.append(jax.tree.map(lambda leaf, number=number: leaf[:number], one))
         made = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-        its_loss = recovered(layer, metric, numbers, choosing, scoring_rows, masks[1], batch_size) if loss else None
+        its_loss = recovered(layer, way, numbers, choosing, scoring_rows, masks[1], batch_size) if loss else None
     return Explained(
         **{field.name: getattr(made.scores["explanation"], field.name) for field in dataclasses.fields(Scores)},
         by=by,
@@ -132,7 +128,8 @@ def explained(
         tokens=(len(choosing.x), len(scoring.x)),
         full=made.scores["full"],
         lookups={name: made.scores[name] for name in ("token", "bigram")},
-        controls={name: made.scores[name] for name in ("rotated", "random directions")},
+        controls={name: made.scores[name] for name in (way.control_name, "random directions")},
+        inputs_read=made.inputs_read,
         firings_left=made.left,
         firings_left_random=made.left_random,
         layer=its_loss,
@@ -144,13 +141,12 @@ class _OfSome(NamedTuple):
 
     scores: dict[str, Scores]  # by what is scored
     firings: Int[np.ndarray, " U"]
+    inputs_read: Int[np.ndarray, "U parts"]
     left: Float[np.ndarray, "U parts"] | None
     left_random: Float[np.ndarray, "U parts"] | None
 
 
-def _of_some(
-    layer: Layer, some, rows, random, choosing: Samples, scoring: Samples, metric: Metric, numbers, key
-) -> _OfSome:
+def _of_some(layer: Layer, some, rows, random, choosing: Samples, scoring: Samples, way: Way, numbers, key) -> _OfSome:
     z, held_z = choosing.y @ np.asarray(rows).T, scoring.y @ np.asarray(rows).T  # [tokens, U]
     if layer.sae is None:
         fired, held_fired = np.zeros(z.T.shape, bool), np.zeros(held_z.T.shape, bool)
@@ -160,27 +156,26 @@ def _of_some(
     def scores(chosen, predicted, targets=(z, held_z), firing=(fired, held_fired)) -> Scores:
         return score(chosen, targets[0].T, firing[0], predicted, targets[1].T, firing[1])
 
-    def sums(found: Parts):
+    def sums(found: Parts | Pairs):
         both = tuple(partial_sums(jnp.asarray(one.x), found, numbers) for one in (choosing, scoring))
         return jax.device_get(both)
 
-    most = numbers[-1]
-    explanation, turned = eigenparts(layer.tensor, rows, most, metric), rotated(layer.tensor, rows, most, metric, key)
-    made = {"explanation": scores(*sums(explanation)), "rotated": scores(*sums(turned))}
+    explanation = way.choose(rows, z)
+    made = {"explanation": scores(*sums(explanation)), way.control_name: scores(*sums(way.control(rows, z)))}
     other, held_other = choosing.y @ np.asarray(random).T, scoring.y @ np.asarray(random).T
     firing = (_largest(other.T, fired.sum(axis=1)), _largest(held_other.T, held_fired.sum(axis=1)))
-    found = eigenparts(layer.tensor, random, most, metric)
+    found = way.choose(random, other)
     made["random directions"] = scores(*sums(found), targets=(other, held_other), firing=firing)
     for name, (chosen, predicted) in lookups(choosing, scoring, z).items():
         made[name] = scores(chosen.T[:, None], predicted.T[:, None])
     made["full"] = scores(z.T[:, None], held_z.T[:, None])
     left = left_random = None
-    if layer.sae is not None:
+    if layer.sae is not None and isinstance(explanation, Parts):
         left, left_random = (
             firings_left(layer, scoring, some, held_fired, one, numbers)
             for one in (explanation.vectors, jax.random.normal(key, explanation.vectors.shape))
         )
-    return _OfSome(made, held_fired.sum(axis=1), left, left_random)
+    return _OfSome(made, held_fired.sum(axis=1), inputs_read(explanation, numbers), left, left_random)
 
 
 def _largest(values: Float[np.ndarray, "U tokens"], numbers: Int[np.ndarray, " U"]) -> Bool[np.ndarray, "U tokens"]:

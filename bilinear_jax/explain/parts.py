@@ -7,8 +7,13 @@ The ways to choose them, by name:
     data       eigenpairs in the metric of the data, the largest |value| first: see ``linalg.metric``
     weight     eigenpairs of Q, the largest |value| first: the metric in which all directions of the input are alike
 
-And the control, whose squares are not made for Q: ``rotated``, the same with a random rotation of the eigenvectors. Its
-values are what Q has along them, ``w_i^T Q w_i`` in the metric, and again the largest |value| is first.
+or terms ``c_ij f_i f_j`` of the codes of an input SAE, of which no few add up to it:
+
+    pairs by weight, by data, greedy       see ``explain.feature_pairs``
+
+And the control of the eigenpairs, whose squares are not made for Q: ``rotated``, the same with a random rotation of the
+eigenvectors. Its values are what Q has along them, ``w_i^T Q w_i`` in the metric, and again the largest |value| is
+first.
 """
 
 import functools
@@ -18,7 +23,7 @@ from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain.spectra import top_eigh
@@ -26,7 +31,10 @@ from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.tensor import BilinearTensor
 
 METHODS = {"data": 0.0, "weight": 1.0}
-"""The ways to choose parts, each with the shrinking of the data's metric that it is."""
+"""The ways to choose eigenpairs, each with the shrinking of the data's metric that it is."""
+
+PAIRS = ("pairs by weight", "pairs by data", "pairs greedy")
+"""The ways to choose pairs of input features."""
 
 
 class Parts(NamedTuple):
@@ -36,10 +44,18 @@ class Parts(NamedTuple):
     vectors: Float[Array, "U k in"]
 
 
+class Pairs(NamedTuple):
+    """The first k products of two inputs of each of some output directions."""
+
+    i: Int[Array, "U k"]
+    j: Int[Array, "U k"]
+    weights: Float[Array, "U numbers k"]  # for each number of parts; 0 beyond it
+
+
 def check_method(by: str) -> None:
     """Raise ``UnknownNameError`` unless parts can be chosen in this way."""
-    if by not in METHODS:
-        raise UnknownNameError("by", repr(by), METHODS, of="ways to choose the parts of an explanation")
+    if by not in (*METHODS, *PAIRS):
+        raise UnknownNameError("by", repr(by), (*METHODS, *PAIRS), of="ways to choose the parts of an explanation")
 
 
 def checked_numbers(name: str, numbers: Iterable[SupportsIndex], inputs: int) -> tuple[int, ...]:
@@ -82,12 +98,15 @@ def rotated(tensor: BilinearTensor, directions: Float[Array, "U out"], k: int, m
 
 @functools.partial(jax.jit, static_argnames="numbers")
 def partial_sums(
-    x: Float[Array, "tokens in"], found: Parts, numbers: tuple[int, ...]
+    x: Float[Array, "tokens in"], found: Parts | Pairs, numbers: tuple[int, ...]
 ) -> Float[Array, "U numbers tokens"]:
-    """``sum_{i < n} values_i (vectors_i . x)^2`` for every n in ``numbers``.
+    """``sum_{i < n} values_i (vectors_i . x)^2``, or the sum of the first n pairs, for every n in ``numbers``.
 
     Memory: ``U k tokens`` numbers, twice.
     """
+    if isinstance(found, Pairs):
+        with jax.default_matmul_precision("highest"):
+            return found.weights @ (x.T[found.i] * x.T[found.j])
     counted = jnp.asarray([[i < number for i in range(found.values.shape[1])] for number in numbers])
     weights = jnp.where(counted[None], found.values[:, None], 0)  # [U, numbers, k]; XLA's cumsum is slow
     with jax.default_matmul_precision("highest"):

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float
 
 from bilinear_jax.explain.directions import encoder_constant
 from bilinear_jax.explain.lookups import token_means
-from bilinear_jax.explain.parts import Parts, eigenparts, partial_sums
-from bilinear_jax.explain.samples import Layer, Samples, edited_loss, extended
+from bilinear_jax.explain.parts import Pairs, Parts, partial_sums
+from bilinear_jax.explain.samples import Layer, Samples, edited_loss, read
+from bilinear_jax.explain.ways import Way
 from bilinear_jax.linalg.devices import one_blas_thread
-from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.sae import SAE
 
@@ -64,32 +64,33 @@ class Recovered:
 class Explanations(NamedTuple):
     """The explanations of all output features."""
 
-    parts: Parts  # [features, k]
+    parts: Parts | Pairs  # [features, k]
     constants: Float[Array, "features numbers"]  # added to the sum of the first parts
 
 
-def explanations(layer: Layer, metric: Metric, numbers: tuple[int, ...], choosing: Samples) -> Explanations:
-    """The eigenpairs of all features in a metric, and the constants that bring their means to those of the samples.
+def explanations(layer: Layer, way: Way, numbers: tuple[int, ...], choosing: Samples) -> Explanations:
+    """The parts of all features, and the constants that bring their means to those of the samples.
 
-    Memory: ``features k in`` numbers of 4 bytes.
+    Memory: ``features k in`` numbers of 4 bytes, and for 32 features at a time ``k tokens``, twice.
     """
-    most, some = numbers[-1], range(0, len(layer.directions), FEATURES_AT_ONCE)
-    directions = jnp.asarray(layer.directions)
-    padded = jnp.pad(directions, ((0, -len(directions) % FEATURES_AT_ONCE), (0, 0)), mode="edge")  # one shape
+    directions, x = np.asarray(layer.directions), jnp.asarray(choosing.x)
+    padded = np.pad(directions, ((0, -len(directions) % FEATURES_AT_ONCE), (0, 0)), mode="edge")  # one shape
+    found, constants = [], []
     with one_blas_thread():
-        found = [eigenparts(layer.tensor, padded[start : start + FEATURES_AT_ONCE], most, metric) for start in some]
-        parts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(directions)], *jax.block_until_ready(found))
-    moment = jnp.asarray(choosing.moment, jnp.float32)
-    with jax.default_matmul_precision("highest"):
-        squares = jnp.sum((parts.vectors @ moment) * parts.vectors, axis=-1)  # E[(p . x)^2]
-        means = directions @ jnp.asarray(choosing.y.mean(axis=0))
-    sums = jnp.cumsum(parts.values * squares, axis=1)[:, jnp.asarray(numbers) - 1]
-    return Explanations(parts, means[:, None] - sums)
+        for start in range(0, len(directions), FEATURES_AT_ONCE):
+            rows = padded[start : start + FEATURES_AT_ONCE]
+            z = choosing.y @ rows.T
+            parts = way.choose(jnp.asarray(rows), z)
+            predicted = np.asarray(jnp.mean(partial_sums(x, parts, numbers), axis=-1))
+            found.append(parts)
+            constants.append(z.mean(axis=0)[:, None] - predicted)
+    join = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(directions)], *found)
+    return Explanations(join, jnp.asarray(np.concatenate(constants)[: len(directions)]))
 
 
 def recovered(
     layer: Layer,
-    metric: Metric,
+    way: Way,
     numbers: tuple[int, ...],
     choosing: Samples,
     tokens,
@@ -100,7 +101,7 @@ def recovered(
 
     Args:
         layer: its outputs are an SAE of mlp_out, read by its encoder rows.
-        metric: in which the eigenpairs are taken.
+        way: how the parts are chosen.
         numbers: numbers of parts.
         choosing: the samples that the constants and the mean output of each token are taken from.
         tokens, token_mask, batch_size: as for ``LanguageModel.batches``. The output is replaced at the tokens that
@@ -116,10 +117,11 @@ def recovered(
     if sae.config.thresholded:  # a token of an explanation may have more active features than one of the model
         sae = SAE(sae.params, dataclasses.replace(sae.config, max_active=sae.config.n_features))
     table = jnp.asarray(token_means(choosing.token, choosing.y, layer.lm.config.n_vocab))
-    every = explanations(layer, metric, numbers, choosing)
+    every = explanations(layer, way, numbers, choosing)
     total, predicted = np.zeros(len(numbers) + 4), 0.0
     for batch in layer.lm.batches(tokens, token_mask, batch_size, description="replace the MLP"):
-        summed, number = _losses(layer.lm, layer.layer, sae, every, numbers, table, batch.tokens, batch.mask)
+        ends = layer.layer, layer.inputs, layer.tensor.n_in, sae
+        summed, number = _losses(layer.lm, *ends, every, numbers, table, batch.tokens, batch.mask)
         total, predicted = total + np.asarray(summed, np.float64), predicted + float(number)
         if not np.isfinite(total).all():
             raise batch.not_finite()
@@ -127,20 +129,20 @@ def recovered(
     return Recovered(clean, removed, tuple(losses), sae_loss, token_loss)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "numbers"))
-def _losses(lm, layer: int, sae: SAE, every: Explanations, numbers, table, tokens, mask):
+@functools.partial(jax.jit, static_argnames=("layer", "n_in", "numbers"))
+def _losses(lm, layer: int, inputs: SAE | None, n_in: int, sae: SAE, every: Explanations, numbers, table, tokens, mask):
     """The summed losses of a batch, in the order of the fields of ``Recovered``, the explanations last."""
     wanted, place = [("mlp_in", layer), ("mlp_out", layer)], ("mlp_out", layer)
     clean, got = sites.captured_loss(lm.config, lm.params, tokens, mask, wanted, compute_dtype=lm.compute_dtype)
     mlp_in, y = (got[site].astype(jnp.float32) for site in wanted)
-    x = extended(mlp_in, every.parts.vectors.shape[-1])
+    x = read(inputs, mlp_in, n_in)
     flat = x.reshape(-1, x.shape[-1])
 
     def predict(one):
-        values, vectors, constants = (part[None] for part in one)
-        return partial_sums(flat, Parts(values, vectors), numbers)[0] + constants[0][:, None]
+        parts, constants = one
+        return partial_sums(flat, jax.tree.map(lambda part: part[None], parts), numbers)[0] + constants[:, None]
 
-    z = jax.lax.map(predict, (*every.parts, every.constants), batch_size=FEATURES_AT_ONCE)
+    z = jax.lax.map(predict, tuple(every), batch_size=FEATURES_AT_ONCE)
     constant = encoder_constant(sae, jnp.arange(sae.config.n_features))
 
     def written(z_hat):

@@ -27,9 +27,10 @@ class Layer:
 
     lm: LanguageModel  # the model that is run; of a bilinear form, the one with its gated MLPs
     layer: int
-    tensor: BilinearTensor  # of mlp_in; of a transcoder, that of its pre-activations
+    tensor: BilinearTensor  # of mlp_in; of a transcoder, that of its pre-activations; with inputs, of their codes
     outputs: SAE | Directions
     directions: Float[Array, "U out"]  # the output directions
+    inputs: SAE | None = None  # an SAE of mlp_in whose codes are read in place of mlp_in; None: mlp_in itself
 
     @property
     def sae(self) -> SAE | None:
@@ -37,15 +38,27 @@ class Layer:
 
         Without its layer and tag, which do not change a number: so what is compiled for one serves all that are alike.
         """
-        if not isinstance(self.outputs, SAE):
-            return None
-        return SAE(self.outputs.params, dataclasses.replace(self.outputs.config, layer=0, tag=None))
+        return _unnamed(self.outputs) if isinstance(self.outputs, SAE) else None
+
+    def read(self, mlp_in: Float[Array, "... d_model"]) -> Float[Array, "... in"]:
+        """What the tensor reads, of the MLP's input."""
+        return read(self.inputs and _unnamed(self.inputs), mlp_in, self.tensor.n_in)
+
+
+def _unnamed(sae: SAE) -> SAE:
+    return SAE(sae.params, dataclasses.replace(sae.config, layer=0, tag=None))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def read(inputs: SAE | None, mlp_in: Float[Array, "... d_model"], n_in: int) -> Float[Array, "... in"]:
+    """mlp_in, or the codes of an SAE of it; with the constant input, if there is room for it in ``n_in``."""
+    return extended(mlp_in if inputs is None else inputs.encode(mlp_in), n_in)
 
 
 class Samples(NamedTuple):
     """The tokens that count of some text, in order, on the host."""
 
-    x: Float[np.ndarray, "tokens in"]  # the tensor's input: mlp_in, with its 1 if there are biases
+    x: Float[np.ndarray, "tokens in"]  # the tensor's input: mlp_in or codes of it, with its 1 if there are biases
     y: Float[np.ndarray, "tokens out"]  # what the directions read: mlp_out; of a transcoder, its pre-activations
     codes: Float[np.ndarray, "tokens k"]  # the active codes of the outputs; none of plain directions
     features: Int[np.ndarray, "tokens k"]  # their features
@@ -83,7 +96,7 @@ def gather(layer: Layer, tokens, token_mask=None, batch_size: int = 16) -> Sampl
     found: list[list[Any]] = []
     for batch in layer.lm.batches(tokens, token_mask, batch_size, description="activations"):
         with jax.default_matmul_precision("highest"):
-            got = jax.device_get(_ends(layer.lm, layer.layer, layer.tensor, layer.sae, batch.tokens))
+            got = jax.device_get(_ends(layer.lm, layer.layer, layer.tensor, layer.sae, layer.inputs, batch.tokens))
         counted, ids = np.asarray(batch.mask), np.asarray(batch.tokens)
         previous = np.concatenate([ids[:, :1], ids[:, :-1]], axis=1)  # position 0 has none; it does not count
         x, y, *codes = (array[counted] for array in got)
@@ -152,12 +165,12 @@ def tensor_inputs(lm: LanguageModel, site: Place, n_in: int, tokens: Int[Array, 
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _ends(lm: LanguageModel, layer: int, tensor: BilinearTensor, sae: SAE | None, tokens: Int[Array, "batch seq"]):
+def _ends(lm: LanguageModel, layer: int, tensor: BilinearTensor, sae: SAE | None, inputs: SAE | None, tokens):
     """x, y, the codes and their features at every token of a batch."""
     wanted = [("mlp_in", layer), ("mlp_out", layer)]
     got = sites.capture(lm.config, lm.params, tokens, wanted, compute_dtype=lm.compute_dtype)
     mlp_in, y = (got[site].astype(jnp.float32) for site in wanted)
-    x = extended(mlp_in, tensor.n_in)
+    x = read(inputs, mlp_in, tensor.n_in)
     if sae is None:
         nothing = jnp.zeros((*tokens.shape, 0))
         return x, y, nothing, nothing.astype(jnp.int32)

@@ -27,6 +27,7 @@ from bilinear_jax.explain.directions import CertifiedForm, Directions, resolve, 
 from bilinear_jax.explain.explained import Explained, explained
 from bilinear_jax.explain.interactions import Interactions, Submatrix, submatrix, top_interactions
 from bilinear_jax.explain.mlp import mlp_tensor
+from bilinear_jax.explain.parts import PAIRS
 from bilinear_jax.explain.samples import Layer, second_moment
 from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
 from bilinear_jax.explain.transcoders import check_transcoder, is_transcoder, transcoder_tensor
@@ -35,6 +36,7 @@ from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.linalg.scale import unit_columns
 from bilinear_jax.nn.sae import SAE
+from bilinear_jax.tensor import BilinearTensor
 
 Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
 
@@ -287,7 +289,8 @@ class Tracer:
             choose: other token ids, to choose the parts, the constant and the threshold on.
             features: which output features (as for ``q``); None: all.
             parts: numbers of parts, the columns of the result.
-            by: "data" or "weight".
+            by: eigenpairs by "data" or "weight"; or pairs of features of the input SAE, which must be one of mlp_in:
+                "pairs by weight", "pairs by data" or "pairs greedy" (``explain.feature_pairs``).
             seed: of the controls.
             loss: whether to measure the model's loss with the MLP replaced by the explanations of all features of the
                 output SAE, whichever ``features`` are scored (``explain.replaced``).
@@ -311,6 +314,8 @@ class Tracer:
         through = self.outputs if is_transcoder(self.outputs) else None
         tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
         layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions)
+        if by in PAIRS:
+            layer = self._of_codes(layer)
         some = np.asarray(self._features(slice(None) if features is None else features)[0])
         if not len(some):
             raise ValueError("name at least one output feature, or None for all")
@@ -321,6 +326,16 @@ class Tracer:
             )
         options = {"parts": parts, "by": by, "seed": seed, "token_mask": token_mask, "batch_size": batch_size}
         return explained(layer, some, tokens, choose, loss=loss, **options)
+
+    def _of_codes(self, layer: Layer) -> Layer:
+        """The same layer with the codes of the input SAE as its input."""
+        if self.site != "mlp_in" or isinstance(self.inputs, Directions):
+            raise ValueError(
+                f"pairs of input features need an SAE of mlp_in, but inp is {self.inputs.name}: make the tracer with "
+                "such an SAE, or explain by data or weight"
+            )
+        tensor = BilinearTensor(layer.tensor.left @ self.basis, layer.tensor.right @ self.basis, layer.tensor.down)
+        return dataclasses.replace(layer, tensor=tensor, inputs=self.inputs)
 
     @property
     def site(self) -> str:

@@ -14,8 +14,8 @@ from bilinear_jax.explain.parts import partial_sums, rotated
 from bilinear_jax.explain.samples import Layer, gather
 from bilinear_jax.explain.scores import Scores
 from bilinear_jax.explain.tracer import Tracer
+from bilinear_jax.explain.ways import way_of
 from bilinear_jax.language import LanguageModel
-from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.measure.evaluation import evaluate_sae
 from bilinear_jax.nn.architecture import TransformerConfig
 from bilinear_jax.nn.sae import SAE
@@ -130,12 +130,11 @@ def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae(options, 
     assert found.recovered[1] == pytest.approx(found.sae_recovered, rel=1e-2)
 
 
-@pytest.mark.parametrize("shrink", [0.0, 1.0])
-def test_explanations_have_the_mean_of_what_they_explain(shrink):
+@pytest.mark.parametrize("by", ["data", "weight"])
+def test_explanations_have_the_mean_of_what_they_explain(by):
     layer = Layer(TRACER.lm, 1, TRACER.tensor, TRACER.out, TRACER.directions)
     samples = gather(layer, TOKENS)
-    metric = Metric.of(samples.x.T @ samples.x / len(samples.x), shrink=shrink)
-    found = replaced.explanations(layer, metric, (1, 5), samples)
+    found = replaced.explanations(layer, way_of(by, layer, samples, (1, 5), 0), (1, 5), samples)
     predicted = partial_sums(jnp.asarray(samples.x), found.parts, (1, 5)) + found.constants[:, :, None]
     wanted = (samples.y @ np.asarray(TRACER.directions).T).mean(axis=0)
     np.testing.assert_allclose(predicted.mean(axis=-1), np.stack([wanted, wanted], axis=1), atol=1e-4)
