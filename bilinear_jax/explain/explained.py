@@ -48,7 +48,7 @@ class Explained(Scores):
     lookups: Mapping[str, Scores]  # token and bigram, [features, 1]
     controls: Mapping[str, Scores]  # rotated or random pairs, and random directions, [features, parts]
     inputs_read: Int[np.ndarray, "features parts"]  # the inputs that the parts read: all, or those in the pairs
-    firings_left: Float[np.ndarray, "features parts"] | None  # explain.removed; None of plain directions and of pairs
+    firings_left: Float[np.ndarray, "features parts"] | None  # explain.removed; None of plain directions, and of codes
     firings_left_random: Float[np.ndarray, "features parts"] | None  # the same for random directions of the input
     layer: Recovered | None  # the MLP replaced by the explanations of all features: explain.replaced
 
@@ -170,7 +170,7 @@ def _of_some(layer: Layer, some, rows, random, choosing: Samples, scoring: Sampl
         made[name] = scores(chosen.T[:, None], predicted.T[:, None])
     made["full"] = scores(z.T[:, None], held_z.T[:, None])
     left = left_random = None
-    if layer.sae is not None and isinstance(explanation, Parts):
+    if layer.sae is not None and layer.inputs is None and isinstance(explanation, Parts):
         left, left_random = (
             firings_left(layer, scoring, some, held_fired, one, numbers)
             for one in (explanation.vectors, jax.random.normal(key, explanation.vectors.shape))

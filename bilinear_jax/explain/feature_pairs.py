@@ -134,9 +134,14 @@ def forward(gram: Float[np.ndarray, "c c"], shared: Float[np.ndarray, " c"], num
 
 
 def inputs_read(found: Parts | Pairs, numbers: tuple[int, ...]) -> Int[np.ndarray, "U numbers"]:
-    """How many inputs each explanation reads: the different ones in its pairs; of eigenpairs all."""
+    """How many inputs each explanation reads: those in its pairs, or with 1e-4 of the largest weight in its vectors.
+
+    Eigenvectors of an MLP have a weight for nearly all of its inputs. The constant input counts as one.
+    """
     if isinstance(found, Parts):
-        return np.full((len(found.values), len(numbers)), found.vectors.shape[-1])
+        sizes = np.abs(np.asarray(found.vectors))
+        has = sizes > 1e-4 * sizes.max(axis=(1, 2), keepdims=True)
+        return np.stack([has[:, :number].any(axis=1).sum(axis=-1) for number in numbers], axis=1)
     i, j, weights = (np.asarray(part) for part in found)
     return np.array(
         [

@@ -107,16 +107,24 @@ def gather(layer: Layer, tokens, token_mask=None, batch_size: int = 16) -> Sampl
 
 
 def second_moment(
-    lm: LanguageModel, layer: int, site: str, n_in: int, tokens, token_mask=None, batch_size: int = 16
+    lm: LanguageModel,
+    layer: int,
+    site: str,
+    n_in: int,
+    tokens,
+    token_mask=None,
+    batch_size: int = 16,
+    *,
+    inputs: SAE | None = None,
 ) -> Float[np.ndarray, "in in"]:
     """``C = E[x x^T]`` over the tokens that count, in float64, one batch at a time.
 
     x is what the MLP's tensor reads (``explain.mlp.mlp_tensor``): mlp_in, or for the site resid_mid ``r / rms(r)``;
-    with a constant input if ``n_in`` has room for it.
+    with a constant input if ``n_in`` has room for it. With ``inputs``, x are the codes of this SAE of mlp_in.
     """
     total, number = 0.0, 0
     for batch in lm.batches(tokens, token_mask, batch_size, description="second moments"):
-        x = np.asarray(tensor_inputs(lm, (site, layer), n_in, batch.tokens), np.float64)
+        x = np.asarray(tensor_inputs(lm, (site, layer), n_in, batch.tokens, inputs), np.float64)
         if not np.isfinite(x).all():
             raise batch.not_finite()
         x = x[np.asarray(batch.mask)]
@@ -156,12 +164,14 @@ def extended(x: Float[Array, "... d_model"], n_in: int) -> Float[Array, "... n_i
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def tensor_inputs(lm: LanguageModel, site: Place, n_in: int, tokens: Int[Array, "batch seq"]):
+def tensor_inputs(
+    lm: LanguageModel, site: Place, n_in: int, tokens: Int[Array, "batch seq"], inputs: SAE | None = None
+):
     """What the MLP's tensor reads at every token, ``[batch, seq, n_in]``: see ``second_moment``."""
     x = sites.capture(lm.config, lm.params, tokens, [site], compute_dtype=lm.compute_dtype)[site].astype(jnp.float32)
     if site[0] == "resid_mid" and lm.config.norms[1]:
         x = rms_norm(x, eps=lm.config.rms_eps)
-    return extended(x, n_in)
+    return read(inputs, x, n_in)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -30,7 +30,7 @@ from bilinear_jax.explain.mlp import mlp_tensor
 from bilinear_jax.explain.parts import PAIRS
 from bilinear_jax.explain.samples import Layer, second_moment
 from bilinear_jax.explain.spectra import TopSpectrum, top_eigh
-from bilinear_jax.explain.transcoders import check_transcoder, is_transcoder, transcoder_tensor
+from bilinear_jax.explain.transcoders import check_reads, check_transcoder, is_transcoder, transcoder_tensor
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.linalg.metric import Metric
@@ -58,7 +58,8 @@ class Tracer:
             the default SAE; or, if out is plain directions, the coordinates of the residual stream.
         out: the output SAE, given in the same way. Its site is mlp-out. Or plain directions, which are read from the
             MLP's output. Or a bilinear transcoder of this layer: then the tensor is its own, ``transcoder_tensor``, the
-            model's MLP may be of any kind, and the matrix of each feature has two eigenvalues.
+            model's MLP may be of any kind, and the matrix of each feature has two eigenvalues. The tensor of a readable
+            transcoder reads the codes of ``inp``, so its matrices are between input features, few of which count.
         use_encoder: True: the output directions are the encoder rows of the output SAE, which make the feature fire
             (before its bias and the top-k). False: they are its decoder columns: what the feature represents.
         scope: the folder or hub name to load the SAEs from; None: the source of the model.
@@ -118,6 +119,10 @@ class Tracer:
             gains = site == "resid_mid" and lm.config.gains and lm.config.norms[1]
             self.tensor = transcoder_tensor(through, lm.params["layers"]["mlp_gain"][layer] if gains else None)
             self.outputs, self.directions = through, jnp.eye(through.config.n_features)
+            if self.reads_codes:
+                check_reads(through, self.inputs)
+                self.basis = jnp.eye(self.tensor.n_in)
+                return
         self.basis = self.inputs.vectors.T if isinstance(self.inputs, Directions) else self.inputs.decoder
         if self.tensor.n_in > lm.config.d_model:
             self.basis = jnp.pad(self.basis, ((0, 1), (0, 1))).at[-1, -1].set(1)
@@ -135,6 +140,11 @@ class Tracer:
     def out(self) -> SAE:
         """The output SAE. ``ValueError`` if this tracer has plain directions in its place."""
         return the_sae("out", "output", self.outputs)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the tensor reads the codes of ``inputs``: that of a readable transcoder does."""
+        return isinstance(self.outputs, SAE) and self.outputs.config.inputs is not None
 
     @property
     def n_features(self) -> int:
@@ -260,7 +270,8 @@ class Tracer:
             True
         """
         lm, site = self.lm.original, self.site
-        moment = second_moment(lm, self.layer, site, self.tensor.n_in, tokens, token_mask, batch_size)
+        inputs = self.inp if self.reads_codes else None
+        moment = second_moment(lm, self.layer, site, self.tensor.n_in, tokens, token_mask, batch_size, inputs=inputs)
         return Metric.of(moment, rank=rank, shrink=shrink)
 
     def explained(
@@ -313,7 +324,8 @@ class Tracer:
         """
         through = self.outputs if is_transcoder(self.outputs) else None
         tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
-        layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions)
+        inputs = self.inp if self.reads_codes else None
+        layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions, inputs)
         if by in PAIRS:
             layer = self._of_codes(layer)
         some = np.asarray(self._features(slice(None) if features is None else features)[0])

@@ -33,8 +33,6 @@ def check_transcoder(transcoder: SAE, lm: LanguageModel, layer: int) -> SAE:
     wrong = None
     if not c.bilinear_encoder:
         wrong = "its encoder is linear, so that its features are not products of two inputs: train a bilinear one"
-    elif c.inputs is not None:
-        wrong = "it reads the codes of an SAE, so its features are products already: see explain.products"
     elif c.site != "mlp_in":
         wrong = f"it reads {c.site}, and must read mlp_in"
     elif c.layer != layer:
@@ -46,6 +44,23 @@ def check_transcoder(transcoder: SAE, lm: LanguageModel, layer: int) -> SAE:
     return transcoder
 
 
+def check_reads(transcoder: SAE, inp) -> None:
+    """Raise ``ValueError`` unless this is the input SAE whose codes a readable transcoder reads."""
+    its = inp if isinstance(inp, SAE) else None
+    parts = ("w_in", "b_in"), (its.encoder, its.decoder_bias) if its else ()
+    mine = [transcoder.params[name] for name in parts[0]]
+    same = its is not None and all(
+        one.shape == other.shape and jnp.allclose(one, other, rtol=1e-2, atol=1e-2)
+        for one, other in zip(mine, parts[1], strict=True)
+    )
+    if not same or its is None or its.config.k != transcoder.config.inputs_k:
+        raise ValueError(
+            f"out is the readable transcoder {transcoder.name}, which reads the codes of another SAE than inp "
+            f"({getattr(inp, 'name', inp)}): give the SAE of {transcoder.config.site} with {transcoder.config.inputs} "
+            f"features and k {transcoder.config.inputs_k} that it was trained on"
+        )
+
+
 def transcoder_tensor(transcoder: SAE, gain: Float[Array, " d_model"] | None = None) -> BilinearTensor:
     """The pre-activations of a bilinear transcoder as a ``BilinearTensor``, without ``b_z``: output f is z_f - b_z.
 
@@ -54,7 +69,8 @@ def transcoder_tensor(transcoder: SAE, gain: Float[Array, " d_model"] | None = N
 
     Args:
         transcoder: with a bilinear encoder.
-        gain: of the norm before the MLP, if the tensor is to read ``r / rms(r)``. None: the tensor reads mlp_in.
+        gain: of the norm before the MLP, if the tensor is to read ``r / rms(r)``. None: the tensor reads mlp_in; that
+            of a readable transcoder reads the codes of its inputs.
 
     Memory: ``features^2`` numbers, for the outputs.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.explain.products import input_codes, product
+from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.language import LanguageModel, load
 from bilinear_jax.nn.sae import SAE, SAEConfig
 from bilinear_jax.nn.transformer import TransformerConfig
@@ -127,6 +128,27 @@ def test_planted_products_are_found(tmp_path):
         best = product(sae, int(writes.argmax()))
         large = [one.features[np.abs(one.weights) > 0.25 * np.abs(one.weights[0])] for one in (best.left, best.right)]
         assert {*np.concatenate(large).tolist()} == inputs
+
+
+def test_a_tracer_of_it_is_of_the_codes_and_two_parts_with_few_inputs_are_all(lm, inputs):
+    weights = jax.random.normal(jax.random.key(5), (64, INPUTS))
+    weights = narrowed(weights, jnp.ones(INPUTS), jnp.asarray(3))
+    params = SAE.init(READABLE, jax.random.key(6)).params | {"w_enc": weights, "w_in": inputs.params["w_enc"]}
+    sae = SAE(params | {"b_in": inputs.decoder_bias, "b_enc": jnp.full(64, 0.3)}, READABLE)
+    tracer = Tracer(lm, 0, inputs, sae)
+    tokens = np.asarray(jax.random.randint(jax.random.key(7), (30, 12), 0, 20))
+    found = tracer.explained(tokens, parts=(1, 2), by="weight")
+    np.testing.assert_allclose(found.r2[:, 1], 1, atol=1e-3)
+    assert (found.inputs_read[:, 1] <= 7).all() and np.median(found.controls["random directions"].r2[:, 1]) < 0.7
+    pairs = tracer.explained(tokens, features=[4], parts=(13,), by="pairs by weight")
+    f = input_codes(sae, jax.random.normal(jax.random.key(8), (9, D)))
+    one = np.concatenate([f, np.ones((9, 1), np.float32)], axis=1)
+    z = np.einsum("ti,ij,tj->t", one, tracer.q(4), one)
+    np.testing.assert_allclose(z, product(sae, 4).of(f) - product(sae, 4).constant, rtol=1e-4, atol=1e-5)
+    assert pairs.r2[0, 0] > 0.5 and tracer.metric(tokens).root.shape[0] == INPUTS + 1
+    other = SAE.init(inputs.config, jax.random.key(9))
+    with pytest.raises(ValueError, match="reads the codes of another SAE"):
+        Tracer(lm, 0, other, sae)
 
 
 @pytest.mark.parametrize(
