@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from bilinear_jax.commands import common
+from bilinear_jax.commands import common, trace_readable
 
 HELP = "explain one output feature: its eigenvalues, its interactions, the exact account at a token"
 EXAMPLES = """examples:
@@ -14,6 +14,8 @@ EXAMPLES = """examples:
       also every term of its pre-activation at each token, and the pairs of input features at the strongest one
   bilinear-jax trace --layer 2 --feature 7 --text "Once upon a time" --position 3 --n 5 --json
       at the fourth token, five pairs, as JSON
+  bilinear-jax trace --layer 2 --feature 7 --readable --scope runs/readable --text "Once upon a time"
+      a feature of a readable transcoder: a product of two short sums of input features, and nothing else
 """
 METRIC_ROWS, METRIC_TOKENS = 32, 256
 """Rows of the dataset in whose metric eigenpairs are, and the most tokens of a row."""
@@ -35,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--position", type=common.natural, help="position of the token to explain, from 0 (default: the strongest)"
     )
+    parser.add_argument(
+        "--readable",
+        action="store_true",
+        help="a feature of a readable transcoder, as the product that it is",
+    )
     common.add_keep_end(parser)
     common.add_json(parser)
 
@@ -44,6 +51,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise common.WrongUse("--position needs a text: give --text too")
     if options.text is not None and not options.use_encoder:
         raise common.WrongUse("--text explains what makes a feature fire (its encoder row): leave out --no-use-encoder")
+    if options.readable:
+        return trace_readable.run(options)
     from bilinear_jax.explain.account import account
 
     lm = common.load_model(options)
@@ -220,6 +229,9 @@ def _fires_on(options: argparse.Namespace, tracer, result: dict[str, Any]) -> di
 
 
 def text(result: dict[str, Any]) -> str:
+    if "inputs_read" in result:
+        return trace_readable.text(result)
+
     def named(feature: int) -> str:
         tokens = result["inputs"].get(str(feature))
         return str(feature) if tokens is None else f"{feature} ({' '.join(tokens) or 'dead'})"

@@ -144,6 +144,9 @@ def _drawn(sae: SAE, sums: _Sums, seed: int) -> SAE:
         bilinear_encoder=False,
         product_bias=False,
         linear_term=False,
+        inputs=None,
+        inputs_k=None,
+        reads=None,
         max_active=None,
         tag="random" if c.tag is None else f"{c.tag}-random",
     )
