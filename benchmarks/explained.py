@@ -4,15 +4,18 @@ On every layer of a model, for SAEs of the MLP's output that are trained here (t
 ``benchmarks/dictionaries.py``), by ``Tracer.explained``: medians over features, and means over seeds with the largest
 distance from them.
 
-    methods     eigenpairs in the metric of the data, and by weight
+    methods     eigenpairs in the metric of the data, and by weight; where the model has SAEs on both sides of the MLP,
+                pairs of input features of these, by weight, by data and by forward selection; with ``--readable``, the
+                products of readable transcoders
     baselines   lookups of the token and of the bigram
-    controls    the form cut along random directions; random output directions; SAEs whose decoder columns stayed
-                random; SAEs of a model with random weights
+    controls    the form cut along random directions; random pairs; random output directions; SAEs whose decoder
+                columns stayed random; SAEs of a model with random weights
 
 For the SAEs of the first seed also the share of the MLP's effect on the loss that is left if all its features are
 replaced by their explanations.
 
     python benchmarks/explained.py          # ts-nano, all layers, three seeds
+    python benchmarks/explained.py --readable runs/readable --trained nothing
 """
 
 import argparse
@@ -25,12 +28,14 @@ from dictionaries import trained
 
 import bilinear_jax as bj
 from bilinear_jax.explain.explained import Explained
+from bilinear_jax.explain.parts import PAIRS
 from bilinear_jax.explain.replaced import Recovered
 from bilinear_jax.explain.scores import Scores
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
 
 METHODS = ("data", "weight")
+NAMES = {"data": "eigenpairs by data", "weight": "eigenpairs by weight"}
 
 
 def medians(scores: Scores, column: int) -> dict[str, float]:
@@ -40,16 +45,19 @@ def medians(scores: Scores, column: int) -> dict[str, float]:
 
 def cases_of(found: Explained, layer: int, dictionary: str, seed: int, control: bool) -> list[dict]:
     """One case for each method and number of parts."""
-    own = {f"eigenpairs by {found.by}": (found, found.parts, control)}
-    own |= {f"{name}, by {found.by}": (scores, found.parts, True) for name, scores in found.controls.items()}
+    method = NAMES.get(found.by, found.by)
+    reads = np.median(found.inputs_read, axis=0).tolist()
+    own = {method: (found, found.parts, reads, control)}
+    own |= {f"{name}, {method}": (scores, found.parts, reads, True) for name, scores in found.controls.items()}
     if found.by == METHODS[0]:
-        own |= {f"{name} lookup": (scores, (0,), control) for name, scores in found.lookups.items()}
-        own |= {"the whole pre-activation": (found.full, (0,), control)}
+        every = zip(found.lookups.items(), (1, 2), strict=True)
+        own |= {f"{name} lookup": (scores, (0,), [tokens], control) for (name, scores), tokens in every}
+        own |= {"the whole pre-activation": (found.full, (0,), reads[-1:], control)}
     base = {"layer": layer, "dictionary": dictionary, "seed": seed}
     return [
-        base | {"method": method, "inputs_read": number, "control": is_control} | medians(scores, column)
-        for method, (scores, numbers, is_control) in own.items()
-        for column, number in enumerate(numbers)
+        base | {"method": name, "parts": number, "inputs_read": its, "control": is_control} | medians(scores, column)
+        for name, (scores, numbers, inputs, is_control) in own.items()
+        for column, (number, its) in enumerate(zip(numbers, inputs, strict=True))
     ]
 
 
@@ -57,10 +65,11 @@ def table(cases: list[dict]) -> str:
     """A row for each layer, dictionary, method and number of parts: R2, where it fires, and average precision."""
     rows: dict[tuple, list[dict]] = {}
     for case in cases:
-        rows.setdefault(tuple(case[name] for name in ("layer", "dictionary", "method", "inputs_read")), []).append(case)
-    lines = ["| layer | dictionary | method | parts | R2 | R2 where it fires | average precision |", "| --- " * 7 + "|"]
+        rows.setdefault(tuple(case[name] for name in ("layer", "dictionary", "method", "parts")), []).append(case)
+    titles = ("layer", "dictionary", "method", "parts", "inputs read", "R2", "R2 where it fires", "average precision")
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for key, its in rows.items():
-        cells = []
+        cells = [f"{np.mean([case['inputs_read'] for case in its]):g}"]
         for name in ("median_r2", "median_r2_active", "median_average_precision"):
             values = np.array([case[name] for case in its])
             cells.append(f"{values.mean():.3f} ± {np.abs(values - values.mean()).max():.3f}")
@@ -81,6 +90,8 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
     parser.add_argument("--out", type=Path, default=Path("runs/explained"))
+    parser.add_argument("--readable", type=Path, help="a folder with readable transcoders of the model")
+    parser.add_argument("--trained", choices=["all", "nothing"], default="all", help="whether to train and score SAEs")
     options = parser.parse_args()
 
     lm = bj.load(options.model)
@@ -93,8 +104,8 @@ def main() -> None:
         "SAE, decoder frozen at random": (lm, 1, True),
         "SAE of a random model": (random, 1, False),
     }
-    cases, layers = [], []
-    for name, (model, seeds, frozen) in runs.items():
+    cases, layers = of_the_model(lm, score, choose, options), []
+    for name, (model, seeds, frozen) in runs.items() if options.trained == "all" else ():
         out = options.out / name.replace(", ", "-").replace(" ", "-")
         for sae in trained(model, ["sae"], train.reshape(-1), options, out, seeds, frozen):
             layer, seed = sae.config.layer, int((sae.config.tag or "").rpartition("-")[2])
@@ -108,6 +119,9 @@ def main() -> None:
                 if found.layer is not None:
                     layers.append({"layer": layer} | of_layer(found.layer))
     print(table(cases))
+    if not layers:
+        print(json.dumps({"model": options.model, "features": options.features, "cases": cases}))
+        return
     print("\n| layer | cost of removing it, nats | the SAE itself | mean output of the token |", end="")
     print("".join(f" {n} |" for n in options.parts))
     print("| --- " * (4 + len(options.parts)) + "|")
@@ -115,6 +129,27 @@ def main() -> None:
         numbers = [one["removed"] - one["clean"], one["sae_recovered"], one["token_recovered"], *one["recovered"]]
         print(f"| {one['layer']} | {' | '.join(f'{value:.3f}' for value in numbers)} |")
     print(json.dumps({"model": options.model, "features": options.features, "cases": cases, "layers": layers}))
+
+
+def of_the_model(lm: LanguageModel, score, choose, options) -> list[dict]:
+    """The cases of dictionaries that exist: pairs of input features, and products of readable transcoders."""
+    cases = []
+    for layer in options.layers:
+        try:
+            inp, out = (bj.load_sae(options.model, site=site, layer=layer) for site in ("mlp_in", "mlp_out"))
+        except bj.UnknownNameError:
+            continue
+        named = {"SAE of the model": (out, PAIRS, options.parts)}
+        if options.readable is not None:
+            chosen = {"layer": layer, "site": "mlp_in", "target": "mlp_out"}
+            named["readable transcoder"] = bj.load_dictionary(options.readable, **chosen), METHODS[1:], [2]
+        for name, (sae, ways, parts) in named.items():
+            tracer = bj.Tracer(lm, layer, inp, sae)
+            some = np.sort(np.random.default_rng(0).permutation(tracer.n_features)[: options.features])
+            for by in ways:
+                found = tracer.explained(score, choose, features=some, parts=parts, by=by)
+                cases += cases_of(found, layer, name, 0, control=False)
+    return cases
 
 
 def unused_input(sae: SAE) -> SAE:
