@@ -90,7 +90,7 @@ class TestCommands:
     def check_eigenpairs(self, account, lm, tracer):
         """The listed eigenpairs are the largest at the token, and what their vectors find is made of input features."""
         x = lm.capture(lm.encode(PROMPT), [("mlp_in", 2)])["mlp_in", 2][0, account["position"]]
-        top = tracer.top_eigh(256, [5], metric=tracer.metric(bj.load_corpus("ts-nano")[:32]), exact=True)
+        top = tracer.top_eigh(256, [5], metric=tracer.metric(bj.load_corpus("ts-nano")[:32, :48]), exact=True)
         along = np.asarray(top.vectors[0] @ x, np.float64)
         terms = np.asarray(top.values[0], np.float64) * along**2
         order = np.argsort(-np.abs(terms))[:6]
@@ -106,9 +106,11 @@ class TestCommands:
                 assert share == pytest.approx(float(part / (vector @ x)), rel=1e-2, abs=1e-3)
 
     def test_trace(self, lm, tracer, tmp_path):
-        found = parsed("trace", "--layer", 2, "--feature", 5, "--n", 12, "--text", PROMPT, cwd=tmp_path)
+        np.save(tmp_path / "rows.npy", bj.load_corpus("ts-nano")[:64, :48])
+        words = ["--layer", 2, "--feature", 5, "--n", 12, "--text", PROMPT, "--data", "rows.npy"]
+        found = parsed("trace", *words, cwd=tmp_path)
         self.check_weights(found, np.asarray(tracer.q(5, project=True), np.float64))
-        expected = tracer.explained(bj.load_corpus("ts-nano")[:64], features=[5], parts=[6])
+        expected = tracer.explained(bj.load_corpus("ts-nano")[:64, :48], features=[5], parts=[6])
         wanted = {"6 eigenpairs": expected, "control: random directions": expected.controls["random directions"]}
         for name, scores in wanted.items():
             assert found["scores"][name]["r2"] == pytest.approx(scores.r2[0, 0], abs=1e-4)
