@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.explain.batches import interaction, of_every_matrix
 from bilinear_jax.explain.directions import CertifiedForm, Directions, resolve, rows_read, the_sae
@@ -308,19 +308,29 @@ class Tracer:
             >>> found.r2.shape, bool(np.median(found.r2[:, 1]) > np.median(found.controls["rotated"].r2[:, 1]))
             ((8, 2), True)
         """
-        through = self.outputs if is_transcoder(self.outputs) else None
-        tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
-        layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions)
-        some = np.asarray(self._features(slice(None) if features is None else features)[0])
-        if not len(some):
-            raise ValueError("name at least one output feature, or None for all")
-        if loss and not (through is None and isinstance(self.outputs, SAE) and self.use_encoder):
+        layer, some = self.scored(features)
+        is_sae = isinstance(self.outputs, SAE) and not is_transcoder(self.outputs)
+        if loss and not (is_sae and self.use_encoder):
             raise ValueError(
                 "loss=True replaces an MLP by the explanations of the features of an output SAE, read by its encoder "
                 "rows, and this tracer has other outputs: leave loss out"
             )
         options = {"parts": parts, "by": by, "seed": seed, "token_mask": token_mask, "batch_size": batch_size}
         return explained(layer, some, tokens, choose, loss=loss, **options)
+
+    def scored(self, features: Index | None = None) -> tuple[Layer, Int[np.ndarray, " U"]]:
+        """The MLP as ``explained`` and ``scan`` score it, and output features (as for ``q``; None: all).
+
+        Raises:
+            ValueError: if no feature is named.
+            UnknownNameError: if one does not exist.
+        """
+        through = self.outputs if is_transcoder(self.outputs) else None
+        tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
+        some = np.asarray(self._features(slice(None) if features is None else features)[0])
+        if not len(some):
+            raise ValueError("name at least one output feature, or None for all")
+        return Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions), some
 
     @property
     def site(self) -> str:
