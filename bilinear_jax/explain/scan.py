@@ -7,8 +7,7 @@ The formulas are in ``explain.scores`` and ``explain.negation``.
 
 The control is the same scan of random output directions of the same lengths, which "fire" at their largest z, at as
 many tokens as the feature. The suppressing part is a part of z, so negation is above 0 for them too: only what goes
-beyond the best of as many random directions is special about features. This control is strict: nothing but z decides
-where a random direction fires, while the top-k of an SAE also looks at all other features.
+beyond the best of as many random directions is special about features. The best differ from seed to seed.
 """
 
 import dataclasses
@@ -78,7 +77,8 @@ class Scan:
         others = [] if control is None else control._values(by)[control._order(n, by)].tolist()
         found = []
         for rank, place in enumerate(self._order(n, by)):
-            one = {name: int(getattr(self, name)[place]) for name in ("features", "firings", "driven")}
+            one: dict[str, Any] = {"feature": int(self.features[place])}
+            one |= {name: int(getattr(self, name)[place]) for name in ("firings", "driven")}
             one |= {"value": float(values[place]), "control": others[rank] if rank < len(others) else float("nan")}
             found.append(one | {name: float(getattr(self, name)[place]) for name in SCORES})
         return found
@@ -101,9 +101,9 @@ class Scan:
         titles += ["AP: 1", "AP: 2", "R2: 1", "R2: 2", "gain", "vetoed"]
         rows = [titles, ["---"] * len(titles)]
         for rank, row in enumerate(self.rows(n, by)):
-            named = [] if names is None else [str(names[row["features"]])]
+            named = [] if names is None else [str(names[row["feature"]])]
             numbers = [f"{row[name]:.3f}" for name in ("value", "control", *SCORES)]
-            rows.append([str(rank + 1), str(row["features"]), *named, str(row["firings"]), *numbers])
+            rows.append([str(rank + 1), str(row["feature"]), *named, str(row["firings"]), *numbers])
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     def _values(self, by: str) -> Float[np.ndarray, " features"]:

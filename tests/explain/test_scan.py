@@ -113,7 +113,7 @@ def test_a_table_has_the_control_at_the_same_rank():
     ranked = -np.sort(-control.negation)
     for rank, row in enumerate(found.rows(3, "negation")):
         assert row["control"] == ranked[rank] and row["value"] == -np.sort(-found.negation)[rank]
-        assert f"name {row['features']}" in table[2 + rank]
+        assert f"name {row['feature']}" in table[2 + rank]
     for by in (*RANKINGS, *SCORES):
         assert len(found.best(4, by)) == 4
     with pytest.raises(UnknownNameError, match="explained, negation"):
