@@ -7,6 +7,7 @@ from bilinear_jax.explain.account import account
 from bilinear_jax.explain.directions import Directions
 from bilinear_jax.explain.hosvd import hosvd
 from bilinear_jax.explain.logits import logit_effects
+from bilinear_jax.explain.scan import scan
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.images.data import load_images
 from bilinear_jax.images.tensor import image_tensor, load_image_model, pixel_eigenvectors
@@ -84,6 +85,7 @@ __all__ = [
     "saebench_adapter",
     "save_model",
     "save_sae",
+    "scan",
     "similarity",
     "spectra",
     "steer",

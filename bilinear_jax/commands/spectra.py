@@ -13,8 +13,27 @@ EXAMPLES = """examples:
       the four largest eigenvalues of some features
   bilinear-jax spectra --layer 2 --exact --n 1024 --json > spectra.json
       decompose the matrix of every feature densely: slower, but no eigenvalue can be missed
+  bilinear-jax spectra --layer 2 --scan
+      also the features that two eigenpairs explain best, and those that look like a negation, beside random directions
 """
 SMALLEST = 4e-6
+SCAN_ROWS, SCAN_TOKENS, SCAN_EXAMPLES = 128, 256, 3
+"""Of --scan: rows of the dataset, the most tokens of a row, and the features that are shown with texts."""
+
+SCANS = {
+    "explained": "Explained best by two eigenpairs (average precision)",
+    "negation": "Most like a negation (driven by one eigenpair, vetoed by another: the smaller of gain and vetoed)",
+}
+SCORES = {
+    "average_precision_one": "AP: 1",
+    "average_precision_two": "AP: 2",
+    "r2_active_one": "R2: 1",
+    "r2_active_two": "R2: 2",
+    "gain": "gain",
+    "vetoed": "vetoed",
+}
+"""The columns of a scan, by the names of the scores."""
+
 MISSED = (
     "The search can miss an eigenvalue, for one feature in a few thousand; then the error is larger. --exact cannot."
 )
@@ -35,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rtol", type=float, default=1e-4, metavar="X", help="tolerance of their sum (default: 1e-4)")
     parser.add_argument("--project", action="store_true", help="use D^T Q D, between features of the input SAE")
     parser.add_argument("--exact", action="store_true", help="decompose every matrix densely; nothing can be missed")
+    parser.add_argument(
+        "--scan",
+        action="store_true",
+        help="also rank them by how well two eigenpairs explain them, and by how much one vetoes another, on --data",
+    )
+    common.add_data(parser)
     common.add_json(parser)
 
 
@@ -45,8 +70,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     if not SMALLEST <= options.rtol < 1:
         raise common.WrongUse(f"--rtol must be at least {SMALLEST:g} (for float32) and below 1, got {options.rtol}")
+    if options.data is not None and not options.scan:
+        raise common.WrongUse("--data is the text of the scan: give --scan too")
+    if options.scan and not options.use_encoder:
+        raise common.WrongUse("--scan asks what makes a feature fire (its encoder row): leave out --no-use-encoder")
     tracer = common.load_tracer(options, common.load_model(options))
     features = select_features(options.features, tracer)
+    data = common.load_tokens(options, tracer.lm, SCAN_ROWS, SCAN_TOKENS) if options.scan else None
     request = {name: getattr(options, name) for name in ("k", "which", "rtol", "project", "exact")}
     top = tracer.top_eigh(features=features, **request)
     values = np.asarray(top.values, np.float64)
@@ -73,7 +103,32 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "n_features": len(features),
         "n_converged": int(top.converged.sum()),
         "features": rows,
+        **({} if data is None else {"scan": scanned(tracer, features, options.n, data)}),
     }
+
+
+def scanned(tracer, features: list[int], n: int, data: common.Tokens) -> dict[str, Any]:
+    """The n best features of each ranking of a scan, the first ones with texts."""
+    import math
+
+    import numpy as np
+
+    from bilinear_jax.explain.scan import RANKINGS, scan
+    from bilinear_jax.show.text import text_at
+
+    found, tokenizer = scan(tracer, data.ids, features=features), tracer.lm.tokenizer
+    held = data.ids[len(data.ids) // 2 :]
+    last = held.shape[1] - 1 - np.asarray(tracer.lm.token_mask(held))[:, ::-1].argmax(axis=1)  # before the padding
+    result: dict[str, Any] = {"text": data.name, "chosen": found.tokens[0], "scored": found.tokens[1]}
+    for by in RANKINGS:
+        result[by] = []
+        for rank, row in enumerate(found.rows(n, by)):
+            one: dict[str, Any] = {key: None if math.isnan(value) else value for key, value in row.items()}
+            for name in ("fires", "silent") if rank < SCAN_EXAMPLES else ():
+                at = getattr(found, name)[features.index(row["feature"])]
+                one[name] = [text_at(tokenizer, held[r], p, int(last[r])) for r, p in at.tolist() if r >= 0]
+            result[by].append(one)
+    return result
 
 
 def text(result: dict[str, Any]) -> str:
@@ -95,5 +150,27 @@ def text(result: dict[str, Any]) -> str:
             "",
             f"{result['n_converged']} of {result['n_features']} converged to a tolerance of {result['rtol']:g}.",
             *([] if result["exact"] else [MISSED]),
+            *(_scan_lines(result["scan"]) if "scan" in result else []),
         ]
     )
+
+
+def _scan_lines(scan: dict[str, Any]) -> list[str]:
+    lines = []
+    for by, how in SCANS.items():
+        titles = ["rank", "feature", "fires at", by, "control", *SCORES.values()]
+        rows = []
+        for rank, row in enumerate(scan[by]):
+            numbers = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("value", "control", *SCORES)]
+            rows.append([rank + 1, row["feature"], row["firings"], *numbers])
+        lines += ["", f"== {how}", common.columns(titles, rows)]
+        for row in scan[by]:
+            for name, when in (("fires", "driven, and fires"), ("silent", "driven, and does not fire")):
+                lines += [f"  {row['feature']}, {when}: {' '.join(one.split())}" for one in row.get(name, [])]
+    return [
+        *lines,
+        "",
+        f"Chosen on {scan['chosen']} tokens of {scan['text']}, and scored on {scan['scored']} others.",
+        "control: the value at the same rank among as many random output directions; a feature has to beat it.",
+        "AP: average precision of 1 and of 2 eigenpairs; R2: that of the pre-activation where the feature fires.",
+    ]

@@ -12,6 +12,7 @@ For a language model between two SAEs:
     at_token      the eigenpairs that make a pre-activation at one token
     explained     how much of a feature its first few eigenpairs explain, on other text and beside its controls; its
                   pieces are parts, scores, lookups, removed, replaced and samples
+    scan          which features two eigenpairs explain, and which one vetoes (negation), beside random directions
     overview      eigenpairs and interactions of output features, one after another
     logits        the tokens whose logits a feature raises and lowers
     select        the features that a text such as "top:200" or "3,17,20-30" names

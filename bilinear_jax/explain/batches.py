@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.errors import check_count
 from bilinear_jax.linalg.devices import one_blas_thread, spread
@@ -59,3 +59,21 @@ def of_every_matrix(
                     )
             results.append(jax.block_until_ready(jax.tree.map(lambda leaf, n=total - start: leaf[:n], result)))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
+
+
+def in_groups(
+    function: Callable[[Int[np.ndarray, " U"]], PyTree], features: Int[np.ndarray, " features"], at_once: int
+) -> PyTree:
+    """``function(features)``, some features at a time, on the host. The result for one must not depend on the others.
+
+    Example:
+        >>> in_groups(lambda some: {"twice": 2 * some}, np.arange(5), at_once=2)["twice"].tolist()
+        [0, 2, 4, 6, 8]
+    """
+    found, at_once = [], min(at_once, len(features))
+    for start in range(0, len(features), at_once):
+        number = min(at_once, len(features) - start)
+        # The last group is filled up with its last feature, so there is only one shape to compile.
+        one = function(features[np.minimum(start + np.arange(at_once), len(features) - 1)])
+        found.append(jax.tree.map(lambda leaf, number=number: leaf[:number], one))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)

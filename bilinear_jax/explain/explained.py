@@ -13,24 +13,24 @@ An explanation that its controls match explains nothing that is special about th
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float, Int
 
+from bilinear_jax.explain.batches import in_groups
 from bilinear_jax.explain.feature_pairs import inputs_read
 from bilinear_jax.explain.lookups import lookups
-from bilinear_jax.explain.parts import Pairs, Parts, check_method, checked_numbers, partial_sums
+from bilinear_jax.explain.parts import Pairs, Parts, check_method, checked_numbers, partial_sums, random_directions
 from bilinear_jax.explain.removed import firings_left
 from bilinear_jax.explain.replaced import Recovered, recovered
-from bilinear_jax.explain.samples import Layer, Samples, gather
-from bilinear_jax.explain.scores import Scores, score
+from bilinear_jax.explain.samples import Layer, Samples, gather, halves
+from bilinear_jax.explain.scores import Scores, largest, score
 from bilinear_jax.explain.ways import Way, way_of
 from bilinear_jax.linalg.devices import one_blas_thread
-from bilinear_jax.nn.sites import token_array
 
 BYTES = 2**26  # of the predictions that are held at once; does not change the result
 
@@ -99,25 +99,21 @@ def explained(
     """The scores of the explanations of some output features: see ``Tracer.explained``."""
     check_method(by)
     numbers = checked_numbers("number of parts", parts, layer.tensor.n_in)
-    scoring_rows, choosing_rows, masks = _split(tokens, choose, token_mask)
+    scoring_rows, choosing_rows, masks = halves(tokens, choose, token_mask)
     choosing, scoring = (
         gather(layer, rows, mask, batch_size) for rows, mask in zip((choosing_rows, scoring_rows), masks, strict=True)
     )
     way = way_of(by, layer, choosing, numbers, seed)
     keys = jax.random.split(jax.random.key(seed))
-    found: list[_OfSome] = []
     most_at_once = max(1, BYTES // (8 * numbers[-1] * max(len(choosing.x), len(scoring.x))))
-    at_once = min(most_at_once, len(features))
+
+    def of_group(some):
+        rows = jnp.asarray(layer.directions)[some]
+        random = random_directions(rows, jnp.asarray(some), keys[1])
+        return _of_some(layer, some, rows, random, choosing, scoring, way, numbers, keys[0])
+
     with one_blas_thread():
-        for start in range(0, len(features), at_once):
-            number = min(at_once, len(features) - start)
-            # The last group is filled up with its last feature, so there is only one shape to compile.
-            some = features[np.minimum(start + np.arange(at_once), len(features) - 1)]
-            rows = jnp.asarray(layer.directions)[some]
-            random = _random_directions(rows, jnp.asarray(some), keys[1])
-            one = _of_some(layer, some, rows, random, choosing, scoring, way, numbers, keys[0])
-            found.append(jax.tree.map(lambda leaf, number=number: leaf[:number], one))
-        made = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        made = in_groups(of_group, features, most_at_once)
         its_loss = recovered(layer, way, numbers, choosing, scoring_rows, masks[1], batch_size) if loss else None
     return Explained(
         **{field.name: getattr(made.scores["explanation"], field.name) for field in dataclasses.fields(Scores)},
@@ -163,7 +159,7 @@ def _of_some(layer: Layer, some, rows, random, choosing: Samples, scoring: Sampl
     explanation = way.choose(rows, z)
     made = {"explanation": scores(*sums(explanation)), way.control_name: scores(*sums(way.control(rows, z)))}
     other, held_other = choosing.y @ np.asarray(random).T, scoring.y @ np.asarray(random).T
-    firing = (_largest(other.T, fired.sum(axis=1)), _largest(held_other.T, held_fired.sum(axis=1)))
+    firing = (largest(other.T, fired.sum(axis=1)), largest(held_other.T, held_fired.sum(axis=1)))
     found = way.choose(random, other)
     made["random directions"] = scores(*sums(found), targets=(other, held_other), firing=firing)
     for name, (chosen, predicted) in lookups(choosing, scoring, z).items():
@@ -176,29 +172,3 @@ def _of_some(layer: Layer, some, rows, random, choosing: Samples, scoring: Sampl
             for one in (explanation.vectors, jax.random.normal(key, explanation.vectors.shape))
         )
     return _OfSome(made, held_fired.sum(axis=1), inputs_read(explanation, numbers), left, left_random)
-
-
-def _largest(values: Float[np.ndarray, "U tokens"], numbers: Int[np.ndarray, " U"]) -> Bool[np.ndarray, "U tokens"]:
-    """Where the largest values of each row are, as many as the numbers say."""
-    rank = np.argsort(np.argsort(-values, axis=1), axis=1)
-    return rank < numbers[:, None]
-
-
-@jax.jit
-def _random_directions(rows: Float[Array, "U out"], features: Int[Array, " U"], key: Array) -> Float[Array, "U out"]:
-    """A random direction for each feature, of the length of its row."""
-    noise = jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(key, one), rows.shape[1:]))(features)
-    lengths, its = (jnp.linalg.norm(some, axis=1, keepdims=True) for some in (rows, noise))
-    return noise * (lengths / its)
-
-
-def _split(tokens, choose, token_mask) -> tuple[Any, Any, Sequence[Any]]:
-    """The scoring rows, the choosing rows, and the masks of the choosing and of the scoring rows."""
-    tokens = token_array(tokens)
-    if choose is not None:
-        return tokens, choose, (None, token_mask)
-    if len(tokens) < 2:
-        raise ValueError("tokens is one row, but it takes two: one to choose the parts on, and one to score them on")
-    half = len(tokens) // 2
-    masks = (None, None) if token_mask is None else (token_mask[:half], token_mask[half:])
-    return tokens[half:], tokens[:half], masks

@@ -13,13 +13,18 @@ And the control, ``random pairs``: pairs at random among those that fire togethe
 of the same kind.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bilinear_jax.explain.batches import interaction
+from bilinear_jax.explain.directions import Directions
 from bilinear_jax.explain.parts import Pairs, Parts
+from bilinear_jax.explain.samples import Layer
+from bilinear_jax.nn.sae import SAE
 from bilinear_jax.tensor import BilinearTensor
 
 CANDIDATES = 256
@@ -101,6 +106,17 @@ class PairChooser:
             ridge = 1e-6 * np.trace(block) / max(len(some), 1)
             row[: len(some)] = np.linalg.solve(block + max(ridge, 1e-30) * np.eye(len(some)), shared[some])
         return places[order], weights
+
+
+def of_codes(layer: Layer, inputs: SAE | Directions, basis: Float[Array, "in features"]) -> Layer:
+    """A layer with the codes of the input SAE as its input. ``basis``: their decoder, see ``Tracer.basis``."""
+    if isinstance(inputs, Directions) or inputs.config.site != "mlp_in":
+        raise ValueError(
+            f"pairs of input features need an SAE of mlp_in, but inp is {inputs.name}: make the tracer with such an "
+            "SAE, or explain by data or weight"
+        )
+    tensor = BilinearTensor(layer.tensor.left @ basis, layer.tensor.right @ basis, layer.tensor.down)
+    return dataclasses.replace(layer, tensor=tensor, inputs=inputs)
 
 
 def forward(gram: Float[np.ndarray, "c c"], shared: Float[np.ndarray, " c"], number: int) -> Int[np.ndarray, " number"]:

@@ -11,9 +11,9 @@ or terms ``c_ij f_i f_j`` of the codes of an input SAE, of which no few add up t
 
     pairs by weight, by data, greedy       see ``explain.feature_pairs``
 
-And the control of the eigenpairs, whose squares are not made for Q: ``rotated``, the same with a random rotation of the
+And the controls: of eigenpairs ``rotated``, whose squares are not made for Q, the same with a random rotation of the
 eigenvectors. Its values are what Q has along them, ``w_i^T Q w_i`` in the metric, and again the largest |value| is
-first.
+first. And ``random_directions`` of the output, in place of those of features.
 """
 
 import functools
@@ -69,8 +69,10 @@ def checked_numbers(name: str, numbers: Iterable[SupportsIndex], inputs: int) ->
     return found
 
 
-def eigenparts(tensor: BilinearTensor, directions: Float[Array, "U out"], k: int, metric: Metric) -> Parts:
-    """The first k eigenpairs of each output direction in a metric.
+def eigenparts(
+    tensor: BilinearTensor, directions: Float[Array, "U out"], k: int, metric: Metric, which: str = "magnitude"
+) -> Parts:
+    """The first k eigenpairs of each output direction in a metric. ``which``: as for ``spectra.top_eigh``.
 
     Example:
         >>> tensor = BilinearTensor(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[1.0]]))
@@ -79,8 +81,16 @@ def eigenparts(tensor: BilinearTensor, directions: Float[Array, "U out"], k: int
         >>> sorted(found.values[0].round(4).tolist())
         [-3.0, 3.0]
     """
-    top = top_eigh(tensor, directions, k, metric=metric)
+    top = top_eigh(tensor, directions, k, metric=metric, which=which)
     return Parts(top.values, top.vectors)
+
+
+@jax.jit
+def random_directions(rows: Float[Array, "U out"], features: Int[Array, " U"], key: Array) -> Float[Array, "U out"]:
+    """The control: a random output direction for each feature, of the length of its row."""
+    noise = jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(key, one), rows.shape[1:]))(features)
+    lengths, its = (jnp.linalg.norm(some, axis=1, keepdims=True) for some in (rows, noise))
+    return noise * (lengths / its)
 
 
 @functools.partial(jax.jit, static_argnames="k")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +105,21 @@ def gather(layer: Layer, tokens, token_mask=None, batch_size: int = 16) -> Sampl
             raise batch.not_finite()
         found.append([x, y, *codes, ids[counted], previous[counted]])
     return Samples(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def halves(tokens, choose, token_mask) -> tuple[Any, Any, Sequence[Any]]:
+    """The scoring rows, the choosing rows, and the masks of the choosing and of the scoring rows.
+
+    Without rows to choose on, they are the first half of the tokens. ``ValueError`` if there is only one row then.
+    """
+    tokens = sites.token_array(tokens)
+    if choose is not None:
+        return tokens, choose, (None, token_mask)
+    if len(tokens) < 2:
+        raise ValueError("tokens is one row, but it takes two: one to choose the parts on, and one to score them on")
+    half = len(tokens) // 2
+    masks = (None, None) if token_mask is None else (token_mask[:half], token_mask[half:])
+    return tokens[half:], tokens[:half], masks
 
 
 def second_moment(

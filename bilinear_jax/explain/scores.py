@@ -19,7 +19,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 Numbers = Float[np.ndarray, "U parts"]
 
@@ -61,7 +61,7 @@ def score(
     everywhere, here = np.ones_like(fired), np.broadcast_to(fired[:, None], predicted.shape)
     constant = chosen_target.mean(axis=-1)[:, None] - chosen.mean(axis=-1)  # the mean of what is missed
     missed = (target[:, None] - (predicted + constant[:, :, None])) ** 2
-    called = predicted >= _thresholds(chosen, chosen_fired)[:, :, None]
+    called = predicted >= thresholds(chosen, chosen_fired)[:, :, None]
     right = np.sum(called & here, axis=-1)
     return Scores(
         r2=_r2(missed, target, everywhere),
@@ -91,7 +91,18 @@ def average_precision(score: Float[np.ndarray, "*batch n"], fired: Bool[np.ndarr
     return _share(gained.sum(axis=-1), hits[..., -1])
 
 
-def _thresholds(chosen: Float[np.ndarray, "U parts n"], fired: Bool[np.ndarray, "U n"]) -> Numbers:
+def largest(values: Float[np.ndarray, "U tokens"], numbers: Int[np.ndarray, " U"]) -> Bool[np.ndarray, "U tokens"]:
+    """Where the largest values of each row are, as many as the numbers say.
+
+    Example:
+        >>> largest(np.array([[3.0, 1.0, 2.0]]), np.array([2])).tolist()
+        [[True, False, True]]
+    """
+    rank = np.argsort(np.argsort(-values, axis=1), axis=1)
+    return rank < numbers[:, None]
+
+
+def thresholds(chosen: Float[np.ndarray, "U parts n"], fired: Bool[np.ndarray, "U n"]) -> Numbers:
     """The value that as many choosing tokens reach as the feature fires at; infinite if it never fires."""
     ranked, number = np.sort(chosen, axis=-1), fired.sum(axis=-1)
     place = np.broadcast_to((chosen.shape[-1] - np.maximum(number, 1))[:, None, None], (*chosen.shape[:2], 1))

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer as JaxTracer
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bilinear_jax.explain.batches import interaction, of_every_matrix
 from bilinear_jax.explain.directions import CertifiedForm, Directions, resolve, rows_read, the_sae
 from bilinear_jax.explain.explained import Explained, explained
+from bilinear_jax.explain.feature_pairs import of_codes
 from bilinear_jax.explain.interactions import Interactions, Submatrix, submatrix, top_interactions
 from bilinear_jax.explain.mlp import mlp_tensor
 from bilinear_jax.explain.parts import PAIRS
@@ -36,7 +37,6 @@ from bilinear_jax.linalg.devices import one_blas_thread
 from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.linalg.scale import unit_columns
 from bilinear_jax.nn.sae import SAE
-from bilinear_jax.tensor import BilinearTensor
 
 Index = int | np.integer | slice | Sequence[int] | np.ndarray | Array
 
@@ -322,16 +322,11 @@ class Tracer:
             >>> found.r2.shape, bool(np.median(found.r2[:, 1]) > np.median(found.controls["rotated"].r2[:, 1]))
             ((8, 2), True)
         """
-        through = self.outputs if is_transcoder(self.outputs) else None
-        tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
-        inputs = self.inp if self.reads_codes else None
-        layer = Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions, inputs)
+        layer, some = self.scored(features)
         if by in PAIRS:
-            layer = self._of_codes(layer)
-        some = np.asarray(self._features(slice(None) if features is None else features)[0])
-        if not len(some):
-            raise ValueError("name at least one output feature, or None for all")
-        if loss and not (through is None and isinstance(self.outputs, SAE) and self.use_encoder):
+            layer = of_codes(layer, self.inputs, self.basis)
+        is_sae = isinstance(self.outputs, SAE) and not is_transcoder(self.outputs)
+        if loss and not (is_sae and self.use_encoder):
             raise ValueError(
                 "loss=True replaces an MLP by the explanations of the features of an output SAE, read by its encoder "
                 "rows, and this tracer has other outputs: leave loss out"
@@ -339,15 +334,20 @@ class Tracer:
         options = {"parts": parts, "by": by, "seed": seed, "token_mask": token_mask, "batch_size": batch_size}
         return explained(layer, some, tokens, choose, loss=loss, **options)
 
-    def _of_codes(self, layer: Layer) -> Layer:
-        """The same layer with the codes of the input SAE as its input."""
-        if self.site != "mlp_in" or isinstance(self.inputs, Directions):
-            raise ValueError(
-                f"pairs of input features need an SAE of mlp_in, but inp is {self.inputs.name}: make the tracer with "
-                "such an SAE, or explain by data or weight"
-            )
-        tensor = BilinearTensor(layer.tensor.left @ self.basis, layer.tensor.right @ self.basis, layer.tensor.down)
-        return dataclasses.replace(layer, tensor=tensor, inputs=self.inputs)
+    def scored(self, features: Index | None = None) -> tuple[Layer, Int[np.ndarray, " U"]]:
+        """The MLP as ``explained`` and ``scan`` score it, and output features (as for ``q``; None: all).
+
+        Raises:
+            ValueError: if no feature is named.
+            UnknownNameError: if one does not exist.
+        """
+        through = self.outputs if is_transcoder(self.outputs) else None
+        tensor = mlp_tensor(self.lm, self.layer) if through is None else transcoder_tensor(through)
+        some = np.asarray(self._features(slice(None) if features is None else features)[0])
+        if not len(some):
+            raise ValueError("name at least one output feature, or None for all")
+        inputs = self.inp if self.reads_codes else None
+        return Layer(self.lm.original, self.layer, tensor, self.outputs, self.directions, inputs), some
 
     @property
     def site(self) -> str:

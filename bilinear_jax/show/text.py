@@ -273,3 +273,18 @@ def context_text(context: Context, strongest: float, palette: Palette | None) ->
         else:
             parts.append(text)
     return "".join(parts)
+
+
+def text_at(tokenizer: Any, ids: Sequence[int] | np.ndarray, position: int, last: int, window: int = 12) -> str:
+    """The tokens around a position of a row as text, that one in [brackets]. No token after ``last`` is shown.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2}, []))
+        >>> text_at(tokenizer, [0, 1, 2, 0], 2, last=2, window=1)
+        ' b [c]'
+    """
+    texts = pieces(tokenizer, ids)
+    start, stop = shown_around(texts, position, window, last)
+    shown = tuple(texts[start:stop])
+    return context_text(Context(0.0, 0, position, start, shown, np.zeros(len(shown))), 0.0, None)

@@ -14,6 +14,7 @@ import pytest
 import bilinear_jax as bj
 from bilinear_jax.commands import eval as evaluate
 from bilinear_jax.commands import generate, spectra, trace
+from bilinear_jax.commands.common import Tokens
 from bilinear_jax.commands.main import main
 from bilinear_jax.store.sources import sae_names
 
@@ -86,6 +87,21 @@ class TestCommands:
         assert [int(line.split()[0]) for line in table[1:]] == [row["feature"] for row in found["features"]]
         assert len({len(line) for line in table}) == 1
         assert (found["n_features"], found["n_converged"]) == (13, 13)
+
+    def test_a_scan_of_spectra(self, tracer):
+        features, tokens = [3, 333, 314], bj.load_corpus("ts-nano")[:24]
+        found = spectra.scanned(tracer, features, 2, Tokens(tokens, "some rows"))
+        expected = bj.scan(tracer, tokens, features=features)
+        for by in ("explained", "negation"):
+            assert [row["feature"] for row in found[by]] == expected.best(2, by)
+            for row in found[by]:
+                place = features.index(row["feature"])
+                assert row["gain"] == expected.gain[place] and row["firings"] == expected.firings[place]
+                assert len(row["fires"]) == np.sum(expected.fires[place, :, 0] >= 0)
+                assert all(text.count("[") >= 1 for text in row["fires"] + row["silent"])
+        shown = "\n".join(spectra._scan_lines(found))
+        assert "== Most like a negation" in shown and f"Chosen on {12 * 255} tokens of some rows" in shown
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
 
     def check_eigenpairs(self, account, lm, tracer):
         """The listed eigenpairs are the largest at the token, and what their vectors find is made of input features."""

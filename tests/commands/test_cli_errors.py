@@ -53,6 +53,8 @@ def failed(words: list, capsys) -> str:
         ("spectra --layer -1", "--layer: '-1' is not a whole number of at least 0"),
         ("spectra --layer two", "--layer: 'two' is not a whole number"),
         ("spectra --layer 2 --which both", "choose from"),
+        ("spectra --layer 2 --data text.txt", "--data is the text of the scan: give --scan too"),
+        ("spectra --layer 2 --scan --no-use-encoder", "leave out --no-use-encoder"),
         ("spectra --layer 2 --rtol 1.5", "--rtol must be at least 4e-06 (for float32) and below 1"),
         ("spectra --layer 2 --rtol 1e-300", "--rtol must be at least 4e-06"),
         (
