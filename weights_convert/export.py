@@ -110,11 +110,11 @@ def write_sae(folder: str | Path, config: Mapping[str, Any], params: Mapping[str
 
 def _check_sae(config: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for what the published layout cannot describe."""
-    if config.get("token_lookup") is not None:
-        raise ValueError(
-            f"the published layout cannot say token_lookup {config['token_lookup']}: keep it as a checkpoint of this "
-            "library"
-        )
+    for option in ("token_lookup", "inputs"):
+        if config.get(option) is not None:
+            raise ValueError(
+                f"the published layout cannot say {option} {config[option]}: keep it as a checkpoint of this library"
+            )
     target = config.get("target")
     wrong = {
         "activation": config.get("activation", "topk") != "topk",

@@ -41,10 +41,6 @@ class Layer:
         """
         return _unnamed(self.outputs) if isinstance(self.outputs, SAE) else None
 
-    def read(self, mlp_in: Float[Array, "... d_model"]) -> Float[Array, "... in"]:
-        """What the tensor reads, of the MLP's input."""
-        return read(self.inputs and _unnamed(self.inputs), mlp_in, self.tensor.n_in)
-
 
 def _unnamed(sae: SAE) -> SAE:
     return SAE(sae.params, dataclasses.replace(sae.config, layer=0, tag=None))

@@ -245,7 +245,8 @@ def test_links_to_other_places_are_not_followed(tmp_path):
         ("saelens", {"passthrough": (1,)}, "cannot say passthrough"),
         ("sparsify", {"bilinear_encoder": True}, "cannot say bilinear_encoder"),
         *[
-            (form, {"token_lookup": 7}, "cannot say token_lookup 7: keep it as a checkpoint of this library")
+            (form, {option: 7}, f"cannot say {option} 7: keep it as a checkpoint of this library")
+            for option in ("token_lookup", "inputs")
             for form in ("saelens", "gemma-scope", "sparsify", "dictionary_learning")
         ],
         ("dictionary_learning", {"apply_normalize": True, "normalize": 2.0}, "divide w_enc by normalize"),

@@ -115,10 +115,14 @@ def test_what_the_layout_cannot_say_of_an_sae_is_named(tmp_path, options, named)
     assert list(folder.iterdir()) == []
 
 
-def test_a_token_lookup_cannot_be_published(tmp_path):
-    config = SAEConfig("mlp_in", 0, 4, 2, 2, token_lookup=5)
+READS = {"target": "mlp_out", "bilinear_encoder": True, "inputs": 5, "inputs_k": 2, "reads": 2}
+
+
+@pytest.mark.parametrize(("option", "options"), [("token_lookup", {"token_lookup": 5}), ("inputs", READS)])
+def test_what_only_we_have_cannot_be_published(tmp_path, option, options):
+    config = SAEConfig("mlp_in", 0, 4, 2, 2, **options)
     params = jax.tree.map(np.asarray, SAE.init(config, jax.random.key(0)).params)
-    with pytest.raises(ValueError, match="the published layout cannot say token_lookup 5: keep it as a checkpoint of"):
+    with pytest.raises(ValueError, match=f"the published layout cannot say {option} 5: keep it as a checkpoint of"):
         weights_convert.write_sae(tmp_path, dataclasses.asdict(config), params)
     assert list(tmp_path.iterdir()) == []
 

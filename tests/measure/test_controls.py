@@ -40,6 +40,10 @@ KINDS = {
     "with a skip": {"skip": True, "tag": "b"},
     "transcoder": {"site": "mlp_in", "target": "mlp_out"},
     "transcoder with a skip": {"site": "mlp_in", "target": "mlp_out", "skip": True},
+    "readable": {
+        **{"site": "mlp_in", "target": "mlp_out", "bilinear_encoder": True},
+        **{"inputs": 5, "inputs_k": 2, "reads": 5},
+    },
     "with a lookup": {"token_lookup": 11},
     "with a lookup in units of normalize": {"token_lookup": 11, "normalize": 4.0, "apply_normalize": True},
     "relu": {"k": None, "activation": "relu", "max_active": 2},

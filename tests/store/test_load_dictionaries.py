@@ -34,6 +34,7 @@ KINDS = {
     "relu": {"activation": "relu", "expansion": 2.25},
     "transcoder": {"k": 3, "target": "mlp_out", "skip": True, "encoder_bias": True},
     "lookup": {"k": 3, "token_lookup": 5},
+    "readable": {"k": 3, "bilinear_encoder": True, "target": "mlp_out", "inputs": 5, "inputs_k": 2, "reads": 1},
     "jumprelu transcoder": {"activation": "jumprelu", "k": 5, "target": "resid_post", "tag": "a-b"},
 }
 

@@ -24,6 +24,7 @@ _DEFAULTS = {
     },
     **{"tag": None, "activation": "topk", "target": None, "skip": False, "centred": None, "k": None},
     **{"product_bias": False, "linear_term": False, "token_lookup": None},
+    **{"inputs": None, "inputs_k": None, "reads": None},
     "max_active": None,  # not a matter of files
 }
 
@@ -181,8 +182,9 @@ def _refuse(form: str, config: Mapping[str, Any]) -> None:
             f"{form} has no apply_normalize: divide w_enc by normalize, multiply w_dec and b_dec by it, and leave out "
             "apply_normalize. The result is the same"
         )
-    if config["token_lookup"] is not None:
-        raise refuse(form, "token_lookup", config["token_lookup"], "keep it as a checkpoint of this library")
+    for option in ("token_lookup", "inputs"):
+        if config[option] is not None:
+            raise refuse(form, option, config[option], "keep it as a checkpoint of this library")
     for option in ("passthrough", "bilinear_encoder", "product_bias", "linear_term"):
         if config[option]:
             raise refuse(form, option, config[option], "keep it as a checkpoint of this library, or use write_sae")
