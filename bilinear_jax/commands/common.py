@@ -34,10 +34,13 @@ class Parser(argparse.ArgumentParser):
 # Options
 
 
-def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Add --debug, which may be before or after the command."""
+def add_general(parser: argparse.ArgumentParser) -> None:
+    """Add --debug and --no-cache, which may be before or after the command."""
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", default=argparse.SUPPRESS, help="compile anew, and keep no compiled program"
     )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bilinear_jax.commands import common, generate, train
+from bilinear_jax.commands.compiled import keep_compiled
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.store.terminal import say
 from bilinear_jax.store.version import library_version
@@ -82,6 +83,7 @@ def run_and_exit() -> None:
 
     After Ctrl-C and SIGTERM it ends at once: a normal exit crashes if the compiler still works in another thread.
     """
+    keep_compiled(sys.argv[1:])
     status = main()
     if status in (INTERRUPTED, TERMINATED):
         with contextlib.suppress(OSError, ValueError):
@@ -95,14 +97,14 @@ def _parser(command: str | None) -> common.Parser:
     """The parser, with the arguments of this command only: those of ``pages`` need slow imports."""
     about = "Weight-based interpretability of bilinear networks."
     parser = common.Parser(prog="bilinear-jax", description=about, epilog=EXAMPLES)
-    common.add_debug(parser)
+    common.add_general(parser)
     parser.add_argument("--version", action="version", version=f"bilinear-jax {library_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=common.Parser)
     for name in COMMANDS:
         module = importlib.import_module(f"bilinear_jax.commands.{name}")
         about = f"{module.HELP[0].upper()}{module.HELP[1:]}."
         each = commands.add_parser(name, help=module.HELP, description=about, epilog=module.EXAMPLES)
-        common.add_debug(each)
+        common.add_general(each)
         each.set_defaults(module=module, json=False)
         if name == command:
             module.add_arguments(each)

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--out", type=common.folder, required=True, help="folder of the run; the same folder resumes it"
         )
         each.add_argument("--model", help="model to start from (lm), or to train SAEs for (sae; default: OUT/model)")
-        common.add_debug(each)
+        common.add_general(each)
         each.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases")
 
 
