@@ -33,6 +33,7 @@ from bilinear_jax.explain.replaced import Recovered
 from bilinear_jax.explain.scores import Scores
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
+from bilinear_jax.show.drawing import new_figure
 
 METHODS = ("data", "weight")
 NAMES = {"data": "eigenpairs by data", "weight": "eigenpairs by weight"}
@@ -59,6 +60,50 @@ def cases_of(found: Explained, layer: int, dictionary: str, seed: int, control: 
         for name, (scores, numbers, inputs, is_control) in own.items()
         for column, (number, its) in enumerate(zip(numbers, inputs, strict=True))
     ]
+
+
+SHOWN = {
+    "eigenpairs by data": ("o", "#777777"),
+    "pairs by weight": ("v", "#b2182b"),
+    "pairs by data": ("s", "#e08214"),
+    "pairs greedy": ("^", "#1b7837"),
+    "readable transcoder": ("*", "#2166ac"),
+}
+"""The explanations in the figure, each with its marker and colour."""
+
+
+def frontier(cases: list[dict], path: Path) -> None:
+    """R2 of the median feature against the input features that a person must read; hollow: random directions."""
+    layers = sorted({case["layer"] for case in cases})
+    figure = new_figure(4.2 * len(layers) + 1.5, 3.8)
+    for place, layer in enumerate(layers):
+        axes = figure.add_subplot(1, len(layers), place + 1)
+        for name, (marker, colour) in SHOWN.items():
+            for control in (False, True):
+                its = [
+                    (case["inputs_read"], case["median_r2"])
+                    for case in cases
+                    if case["layer"] == layer
+                    and not case["dictionary"].startswith("SAE,")
+                    and _shown(case, control) == name
+                ]
+                if its:
+                    face = {"markerfacecolor": "none", "linestyle": ":"} if control else {"label": name}
+                    size = 12 if marker == "*" else 6
+                    axes.plot(*zip(*sorted(its), strict=True), marker=marker, color=colour, markersize=size, **face)
+        axes.set(xscale="log", xlabel="input features read", ylabel="R2 of the median feature", title=f"layer {layer}")
+        axes.set_ylim(-0.05, 1.05)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, bbox_inches="tight")
+
+
+def _shown(case: dict, control: bool) -> str:
+    """The name in ``SHOWN`` of a case; another one if it is not drawn."""
+    method = case["method"]
+    if control != method.startswith("random directions, "):
+        return ""
+    method = method.removeprefix("random directions, ")
+    return "readable transcoder" if case["dictionary"] == "readable transcoder" and method in NAMES.values() else method
 
 
 def table(cases: list[dict]) -> str:
@@ -90,6 +135,7 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
     parser.add_argument("--out", type=Path, default=Path("runs/explained"))
+    parser.add_argument("--figure", type=Path, help="draw R2 against the input features read, and save it here")
     parser.add_argument("--readable", type=Path, help="a folder with readable transcoders of the model")
     parser.add_argument("--trained", choices=["all", "nothing"], default="all", help="whether to train and score SAEs")
     options = parser.parse_args()
@@ -119,6 +165,8 @@ def main() -> None:
                 if found.layer is not None:
                     layers.append({"layer": layer} | of_layer(found.layer))
     print(table(cases))
+    if options.figure is not None:
+        frontier(cases, options.figure)
     if not layers:
         print(json.dumps({"model": options.model, "features": options.features, "cases": cases}))
         return
@@ -139,7 +187,7 @@ def of_the_model(lm: LanguageModel, score, choose, options) -> list[dict]:
             inp, out = (bj.load_sae(options.model, site=site, layer=layer) for site in ("mlp_in", "mlp_out"))
         except bj.UnknownNameError:
             continue
-        named = {"SAE of the model": (out, PAIRS, options.parts)}
+        named = {"SAE of the model": (out, (METHODS[0], *PAIRS), options.parts)}
         if options.readable is not None:
             chosen = {"layer": layer, "site": "mlp_in", "target": "mlp_out"}
             named["readable transcoder"] = bj.load_dictionary(options.readable, **chosen), METHODS[1:], [2]
