@@ -183,7 +183,7 @@ def train_saes(
         text.tokens,
         out / "saes",
         held_out=rows,
-        inputs=_inputs(configs, lm, scope if scope.is_dir() else lm.source),
+        inputs=_inputs(configs, lm, scope),
         evaluate_every=plan.run.evaluate_every,
         mesh=mesh,
         **_fit_options(plan, _wandb_log(package, wandb, plan, out / "saes")),
@@ -205,15 +205,21 @@ def train_saes(
     return scope
 
 
-def _inputs(configs: Sequence[SAEConfig], lm: LanguageModel, scope: Any) -> dict[int, SAE]:
-    """The SAEs whose codes the readable transcoders among the configs read, by layer."""
-    return {
-        c.layer: load_dictionary(
-            scope, site=c.site, layer=c.layer, expansion=c.inputs / c.d_model, k=c.inputs_k, target=c.site, model=lm
-        )
-        for c in configs
-        if c.inputs is not None
-    }
+def _inputs(configs: Sequence[SAEConfig], lm: LanguageModel, scope: Path) -> dict[int, SAE]:
+    """The SAEs whose codes the readable transcoders among the configs read, by layer: of this run, or of the model."""
+
+    def load_from(source: Any, c: SAEConfig) -> SAE:
+        its = {"expansion": (c.inputs or 0) / c.d_model, "k": c.inputs_k, "target": c.site}
+        return load_dictionary(source, site=c.site, layer=c.layer, model=lm, **its)
+
+    found = {}
+    for config in configs:
+        if config.inputs is not None:
+            try:
+                found[config.layer] = load_from(scope, config)
+            except (UnknownNameError, FileNotFoundError):  # there may be nothing but the transcoders
+                found[config.layer] = load_from(lm.source, config)
+    return found
 
 
 def _run_folder(out: str | Path) -> Path:
