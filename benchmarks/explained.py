@@ -36,6 +36,7 @@ from bilinear_jax.nn.sae import SAE
 from bilinear_jax.show.drawing import new_figure
 
 METHODS = ("data", "weight")
+READABLE = "readable transcoder"
 NAMES = {"data": "eigenpairs by data", "weight": "eigenpairs by weight"}
 
 
@@ -46,7 +47,7 @@ def medians(scores: Scores, column: int) -> dict[str, float]:
 
 def cases_of(found: Explained, layer: int, dictionary: str, seed: int, control: bool) -> list[dict]:
     """One case for each method and number of parts."""
-    method = NAMES.get(found.by, found.by)
+    method = dictionary if dictionary == READABLE else NAMES.get(found.by, found.by)
     reads = np.median(found.inputs_read, axis=0).tolist()
     own = {method: (found, found.parts, reads, control)}
     own |= {f"{name}, {method}": (scores, found.parts, reads, True) for name, scores in found.controls.items()}
@@ -67,7 +68,7 @@ SHOWN = {
     "pairs by weight": ("v", "#b2182b"),
     "pairs by data": ("s", "#e08214"),
     "pairs greedy": ("^", "#1b7837"),
-    "readable transcoder": ("*", "#2166ac"),
+    READABLE: ("*", "#2166ac"),
 }
 """The explanations in the figure, each with its marker and colour."""
 
@@ -85,7 +86,7 @@ def frontier(cases: list[dict], path: Path) -> None:
                     for case in cases
                     if case["layer"] == layer
                     and not case["dictionary"].startswith("SAE,")
-                    and _shown(case, control) == name
+                    and case["method"] == ("random directions, " if control else "") + name
                 ]
                 if its:
                     face = {"markerfacecolor": "none", "linestyle": ":"} if control else {"label": name}
@@ -95,15 +96,6 @@ def frontier(cases: list[dict], path: Path) -> None:
         axes.set_ylim(-0.05, 1.05)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, bbox_inches="tight")
-
-
-def _shown(case: dict, control: bool) -> str:
-    """The name in ``SHOWN`` of a case; another one if it is not drawn."""
-    method = case["method"]
-    if control != method.startswith("random directions, "):
-        return ""
-    method = method.removeprefix("random directions, ")
-    return "readable transcoder" if case["dictionary"] == "readable transcoder" and method in NAMES.values() else method
 
 
 def table(cases: list[dict]) -> str:
@@ -167,12 +159,10 @@ def main() -> None:
     print(table(cases))
     if options.figure is not None:
         frontier(cases, options.figure)
-    if not layers:
-        print(json.dumps({"model": options.model, "features": options.features, "cases": cases}))
-        return
-    print("\n| layer | cost of removing it, nats | the SAE itself | mean output of the token |", end="")
-    print("".join(f" {n} |" for n in options.parts))
-    print("| --- " * (4 + len(options.parts)) + "|")
+    if layers:
+        print("\n| layer | cost of removing it, nats | the SAE itself | mean output of the token |", end="")
+        print("".join(f" {n} |" for n in options.parts))
+        print("| --- " * (4 + len(options.parts)) + "|")
     for one in layers:
         numbers = [one["removed"] - one["clean"], one["sae_recovered"], one["token_recovered"], *one["recovered"]]
         print(f"| {one['layer']} | {' | '.join(f'{value:.3f}' for value in numbers)} |")
@@ -190,7 +180,7 @@ def of_the_model(lm: LanguageModel, score, choose, options) -> list[dict]:
         named = {"SAE of the model": (out, (METHODS[0], *PAIRS), options.parts)}
         if options.readable is not None:
             chosen = {"layer": layer, "site": "mlp_in", "target": "mlp_out"}
-            named["readable transcoder"] = bj.load_dictionary(options.readable, **chosen), METHODS[1:], [2]
+            named[READABLE] = bj.load_dictionary(options.readable, **chosen), METHODS[1:], [2]
         for name, (sae, ways, parts) in named.items():
             tracer = bj.Tracer(lm, layer, inp, sae)
             some = np.sort(np.random.default_rng(0).permutation(tracer.n_features)[: options.features])

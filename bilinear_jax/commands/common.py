@@ -265,6 +265,17 @@ def load_tracer(options: argparse.Namespace, lm):
     return Tracer(lm, options.layer, options.inp_sae, options.out_sae, use_encoder, options.scope)
 
 
+def chosen_position(position: int | None, preactivation, counts) -> int:
+    """--position, or by default the position of the largest pre-activation among the tokens that count."""
+    import numpy as np
+
+    if position is None:
+        return int(np.argmax(np.where(counts | ~counts.any(), preactivation, -np.inf)))
+    if position >= len(preactivation):
+        raise ValueError(f"--position is {position}, but the text has the positions 0 ... {len(preactivation) - 1}")
+    return position
+
+
 class Tokens(NamedTuple):
     """A dataset as a command uses it."""
 

@@ -109,12 +109,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def scanned(tracer, features: list[int], n: int, data: common.Tokens) -> dict[str, Any]:
     """The n best features of each ranking of a scan, the first ones with texts."""
-    import math
-
     import numpy as np
 
     from bilinear_jax.explain.scan import RANKINGS, scan
     from bilinear_jax.show.text import text_at
+    from bilinear_jax.store.files import finite_or_null
 
     found, tokenizer = scan(tracer, data.ids, features=features), tracer.lm.tokenizer
     held = data.ids[len(data.ids) // 2 :]
@@ -123,7 +122,7 @@ def scanned(tracer, features: list[int], n: int, data: common.Tokens) -> dict[st
     for by in RANKINGS:
         result[by] = []
         for rank, row in enumerate(found.rows(n, by)):
-            one: dict[str, Any] = {key: None if math.isnan(value) else value for key, value in row.items()}
+            one: dict[str, Any] = finite_or_null(row)
             for name in ("fires", "silent") if rank < SCAN_EXAMPLES else ():
                 at = getattr(found, name)[features.index(row["feature"])]
                 one[name] = [text_at(tokenizer, held[r], p, int(last[r])) for r, p in at.tolist() if r >= 0]

@@ -1,7 +1,6 @@
 """``bilinear-jax trace``: explain an output feature from the weights, and exactly at the tokens of a text."""
 
 import argparse
-import math
 from typing import Any
 
 from bilinear_jax.commands import common, trace_readable
@@ -119,6 +118,7 @@ def scored(tracer, feature: int, k: int, text: common.Tokens) -> dict[str, Any]:
     import dataclasses
 
     from bilinear_jax.explain.scores import Scores
+    from bilinear_jax.store.files import finite_or_null
 
     if len(text.ids) < 2:
         return {}
@@ -126,7 +126,7 @@ def scored(tracer, feature: int, k: int, text: common.Tokens) -> dict[str, Any]:
 
     def numbers(scores) -> dict[str, float | None]:
         values = {field.name: float(getattr(scores, field.name)[0, 0]) for field in dataclasses.fields(Scores)}
-        return {name: None if math.isnan(value) else value for name, value in values.items()}
+        return finite_or_null(values)
 
     every = {f"{k} eigenpairs": found, **{f"control: {name}": one for name, one in found.controls.items()}}
     every |= {f"{name} lookup": one for name, one in found.lookups.items()} | {"all eigenpairs": found.full}
@@ -151,10 +151,7 @@ def at_tokens(tracer, tokens, feature: int, found, n: int, position: int | None)
     if not np.isfinite(np.asarray(codes.values)).all():
         raise not_finite("at the tokens of the text")
     preactivation, counts = np.asarray(found.preactivation)[0], np.asarray(lm.token_mask(tokens))[0]
-    if position is None:
-        position = int(np.argmax(np.where(counts | ~counts.any(), preactivation, -np.inf)))
-    if position >= len(preactivation):
-        raise ValueError(f"--position is {position}, but the text has the positions 0 ... {len(preactivation) - 1}")
+    position = common.chosen_position(position, preactivation, counts)
     terms = {name: np.asarray(value)[0] for name, value in found.terms.items()}
     tokenizer = lm.tokenizer
     rows = [

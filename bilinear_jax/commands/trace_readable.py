@@ -1,7 +1,6 @@
 """``bilinear-jax trace --readable``: a feature of a readable transcoder as the product that it is."""
 
 import argparse
-import math
 from typing import Any
 
 from bilinear_jax.commands import common
@@ -64,11 +63,7 @@ def at_tokens(tracer, found, tokens, options: argparse.Namespace) -> dict[str, A
     codes = input_codes(tracer.out, x)[0]
     active = np.asarray(tracer.out.encode(x))[0, :, options.feature]
     z, counts = found.of(codes), np.asarray(tracer.lm.token_mask(tokens))[0]
-    position = options.position
-    if position is None:
-        position = int(np.argmax(np.where(counts | ~counts.any(), z, -np.inf)))
-    if position >= len(z):
-        raise ValueError(f"--position is {position}, but the text has the positions 0 ... {len(z) - 1}")
+    position = common.chosen_position(options.position, z, counts)
     left, right = found.left.of(codes), found.right.of(codes)
     rows = [
         {
@@ -91,6 +86,7 @@ def at_tokens(tracer, found, tokens, options: argparse.Namespace) -> dict[str, A
 def scored(tracer, feature: int, text: common.Tokens) -> dict[str, Any]:
     """How much this explains of the feature, and all features together of the layer, each beside a control."""
     from bilinear_jax.measure.evaluation import controls, evaluate_sae
+    from bilinear_jax.store.files import finite_or_null
 
     half = len(text.ids) // 2
     if not half:
@@ -103,21 +99,18 @@ def scored(tracer, feature: int, text: common.Tokens) -> dict[str, Any]:
     )
     ways = {"this product": found, "control: a random direction": found.controls["random directions"]}
     ways |= {f"{name} lookup": one for name, one in found.lookups.items()}
-    return {
+    result = {
         "scores": {
-            name: {column: _number(getattr(one, column)[0, 0]) for column in ("r2", "r2_active", "average_precision")}
+            name: {column: float(getattr(one, column)[0, 0]) for column in ("r2", "r2_active", "average_precision")}
             for name, one in ways.items()
         },
         "layer_scores": {
-            name: {column: _number(getattr(one, column)) for column in ("explained_variance", "loss_recovered")}
+            name: {column: float(getattr(one, column)) for column in ("explained_variance", "loss_recovered")}
             for name, one in (("all features", layer), ("control: a random dictionary", *control.values()))
         },
         "scored_on": {"text": text.name, "scored": found.tokens[1]},
     }
-
-
-def _number(value) -> float | None:
-    return None if math.isnan(value) else float(value)
+    return finite_or_null(result)
 
 
 def names(tracer, found, feature: int, text: common.Tokens) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def recovered(
     every = explanations(layer, way, numbers, choosing)
     total, predicted = np.zeros(len(numbers) + 4), 0.0
     for batch in layer.lm.batches(tokens, token_mask, batch_size, description="replace the MLP"):
-        ends = layer.layer, layer.inputs, layer.tensor.n_in, sae
+        ends = layer.layer, layer.reads, layer.tensor.n_in, sae
         summed, number = _losses(layer.lm, *ends, every, numbers, table, batch.tokens, batch.mask)
         total, predicted = total + np.asarray(summed, np.float64), predicted + float(number)
         if not np.isfinite(total).all():

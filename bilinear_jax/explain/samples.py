@@ -41,6 +41,11 @@ class Layer:
         """
         return _unnamed(self.outputs) if isinstance(self.outputs, SAE) else None
 
+    @property
+    def reads(self) -> SAE | None:
+        """``inputs``, in the same way without its layer and tag."""
+        return self.inputs and _unnamed(self.inputs)
+
 
 def _unnamed(sae: SAE) -> SAE:
     return SAE(sae.params, dataclasses.replace(sae.config, layer=0, tag=None))
@@ -93,7 +98,7 @@ def gather(layer: Layer, tokens, token_mask=None, batch_size: int = 16) -> Sampl
     found: list[list[Any]] = []
     for batch in layer.lm.batches(tokens, token_mask, batch_size, description="activations"):
         with jax.default_matmul_precision("highest"):
-            got = jax.device_get(_ends(layer.lm, layer.layer, layer.tensor, layer.sae, layer.inputs, batch.tokens))
+            got = jax.device_get(_ends(layer.lm, layer.layer, layer.tensor, layer.sae, layer.reads, batch.tokens))
         counted, ids = np.asarray(batch.mask), np.asarray(batch.tokens)
         previous = np.concatenate([ids[:, :1], ids[:, :-1]], axis=1)  # position 0 has none; it does not count
         x, y, *codes = (array[counted] for array in got)

@@ -46,18 +46,17 @@ def check_transcoder(transcoder: SAE, lm: LanguageModel, layer: int) -> SAE:
 
 def check_reads(transcoder: SAE, inp) -> None:
     """Raise ``ValueError`` unless this is the input SAE whose codes a readable transcoder reads."""
-    its = inp if isinstance(inp, SAE) else None
-    parts = ("w_in", "b_in"), (its.encoder, its.decoder_bias) if its else ()
-    mine = [transcoder.params[name] for name in parts[0]]
-    same = its is not None and all(
-        one.shape == other.shape and jnp.allclose(one, other, rtol=1e-2, atol=1e-2)
-        for one, other in zip(mine, parts[1], strict=True)
-    )
-    if not same or its is None or its.config.k != transcoder.config.inputs_k:
+
+    def alike(one, other) -> bool:
+        return one.shape == other.shape and bool(jnp.allclose(one, other, rtol=1e-2, atol=1e-2))
+
+    p, c = transcoder.params, transcoder.config
+    same = isinstance(inp, SAE) and alike(p["w_in"], inp.encoder) and alike(p["b_in"], inp.decoder_bias)
+    if not same or inp.config.k != c.inputs_k:
         raise ValueError(
             f"out is the readable transcoder {transcoder.name}, which reads the codes of another SAE than inp "
-            f"({getattr(inp, 'name', inp)}): give the SAE of {transcoder.config.site} with {transcoder.config.inputs} "
-            f"features and k {transcoder.config.inputs_k} that it was trained on"
+            f"({getattr(inp, 'name', inp)}): give the SAE of {c.site} with {c.inputs} features and k {c.inputs_k} that "
+            "it was trained on"
         )
 
 

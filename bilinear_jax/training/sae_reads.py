@@ -92,6 +92,4 @@ def after_update(
     """The encoder after the update of a step: what was 0 stays 0, and every ``EVERY`` steps more weights become 0."""
     weights = jnp.where(before == 0, 0, weights)
     due = (step % EVERY == 0) | (step + 1 == recipe.steps)
-    return jax.lax.cond(
-        due, lambda: narrowed(weights, power, jnp.floor(allowed(config, recipe, step))), lambda: weights
-    )
+    return jax.lax.cond(due, lambda: narrowed(weights, power, allowed(config, recipe, step)), lambda: weights)
