@@ -35,9 +35,9 @@ from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.show.drawing import new_figure
 
-METHODS = ("data", "weight")
+METHODS = ("data", "firing", "weight")
 READABLE = "readable transcoder"
-NAMES = {"data": "eigenpairs by data", "weight": "eigenpairs by weight"}
+NAMES = {by: f"eigenpairs by {by}" for by in METHODS}
 
 
 def medians(scores: Scores, column: int) -> dict[str, float]:
@@ -65,6 +65,7 @@ def cases_of(found: Explained, layer: int, dictionary: str, seed: int, control: 
 
 SHOWN = {
     "eigenpairs by data": ("o", "#777777"),
+    "eigenpairs by firing": ("D", "#000000"),
     "pairs by weight": ("v", "#b2182b"),
     "pairs by data": ("s", "#e08214"),
     "pairs greedy": ("^", "#1b7837"),
@@ -177,10 +178,10 @@ def of_the_model(lm: LanguageModel, score, choose, options) -> list[dict]:
             inp, out = (bj.load_sae(options.model, site=site, layer=layer) for site in ("mlp_in", "mlp_out"))
         except bj.UnknownNameError:
             continue
-        named = {"SAE of the model": (out, (METHODS[0], *PAIRS), options.parts)}
+        named = {"SAE of the model": (out, (*METHODS[:2], *PAIRS), options.parts)}
         if options.readable is not None:
             chosen = {"layer": layer, "site": "mlp_in", "target": "mlp_out"}
-            named[READABLE] = bj.load_dictionary(options.readable, **chosen), METHODS[1:], [2]
+            named[READABLE] = bj.load_dictionary(options.readable, **chosen), METHODS[2:], [2]
         for name, (sae, ways, parts) in named.items():
             tracer = bj.Tracer(lm, layer, inp, sae)
             some = np.sort(np.random.default_rng(0).permutation(tracer.n_features)[: options.features])

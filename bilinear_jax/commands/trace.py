@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from bilinear_jax.commands import common, trace_readable
+from bilinear_jax.commands import common, trace_eigenpairs, trace_readable
 
 HELP = "explain one output feature: its eigenvalues, its interactions, the exact account at a token"
 EXAMPLES = """examples:
@@ -16,10 +16,6 @@ EXAMPLES = """examples:
   bilinear-jax trace --layer 2 --feature 7 --readable --scope runs/readable --text "Once upon a time"
       a feature of a readable transcoder: a product of two short sums of input features, and nothing else
 """
-METRIC_ROWS, METRIC_TOKENS = 32, 256
-"""Rows of the dataset in whose metric eigenpairs are, and the most tokens of a row."""
-
-FINDS = "what its vector finds in x: share of input features"
 EIGENVECTOR = "its eigenvector: cosine with input features"
 
 
@@ -74,9 +70,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         result["account"] = at_tokens(tracer, tokens, options.feature, found, options.n, options.position)
         if text is not None:
             position = result["account"]["position"]
-            result["account"] |= eigenpairs_at(tracer, tokens, found, options.feature, position, options.k, text)
+            options_at = options.feature, position, options.k, text
+            result["account"] |= trace_eigenpairs.at_tokens(tracer, tokens, found, *options_at)
     if text is not None:
-        result |= scored(tracer, options.feature, options.k, text)
+        result |= trace_eigenpairs.scored(tracer, options.feature, options.k, text)
     return result | _fires_on(options, tracer, result)
 
 
@@ -106,34 +103,11 @@ def from_weights(tracer, feature: int, k: int, n: int) -> dict[str, Any]:
 def _metric_text(options: argparse.Namespace, lm) -> common.Tokens | None:
     """The rows of the dataset to choose eigenpairs on, and as many to score them on. None: there is no dataset."""
     try:
-        return common.load_tokens(options, lm, rows=2 * METRIC_ROWS, seq=METRIC_TOKENS)
+        return common.load_tokens(options, lm, rows=2 * trace_eigenpairs.ROWS, seq=trace_eigenpairs.TOKENS)
     except FileNotFoundError:
         if options.data is not None:
             raise
         return None
-
-
-def scored(tracer, feature: int, k: int, text: common.Tokens) -> dict[str, Any]:
-    """How much the first k eigenpairs explain on one half of the rows, chosen on the other; nothing of one row."""
-    import dataclasses
-
-    from bilinear_jax.explain.scores import Scores
-    from bilinear_jax.store.files import finite_or_null
-
-    if len(text.ids) < 2:
-        return {}
-    found = tracer.explained(text.ids, features=[feature], parts=[k])
-
-    def numbers(scores) -> dict[str, float | None]:
-        values = {field.name: float(getattr(scores, field.name)[0, 0]) for field in dataclasses.fields(Scores)}
-        return finite_or_null(values)
-
-    every = {f"{k} eigenpairs": found, **{f"control: {name}": one for name, one in found.controls.items()}}
-    every |= {f"{name} lookup": one for name, one in found.lookups.items()} | {"all eigenpairs": found.full}
-    return {
-        "scores": {name: numbers(one) for name, one in every.items()},
-        "scored_on": {"text": text.name, "chosen": found.tokens[0], "scored": found.tokens[1]},
-    }
 
 
 def at_tokens(tracer, tokens, feature: int, found, n: int, position: int | None) -> dict[str, Any]:
@@ -175,18 +149,6 @@ def at_tokens(tracer, tokens, feature: int, found, n: int, position: int | None)
         "shares": {name: size / whole for name, size in sizes.items()},
         "pairs": pairs,
     }
-
-
-def eigenpairs_at(tracer, tokens, found, feature: int, position: int, k: int, text: common.Tokens) -> dict[str, Any]:
-    """The k eigenpairs that contribute most at one position, in the metric of the text. ``found``: the account."""
-    from bilinear_jax.explain.at_token import form_at
-    from bilinear_jax.explain.samples import tensor_inputs
-
-    x = tensor_inputs(tracer.lm.original, (tracer.site, tracer.layer), tracer.tensor.n_in, tokens)
-    at, codes, indices = (array[0, position] for array in (x, found.codes, found.indices))
-    form = form_at(tracer, at, codes, indices, feature, tracer.metric(text.ids[:METRIC_ROWS]), n=k)
-    listed = [one._asdict() for one in form.eigenpairs]
-    return {"form": {"total": form.total, "listed": form.first, "metric": text.name}, "eigenpairs": listed}
 
 
 def _largest(block, indices, codes) -> list[dict[str, Any]]:
@@ -234,15 +196,27 @@ def text(result: dict[str, Any]) -> str:
         return str(feature) if tokens is None else f"{feature} ({' '.join(tokens) or 'dead'})"
 
     on = "" if result["fires_on"] is None else f", fires on: {' '.join(result['fires_on']) or 'nothing (dead)'}"
-    lines = [f"output feature {result['feature']} of {result['out']} of {result['model']}{on}", "", "== Eigenvalues"]
+    lines = [f"output feature {result['feature']} of {result['out']} of {result['model']}{on}"]
+    if "scores" in result:
+        lines += trace_eigenpairs.scores_text(result)
+    if "account" in result:
+        lines += _account_text(result["account"], named)
+    lines += _weights_text(result, named)
+    if "no_tokens" in result:
+        lines += ["", f"It is not known what features fire on: {result['no_tokens']}"]
+    return "\n".join(lines)
+
+
+def _weights_text(result: dict[str, Any], named) -> list[str]:
     rows = [
         [f"{one['value']:+.4f}", f"{one['bound']:.0e}", f"{one['share']:.1%}", _reads(one["reads"], named)]
         for one in result["eigenpairs"]
     ]
+    lines = ["", "== Eigenvalues of its interaction matrix Q, from the weights alone"]
     lines += [common.columns(["value", "+- at most", "share", EIGENVECTOR], rows, left=[EIGENVECTOR])]
     lines += [
-        f"These hold {result['explained']:.1%} of the squares of its interaction matrix Q (norm {result['norm']:.4f},",
-        f"effective rank {result['effective_rank']:.1f}).",
+        f"These hold {result['explained']:.1%} of the squares of Q (norm {result['norm']:.4f}, effective rank "
+        f"{result['effective_rank']:.1f}).",
         "",
         f"== The largest of its interactions between input features of {result['inp']}",
     ]
@@ -250,31 +224,11 @@ def text(result: dict[str, Any]) -> str:
         [f"{pair['weight']:+.4f}", f"{pair['share']:.3%}", named(pair["i"]), named(pair["j"])]
         for pair in result["interactions"]
     ]
-    lines += [common.columns(["weight", "share", "i", "j"], rows, left=["i", "j"])]
-    lines += [
+    return [
+        *lines,
+        common.columns(["weight", "share", "i", "j"], rows, left=["i", "j"]),
         f"These {len(rows)} hold {result['interactions_share']:.3%} of the squares of D^T Q D. Two features add twice",
         "their weight times both activations.",
-    ]
-    if "scores" in result:
-        lines += _scores_text(result)
-    if "no_tokens" in result:
-        lines += ["", f"It is not known what features fire on: {result['no_tokens']}"]
-    return "\n".join(lines + (_account_text(result["account"], named) if "account" in result else []))
-
-
-def _scores_text(result: dict[str, Any]) -> list[str]:
-    columns = {"r2": "R2", "r2_active": "where it fires", "average_precision": "average precision"}
-    rows = [
-        [name, *("" if scores[column] is None else f"{scores[column]:.3f}" for column in columns)]
-        for name, scores in result["scores"].items()
-    ]
-    on = result["scored_on"]
-    return [
-        "",
-        f"== How much its first eigenpairs explain, in the metric of {on['text']}",
-        common.columns(["", *columns.values()], rows, left=[""]),
-        f"Chosen on {on['chosen']} tokens, scored on {on['scored']} others. R2 is of the pre-activation, average",
-        "precision of where it fires. What a control matches says nothing of this feature.",
     ]
 
 
@@ -286,23 +240,17 @@ def _account_text(account: dict[str, Any], named) -> list[str]:
     from bilinear_jax.explain.account import TERMS
 
     shown = [name for name in TERMS if any(row["terms"][name] for row in account["tokens"])]
-    rows = [
-        [row["position"], row["token"], *(f"{row[name]:.4f}" for name in ("preactivation", "activation"))]
-        + [f"{row['terms'][name]:+.4f}" for name in shown]
-        for row in account["tokens"]
-    ]
-    titles = ["position", "token", "pre-activation", "activation", *(name.replace("_", " ") for name in shown)]
-    lines = ["", "== At each token: the terms add up to the pre-activation; activation 0: not among the k largest"]
-    lines += [common.columns(titles, rows, left=["token"])]
+    lines = trace_eigenpairs.at_tokens_text(account)
     if not any(row["activation"] for row in account["tokens"]):
-        lines += ["The feature does not fire in this text: no token has it among its k largest. Below is the account"]
-        lines += ["of the token with the largest pre-activation, or of --position."]
+        lines += ["", "The feature does not fire in this text: no token has it among its k largest. Below is the token"]
+        lines += ["with the largest pre-activation, or that of --position."]
     one = account["tokens"][account["position"]]
     lines += ["", f"== At position {one['position']}, {one['token']}: pre-activation {one['preactivation']:.4f}"]
+    lines += trace_eigenpairs.at_position_text(account, named)
     rows = [[TERMS[name], f"{one['terms'][name]:+.4f}", f"{account['shares'][name]:.1%}"] for name in shown]
+    lines += ["The pre-activation in terms of input features:"]
     lines += [common.columns(["term", "sum", "share"], rows, left=["term"])]
     lines += ["share: the fraction of the |terms|; each pair and each feature is one term", ""]
-    lines += _eigenpairs_text(account, named)
     rows = [
         [f"{pair['contribution']:+.4f}", f"{pair['share']:.1%}", *(named(pair[side]) for side in "ij")]
         for pair in account["pairs"]
@@ -310,23 +258,12 @@ def _account_text(account: dict[str, Any], named) -> list[str]:
     lines += [common.columns(["contribution", "share", "i", "j"], rows, left=["i", "j"])]
     total = sum(pair["contribution"] for pair in account["pairs"])
     share = sum(pair["share"] for pair in account["pairs"])
-    return [
-        *lines,
-        f"These {len(rows)} pairs of input features add up to {total:+.4f}, and are {share:.1%} of the |terms|.",
+    lines += [f"These {len(rows)} pairs of input features add up to {total:+.4f}, and are {share:.1%} of the |terms|."]
+    rows = [
+        [row["position"], row["token"], *(f"{row[name]:.4f}" for name in ("preactivation", "activation"))]
+        + [f"{row['terms'][name]:+.4f}" for name in shown]
+        for row in account["tokens"]
     ]
-
-
-def _eigenpairs_text(account: dict[str, Any], named) -> list[str]:
-    if not account.get("eigenpairs"):
-        return []
-    rows = []
-    for one in account["eigenpairs"]:
-        finds = ", ".join(f"{share:+.0%} {named(feature)}" for feature, share in one["finds"])
-        rows.append([f"{one['contribution']:+.4f}", f"{one['share']:.1%}", one["rank"], finds])
-    form = account["form"]
-    return [
-        f"Its form x^T Q x is {form['total']:+.4f} here. In the metric of {form['metric']}, these eigenpairs add most:",
-        common.columns(["contribution", "share", "rank", FINDS], rows, left=[FINDS]),
-        f"These {len(rows)} add up to {form['listed']:+.4f}; a negative one suppresses the feature. In pairs:",
-        "",
-    ]
+    titles = ["position", "token", "pre-activation", "activation", *(name.replace("_", " ") for name in shown)]
+    lines += ["", "== At each token: the terms add up to the pre-activation; activation 0: not among the k largest"]
+    return [*lines, common.columns(titles, rows, left=["token"])]

@@ -156,11 +156,11 @@ def _of_some(layer: Layer, some, rows, random, choosing: Samples, scoring: Sampl
         both = tuple(partial_sums(jnp.asarray(one.x), found, numbers) for one in (choosing, scoring))
         return jax.device_get(both)
 
-    explanation = way.choose(rows, z)
-    made = {"explanation": scores(*sums(explanation)), way.control_name: scores(*sums(way.control(rows, z)))}
+    explanation, control = way.choose(rows, z, fired), way.control(rows, z, fired)
+    made = {"explanation": scores(*sums(explanation)), way.control_name: scores(*sums(control))}
     other, held_other = choosing.y @ np.asarray(random).T, scoring.y @ np.asarray(random).T
     firing = (largest(other.T, fired.sum(axis=1)), largest(held_other.T, held_fired.sum(axis=1)))
-    found = way.choose(random, other)
+    found = way.choose(random, other, firing[0])
     made["random directions"] = scores(*sums(found), targets=(other, held_other), firing=firing)
     for name, (chosen, predicted) in lookups(choosing, scoring, z).items():
         made[name] = scores(chosen.T[:, None], predicted.T[:, None])

@@ -1,6 +1,6 @@
 """Two squares of a form, one that drives it and one that suppresses it, and whether the second vetoes the first.
 
-    z = u . y = x^T Q_u x = sum_i l_i (p_i . x)^2     eigenpairs in the metric of the choosing tokens: ``linalg.metric``
+    z = u . y = x^T Q_u x = sum_i l_i (p_i . x)^2     eigenpairs in a metric of the choosing tokens: ``explain.parts``
     d(x) = l_+ (p_+ . x)^2                            drives: its largest positive part; 0 if there is none
     s(x) = |l_-| (p_- . x)^2                          suppresses: its negative part of largest |l|; 0 if there is none
 
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.explain.parts import Parts, eigenparts
+from bilinear_jax.explain.parts import Parts, eigenparts, own_eigenparts, squares
 from bilinear_jax.explain.scores import average_precision, score, thresholds
 from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.tensor import BilinearTensor
@@ -50,6 +50,8 @@ def scanned(
 ) -> dict[str, Any]:
     """The arrays of a ``scan.Scan`` of output directions; ``fires`` and ``silent`` are places among the scoring tokens.
 
+    ``metric``: one for all, or one for each, stacked.
+
     Example:
         >>> tensor = BilinearTensor(jnp.array([[1.0, 1.0]]), jnp.array([[1.0, -1.0]]), jnp.ones((1, 1)))  # a^2 - b^2
         >>> x = np.random.default_rng(0).normal(size=(2, 500, 2)).astype(np.float32)
@@ -59,14 +61,19 @@ def scanned(
         >>> float(found["average_precision_two"][0]), bool(found["gain"][0] > 0.05), bool(found["vetoed"][0] > 0.2)
         (1.0, True, True)
     """
-    k = min(2, metric.root.shape[1])
+    k = min(2, metric.root.shape[-1])
     # The negative parts are the positive ones of -Q, so that one shape is compiled.
-    top = eigenparts(tensor, jnp.concatenate([rows, -rows]), k, metric, "positive")
+    both = jnp.concatenate([rows, -rows])
+    if metric.root.ndim == 2:
+        top = eigenparts(tensor, both, k, metric, which="positive")
+    else:
+        metrics = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), metric)
+        top = own_eigenparts(tensor, both, k, metrics, which="positive")
     values = top.values.reshape(2, -1, k)
     none = values <= ROUNDING * jnp.max(jnp.abs(values), axis=(0, 2))[None, :, None]
     values = jnp.where(none, 0, values) * jnp.array([1.0, -1.0])[:, None, None]
     values, vectors = (jnp.concatenate([*one], axis=1) for one in (values, top.vectors.reshape(2, -1, k, tensor.n_in)))
-    terms = [np.asarray(_terms(jnp.asarray(one.x), Parts(values, vectors))) for one in (choosing, scoring)]
+    terms = [np.asarray(squares(jnp.asarray(one.x), Parts(values, vectors))) for one in (choosing, scoring)]
     first = np.argsort(-np.abs(np.asarray(values)), axis=1, kind="stable")[:, :2, None]
     chosen, sums = (np.take_along_axis(one, first, axis=1).cumsum(axis=1) for one in terms)
     of_sums = score(chosen, choosing.z, choosing.fired, sums, scoring.z, scoring.fired)
@@ -102,13 +109,6 @@ def chance(n: Int[np.ndarray, " U"], m: Int[np.ndarray, " U"]) -> Float[np.ndarr
     harmonic = np.cumsum(1 / np.arange(1, max(n.max(), 1) + 1))[np.maximum(n, 1) - 1]
     found = (harmonic + (m - 1) * (n - harmonic) / np.maximum(n - 1, 1)) / np.maximum(n, 1)
     return np.where(m > 0, found, np.nan)
-
-
-@jax.jit
-def _terms(x: Float[Array, "tokens in"], parts: Parts) -> Float[Array, "U k tokens"]:
-    """Each square, ``values_i (vectors_i . x)^2``."""
-    with jax.default_matmul_precision("highest"):
-        return parts.values[:, :, None] * jnp.einsum("uki,ni->ukn", parts.vectors, x) ** 2
 
 
 def _first(values: Float[np.ndarray, "U tokens"], of: Bool[np.ndarray, "U tokens"]) -> Int[np.ndarray, "U examples"]:

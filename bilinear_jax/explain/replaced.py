@@ -74,13 +74,14 @@ def explanations(layer: Layer, way: Way, numbers: tuple[int, ...], choosing: Sam
     Memory: ``features k in`` numbers of 4 bytes, and for 32 features at a time ``k tokens``, twice.
     """
     directions, x = np.asarray(layer.directions), jnp.asarray(choosing.x)
-    padded = np.pad(directions, ((0, -len(directions) % FEATURES_AT_ONCE), (0, 0)), mode="edge")  # one shape
+    padded = np.pad(np.arange(len(directions)), (0, -len(directions) % FEATURES_AT_ONCE), mode="edge")  # one shape
     found, constants = [], []
     with one_blas_thread():
         for start in range(0, len(directions), FEATURES_AT_ONCE):
-            rows = padded[start : start + FEATURES_AT_ONCE]
+            some = padded[start : start + FEATURES_AT_ONCE]
+            rows = directions[some]
             z = choosing.y @ rows.T
-            parts = way.choose(jnp.asarray(rows), z)
+            parts = way.choose(jnp.asarray(rows), z, choosing.fired(some, len(directions)))
             predicted = np.asarray(jnp.mean(partial_sums(x, parts, numbers), axis=-1))
             found.append(parts)
             constants.append(z.mean(axis=0)[:, None] - predicted)

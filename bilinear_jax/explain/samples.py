@@ -133,20 +133,27 @@ def second_moment(
     batch_size: int = 16,
     *,
     inputs: SAE | None = None,
+    firing: tuple[SAE, int] | None = None,
 ) -> Float[np.ndarray, "in in"]:
     """``C = E[x x^T]`` over the tokens that count, in float64, one batch at a time.
 
     x is what the MLP's tensor reads (``explain.mlp.mlp_tensor``): mlp_in, or for the site resid_mid ``r / rms(r)``;
-    with a constant input if ``n_in`` has room for it. With ``inputs``, x are the codes of this SAE of mlp_in.
+    with a constant input if ``n_in`` has room for it. With ``inputs``, x are the codes of this SAE of mlp_in. With
+    ``firing``, a dictionary of the layer's outputs and its feature, half of the weight is on the tokens at which this
+    feature fires, as ``parts.firing_metrics``.
     """
-    total, number = 0.0, 0
+    total, number, own, fired = 0.0, 0, 0.0, 0
     for batch in lm.batches(tokens, token_mask, batch_size, description="second moments"):
         x = np.asarray(tensor_inputs(lm, (site, layer), n_in, batch.tokens, inputs), np.float64)
         if not np.isfinite(x).all():
             raise batch.not_finite()
-        x = x[np.asarray(batch.mask)]
+        mask = np.asarray(batch.mask)
+        if firing is not None:
+            here = x[mask & np.asarray(_fires(lm, layer, _unnamed(firing[0]), jnp.asarray(firing[1]), batch.tokens))]
+            own, fired = own + here.T @ here, fired + len(here)
+        x = x[mask]
         total, number = total + x.T @ x, number + len(x)
-    return np.asarray(total / number)
+    return np.asarray((own / fired + total / number) / 2 if fired else total / number)
 
 
 def edited_loss(
@@ -189,6 +196,15 @@ def tensor_inputs(
     if site[0] == "resid_mid" and lm.config.norms[1]:
         x = rms_norm(x, eps=lm.config.rms_eps)
     return read(inputs, x, n_in)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fires(lm: LanguageModel, layer: int, sae: SAE, feature: Int[Array, ""], tokens) -> Bool[Array, "batch seq"]:
+    """Where a feature of a dictionary of the layer's outputs fires."""
+    site = ("mlp_out" if sae.config.target is None else "mlp_in", layer)
+    got = sites.capture(lm.config, lm.params, tokens, [site], compute_dtype=lm.compute_dtype)[site]
+    codes = sae.encode(got.astype(jnp.float32), sparse=True)
+    return jnp.any((codes.indices == feature) & (codes.values != 0), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=1)

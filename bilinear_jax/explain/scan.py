@@ -23,7 +23,7 @@ from bilinear_jax.errors import UnknownNameError, check_count
 from bilinear_jax.explain.batches import in_groups
 from bilinear_jax.explain.explained import BYTES
 from bilinear_jax.explain.negation import Seen, scanned
-from bilinear_jax.explain.parts import random_directions
+from bilinear_jax.explain.parts import METHODS, METRICS, firing_metrics, random_directions
 from bilinear_jax.explain.samples import gather, halves
 from bilinear_jax.explain.scores import largest
 from bilinear_jax.explain.tracer import Index, Tracer
@@ -123,6 +123,7 @@ def scan(
     choose=None,
     *,
     features: Index | None = None,
+    by: str = "firing",
     seed: int = 0,
     token_mask=None,
     batch_size: int = 16,
@@ -138,6 +139,7 @@ def scan(
             rows, and scored on the second; then the rows in ``fires`` and ``silent`` are those of the second half.
         choose: other token ids, to choose the metric, the parts and the thresholds on.
         features: which output features (as for ``Tracer.q``); None: all.
+        by: the metric in which the parts are chosen, "firing", "data" or "weight" (``explain.parts``).
         seed: of the random directions. They are those of ``Tracer.explained``.
         token_mask: of ``tokens``; by default the tokens that count (see ``LanguageModel.batches``).
         batch_size: rows that are run through the model at once.
@@ -145,9 +147,10 @@ def scan(
     Raises:
         ValueError: if there is one row and no ``choose``, the output is plain directions, which do not fire, the tokens
             do not fit the model, or no feature is named.
-        UnknownNameError: if a feature does not exist.
+        UnknownNameError: if a feature or ``by`` does not exist.
 
-    Memory: on the host ``tokens (in + out)`` numbers, and a few times 64 MiB.
+    Memory: on the host ``tokens (in + out)`` numbers, and a few times 64 MiB; by firing, also ``4 in^2`` numbers for
+    each of some features at a time.
 
     Example:
         >>> import bilinear_jax as bj
@@ -156,13 +159,20 @@ def scan(
         >>> found.gain.shape, found.control.gain.shape, found.fires.shape
         ((8,), (8,), (8, 3, 2))
     """
+    if by not in METHODS:
+        raise UnknownNameError("by", repr(by), METHODS, of="metrics of a scan")
     sae = tracer.out
     layer, some = tracer.scored(features)
     scoring_rows, choosing_rows, masks = halves(tokens, choose, token_mask)
     both = [
         gather(layer, rows, mask, batch_size) for rows, mask in zip((choosing_rows, scoring_rows), masks, strict=True)
     ]
-    metric, key = Metric.of(both[0].moment), jax.random.split(jax.random.key(seed))[1]
+    moment, key = both[0].moment, jax.random.split(jax.random.key(seed))[1]
+    metric = None if by == "firing" else Metric.of(moment, shrink=METRICS[by])
+
+    def of_each(rows, halves):
+        its = firing_metrics(both[0].x, halves[0].fired, moment) if metric is None else metric
+        return scanned(layer.tensor, rows, its, *halves)
 
     def of_group(group):
         rows = jnp.asarray(layer.directions)[group]
@@ -170,7 +180,7 @@ def scan(
         own = [Seen(one.x, np.asarray(rows) @ one.y.T, one.fired(group, sae.config.n_features)) for one in both]
         its = [np.asarray(random) @ one.y.T for one in both]
         other = [Seen(one.x, z, largest(z, one.fired.sum(axis=1))) for one, z in zip(own, its, strict=True)]
-        return scanned(layer.tensor, rows, metric, *own), scanned(layer.tensor, random, metric, *other)
+        return of_each(rows, own), of_each(random, other)
 
     with one_blas_thread():
         found, control = in_groups(of_group, some, max(1, BYTES // (32 * max(len(one.x) for one in both))))

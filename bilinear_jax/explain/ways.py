@@ -5,15 +5,27 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from bilinear_jax.explain.directions import Directions
 from bilinear_jax.explain.feature_pairs import PairChooser
-from bilinear_jax.explain.parts import METHODS, Pairs, Parts, eigenparts, rotated
+from bilinear_jax.explain.parts import (
+    METRICS,
+    PAIRS,
+    Pairs,
+    Parts,
+    eigenparts,
+    firing_metrics,
+    own_eigenparts,
+    own_rotated,
+    rotated,
+)
 from bilinear_jax.explain.samples import Layer, Samples
 from bilinear_jax.linalg.metric import Metric
 
-Choose = Callable[[Float[Array, "U out"], Float[np.ndarray, "tokens U"]], Parts | Pairs]
-"""The parts of some output directions, and of the same number for each; z are their values at the choosing tokens."""
+Choose = Callable[[Float[Array, "U out"], Float[np.ndarray, "tokens U"], Bool[np.ndarray, "U tokens"]], Parts | Pairs]
+"""The parts of some output directions, of the same number for each, from their values at the choosing tokens, and from
+where they fire."""
 
 
 class Way(NamedTuple):
@@ -28,19 +40,38 @@ def way_of(by: str, layer: Layer, choosing: Samples, numbers: tuple[int, ...], s
     """The way of a name, see ``explain.parts``.
 
     Raises:
-        ValueError: if the largest of the numbers is more than the parts that there are on the choosing tokens.
+        ValueError: if the largest of the numbers is more than the parts that there are on the choosing tokens, or the
+            way is by firing, and the outputs are plain directions.
     """
     most = numbers[-1]
-    if by not in METHODS:
+    if by in PAIRS:
         pairs = PairChooser(layer.tensor, choosing.x, by, numbers, seed)
         _check_most(most, len(pairs.together), "pairs of input features that fire together")
-        return Way(pairs.choose, pairs.control, "random pairs")
-    metric = Metric.of(choosing.moment, shrink=METHODS[by])
-    _check_most(most, metric.root.shape[1], "directions")
+        return Way(
+            lambda rows, z, fired: pairs.choose(rows, z), lambda rows, z, fired: pairs.control(rows, z), "random pairs"
+        )
     key, _ = jax.random.split(jax.random.key(seed))
+    if by == "firing":
+        if isinstance(layer.outputs, Directions):
+            raise ValueError(
+                f"the outputs are {layer.outputs.name}, which do not fire: explain by data or weight, or trace an SAE"
+            )
+        moment = choosing.moment
+        _check_most(most, Metric.of(moment).root.shape[1], "directions")
+
+        def metrics(fired) -> Metric:
+            return firing_metrics(choosing.x, fired, moment)
+
+        return Way(
+            lambda rows, z, fired: own_eigenparts(layer.tensor, rows, most, metrics(fired)),
+            lambda rows, z, fired: own_rotated(layer.tensor, rows, most, metrics(fired), key),
+            "rotated",
+        )
+    metric = Metric.of(choosing.moment, shrink=METRICS[by])
+    _check_most(most, metric.root.shape[1], "directions")
     return Way(
-        lambda rows, z: eigenparts(layer.tensor, rows, most, metric),
-        lambda rows, z: rotated(layer.tensor, rows, most, metric, key),
+        lambda rows, z, fired: eigenparts(layer.tensor, rows, most, metric),
+        lambda rows, z, fired: rotated(layer.tensor, rows, most, metric, key),
         "rotated",
     )
 

@@ -35,12 +35,12 @@ RTOL = 1e-6
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["root", "inverse", "kept", "shrink"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """The metric of data, made by ``Metric.of``; a pytree."""
+    """The metric of data, made by ``Metric.of``; a pytree. Several of the same rank can be stacked."""
 
-    root: Float[Array, "in rank"]  # root root^T is the part of C in the kept directions
-    inverse: Float[Array, "in rank"]  # inverse^T root = 1, and inverse = C^+ root
-    kept: Float[Array, ""]  # the share of the trace of C in the kept directions: 1 if all were kept
-    shrink: Float[Array, ""]  # the share of C that was replaced by an even metric of the same trace
+    root: Float[Array, "*U in rank"]  # root root^T is the part of C in the kept directions
+    inverse: Float[Array, "*U in rank"]  # inverse^T root = 1, and inverse = C^+ root
+    kept: Float[Array, "*U"]  # the share of the trace of C in the kept directions: 1 if all were kept
+    shrink: Float[Array, "*U"]  # the share of C that was replaced by an even metric of the same trace
 
     @staticmethod
     def of(moment: Any, *, rank: int | None = None, shrink: float = 0.0) -> "Metric":
@@ -88,7 +88,7 @@ class Metric:
     @property
     def n_in(self) -> int:
         """Number of inputs."""
-        return self.root.shape[0]
+        return self.root.shape[-2]
 
 
 def as_metric(given: Any) -> Metric:

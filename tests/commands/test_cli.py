@@ -104,33 +104,41 @@ class TestCommands:
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
     def check_eigenpairs(self, account, lm, tracer):
-        """The listed eigenpairs are the largest at the token, and what their vectors find is made of input features."""
-        x = lm.capture(lm.encode(PROMPT), [("mlp_in", 2)])["mlp_in", 2][0, account["position"]]
-        top = tracer.top_eigh(256, [5], metric=tracer.metric(bj.load_corpus("ts-nano")[:32, :48]), exact=True)
-        along = np.asarray(top.vectors[0] @ x, np.float64)
-        terms = np.asarray(top.values[0], np.float64) * along**2
-        order = np.argsort(-np.abs(terms))[:6]
-        np.testing.assert_allclose([one["contribution"] for one in account["eigenpairs"]], terms[order], atol=1e-3)
-        assert account["form"]["total"] == pytest.approx(float(x @ tracer.q(5) @ x), abs=1e-3)
-        assert account["form"]["total"] == pytest.approx(terms.sum(), abs=1e-2)
-        assert account["form"]["listed"] == pytest.approx(terms[order].sum(), abs=1e-3)
-        for one in account["eigenpairs"]:
-            vector = top.vectors[0, one["rank"] - 1]
-            codes = tracer.inp.encode(x)
+        """The eigenpairs are those of other tokens, and what their vectors find is made of input features."""
+        position, rows = account["position"], bj.load_corpus("ts-nano")[:64, :48]
+        x = lm.capture(lm.encode(PROMPT), [("mlp_in", 2)])["mlp_in", 2][0]
+        top = tracer.top_eigh(256, [5], metric=tracer.metric(rows[:32], firing=5), exact=True)
+        along = np.asarray(x @ top.vectors[0].T, np.float64)
+        terms = np.asarray(top.values[0], np.float64) * along**2  # [seq, 256]
+        found = [one["contribution"] for one in account["eigenpairs"]]
+        np.testing.assert_allclose(found, terms[position, :6], atol=1e-3)
+        for here, its in zip(account["eigenpairs_at"], terms, strict=True):
+            np.testing.assert_allclose(here["contributions"], its[:6], atol=1e-3)
+            assert here["form"] == pytest.approx(its.sum(), abs=1e-2)
+        assert account["form"]["total"] == pytest.approx(float(x[position] @ tracer.q(5) @ x[position]), abs=1e-3)
+        assert account["form"]["listed"] == pytest.approx(sum(found), abs=1e-3)
+        held = np.asarray(lm.capture(rows[32:], [("mlp_in", 2)])["mlp_in", 2][:, 1:] @ top.vectors[0, :6].T) ** 2
+        codes = tracer.inp.encode(x[position])
+        for place, one in enumerate(account["eigenpairs"]):
+            vector = top.vectors[0, place]
             for feature, share in one["finds"]:
                 part = codes[feature] * (vector @ tracer.inp.decoder[:, feature])
-                assert share == pytest.approx(float(part / (vector @ x)), rel=1e-2, abs=1e-3)
+                assert share == pytest.approx(float(part / along[position, place]), rel=1e-2, abs=1e-3)
+            row, token = np.unravel_index(held[..., place].argmax(), held.shape[:2])
+            word = lm.tokenizer.decode(rows[32 + row, 1 + token : 2 + token]).strip()
+            assert len(one["largest_at"]) == 2 and f"[{word}]" in one["largest_at"][0]
 
     def test_trace(self, lm, tracer, tmp_path):
         np.save(tmp_path / "rows.npy", bj.load_corpus("ts-nano")[:64, :48])
         words = ["--layer", 2, "--feature", 5, "--n", 12, "--text", PROMPT, "--data", "rows.npy"]
         found = parsed("trace", *words, cwd=tmp_path)
         self.check_weights(found, np.asarray(tracer.q(5, project=True), np.float64))
-        expected = tracer.explained(bj.load_corpus("ts-nano")[:64, :48], features=[5], parts=[6])
-        wanted = {"6 eigenpairs": expected, "control: random directions": expected.controls["random directions"]}
-        for name, scores in wanted.items():
-            assert found["scores"][name]["r2"] == pytest.approx(scores.r2[0, 0], abs=1e-4)
+        expected = tracer.explained(bj.load_corpus("ts-nano")[:64, :48], features=[5], parts=[1, 2, 6], by="firing")
+        random = expected.controls["random directions"]
+        for name, scores, column in (("1 eigenpair", expected, 0), ("control: random directions, 6", random, 2)):
+            assert found["scores"][name]["r2"] == pytest.approx(scores.r2[0, column], abs=1e-4)
         assert found["scored_on"]["scored"] == expected.tokens[1]
+        assert found["scored_on"]["fires"] == expected.firings[0]
         account = found["account"]
         for row in account["tokens"]:
             assert sum(row["terms"].values()) == pytest.approx(row["preactivation"], abs=1e-4)

@@ -10,17 +10,27 @@ import pytest
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain import explained as module
 from bilinear_jax.explain import replaced
-from bilinear_jax.explain.parts import partial_sums, rotated
+from bilinear_jax.explain.parts import (
+    METHODS,
+    eigenparts,
+    firing_metrics,
+    own_eigenparts,
+    own_rotated,
+    partial_sums,
+    rotated,
+)
 from bilinear_jax.explain.samples import Layer, gather
 from bilinear_jax.explain.scores import Scores
 from bilinear_jax.explain.tracer import Tracer
 from bilinear_jax.explain.ways import way_of
 from bilinear_jax.language import LanguageModel
+from bilinear_jax.linalg.metric import Metric
 from bilinear_jax.measure.evaluation import evaluate_sae
 from bilinear_jax.nn.architecture import TransformerConfig
 from bilinear_jax.nn.sae import SAE
 from bilinear_jax.nn.sae_config import SAEConfig
 from bilinear_jax.nn.sites import capture
+from bilinear_jax.tensor import BilinearTensor
 
 D, FEATURES = 16, 24
 CONFIG = TransformerConfig(n_layer=2, n_head=2, d_model=D, d_hidden=32, n_ctx=12, n_vocab=40)
@@ -47,7 +57,7 @@ def all_scores(found):
     return [found, found.full, *found.lookups.values(), *found.controls.values()]
 
 
-@pytest.mark.parametrize("by", ["data", "weight"])
+@pytest.mark.parametrize("by", METHODS)
 @pytest.mark.parametrize("options", [{}, {"bias": True}])
 def test_all_parts_are_the_pre_activation(by, options):
     tracer = tracer_of(dataclasses.replace(CONFIG, **options))
@@ -61,7 +71,8 @@ def test_all_parts_are_the_pre_activation(by, options):
     assert (found.r2[:, 0] < 0.95).all()
 
 
-def test_what_is_scored_was_not_seen_in_choosing(monkeypatch):
+@pytest.mark.parametrize("by", ["data", "firing"])
+def test_what_is_scored_was_not_seen_in_choosing(by, monkeypatch):
     """With pre-activations that have nothing to do with their tokens, whatever is fitted scores at most 0."""
     gather = module.gather
 
@@ -70,7 +81,7 @@ def test_what_is_scored_was_not_seen_in_choosing(monkeypatch):
         return found._replace(y=np.random.default_rng(len(found.y)).normal(size=found.y.shape).astype(np.float32))
 
     monkeypatch.setattr(module, "gather", shuffled)
-    found = TRACER.explained(TOKENS, parts=(1, 4))
+    found = TRACER.explained(TOKENS, parts=(1, 4), by=by)
     for scores in (found, *found.lookups.values(), found.controls["rotated"]):
         assert np.max(scores.r2) < 0.15 and np.median(scores.r2) < 0
 
@@ -113,6 +124,45 @@ def test_a_rotation_keeps_what_the_form_has_along_its_directions():
     assert (np.diff(np.abs(found.values), axis=1) <= 1e-6).all()
 
 
+def test_a_value_by_firing_is_what_its_square_adds_where_the_feature_fires():
+    layer = Layer(TRACER.lm, 1, TRACER.tensor, TRACER.out, TRACER.directions)
+    samples = gather(layer, TOKENS)
+    fired = samples.fired(np.arange(3), FEATURES)
+    fired[1] = False  # as if it never fired: then it is the mean of all tokens
+    metrics = firing_metrics(samples.x, fired, samples.moment)
+    for found in (
+        own_eigenparts(TRACER.tensor, TRACER.directions[:3], D, metrics),
+        own_rotated(TRACER.tensor, TRACER.directions[:3], D, metrics, jax.random.key(0)),
+    ):
+        for values, vectors, where in zip(found.values, found.vectors, fired, strict=True):
+            squares = np.asarray(values)[:, None] * np.asarray(samples.x @ vectors.T).T ** 2
+            here = squares[:, where].mean(axis=1) if where.any() else squares.mean(axis=1)
+            np.testing.assert_allclose((here + squares.mean(axis=1)) / 2, values, rtol=1e-3, atol=1e-5)
+            assert (np.diff(np.abs(values)) <= 1e-6).all()
+
+
+def test_by_firing_finds_the_square_that_makes_a_rare_feature_fire():
+    """z = 3 a^2 + b^2 - c^2, fires where a is not 0, at 1 of 20 tokens; b and c are large everywhere."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 4)).astype(np.float32) * [1, 4, 4, 1]
+    fired = np.arange(2000) % 20 == 0
+    x[:, 0] = np.where(fired, 4 + 0.1 * x[:, 0], 0)
+    weights = jnp.diag(jnp.array([3.0, 1, -1, 0]))
+    tensor = BilinearTensor(weights, jnp.eye(4), jnp.ones((1, 4)))
+    moment = x.T.astype(np.float64) @ x / len(x)
+    found = own_eigenparts(tensor, jnp.ones((1, 1)), 1, firing_metrics(x, fired[None], moment))
+    first = partial_sums(jnp.asarray(x, jnp.float32), found, (1,))[0, 0]
+    assert first[fired].min() > first[~fired].max() > -1
+    data = eigenparts(tensor, jnp.ones((1, 1)), 1, Metric.of(moment))
+    assert abs(data.vectors[0, 0, 0]) < abs(found.vectors[0, 0, 0]) / 10
+
+
+def test_directions_do_not_fire():
+    tracer = Tracer(TRACER.lm, 1, out=jnp.eye(D)[:2])
+    with pytest.raises(ValueError, match="2 directions, which do not fire: explain by data or weight"):
+        tracer.explained(TOKENS, parts=(1,), by="firing")
+
+
 @pytest.mark.parametrize("options", [{}, {"token_lookup": 40}, {"passthrough": (1,)}, {"activation": "batchtopk"}])
 @pytest.mark.parametrize("by", ["data", "weight"])
 def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae(options, by):
@@ -130,7 +180,7 @@ def test_a_layer_replaced_by_whole_explanations_is_replaced_by_its_sae(options, 
     assert found.recovered[1] == pytest.approx(found.sae_recovered, rel=1e-2)
 
 
-@pytest.mark.parametrize("by", ["data", "weight"])
+@pytest.mark.parametrize("by", METHODS)
 def test_explanations_have_the_mean_of_what_they_explain(by):
     layer = Layer(TRACER.lm, 1, TRACER.tensor, TRACER.out, TRACER.directions)
     samples = gather(layer, TOKENS)
@@ -179,7 +229,12 @@ def test_the_metric_of_a_tracer_is_that_of_what_its_tensor_reads():
     x = r / np.sqrt((r**2).mean(axis=-1, keepdims=True))
     x = x[:, 1:].reshape(-1, D)
     metric = tracer.metric(TOKENS, batch_size=7)
-    np.testing.assert_allclose(metric.root @ metric.root.T, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+    moment = x.T @ x / len(x)
+    np.testing.assert_allclose(metric.root @ metric.root.T, moment, rtol=1e-3, atol=1e-4)
+    fired = gather(tracer.scored([3])[0], TOKENS).fired(np.array([3]), FEATURES)
+    expected, found = firing_metrics(x, fired, moment).root[0], tracer.metric(TOKENS, firing=3, batch_size=7).root
+    assert 3 < fired.sum() < len(x) / 2
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(tracer.explained(TOKENS, parts=(D,)).r2, 1, atol=1e-3)
 
 

@@ -10,6 +10,7 @@ import bilinear_jax as bj
 from bilinear_jax.errors import UnknownNameError
 from bilinear_jax.explain import scan as module
 from bilinear_jax.explain.negation import EXAMPLES, LEAST, Seen, chance, scanned
+from bilinear_jax.explain.parts import firing_metrics
 from bilinear_jax.explain.scan import RANKINGS, SCORES, Scan
 from bilinear_jax.explain.scores import average_precision, largest
 from bilinear_jax.linalg.metric import Metric
@@ -40,14 +41,17 @@ def seen(firings=FIRINGS, shuffle=None):
     return found
 
 
-def a_scan(both, control=None):
-    found = scanned(TENSOR, jnp.asarray(ROWS, jnp.float32), METRIC, *both)
+def a_scan(both, control=None, metric=METRIC):
+    found = scanned(TENSOR, jnp.asarray(ROWS, jnp.float32), metric, *both)
     found |= {name: np.stack([found[name]] * 2, axis=-1) for name in ("fires", "silent")}
     return Scan(**found, features=np.arange(len(ROWS)), tokens=(TOKENS, TOKENS), control=control)
 
 
-def test_a_planted_negation_is_first_and_a_planted_square_is_none():
-    found = a_scan(seen())
+@pytest.mark.parametrize("by", ["data", "firing"])
+def test_a_planted_negation_is_first_and_a_planted_square_is_none(by):
+    both = seen()
+    moment = X[0].T.astype(np.float64) @ X[0] / TOKENS
+    found = a_scan(both, metric=METRIC if by == "data" else firing_metrics(X[0], both[0].fired, moment))
     assert found.gain[NEGATION] > 0.2 and found.vetoed[NEGATION] > 0.2
     assert found.best(1, by="negation") == [NEGATION]
     assert set(found.best(2)) == {NEGATION, SQUARE}
@@ -137,7 +141,7 @@ def test_a_real_layer(tracer, monkeypatch):
         for a, b in ((one, other), (one.control, other.control)):
             for field in dataclasses.fields(Scan)[:-1]:
                 np.testing.assert_allclose(getattr(a, field.name), getattr(b, field.name), rtol=1e-3, atol=1e-3)
-    expected = tracer.explained(tokens, features=features, parts=(1, 2))
+    expected = tracer.explained(tokens, features=features, parts=(1, 2), by="firing")
     scored = ~np.isnan(found.gain)
     assert scored.sum() >= 2
     control = found.control
