@@ -40,7 +40,7 @@ def at_tokens(tracer, tokens, found, feature: int, position: int, k: int, text: 
     """What the first k eigenpairs add at each token, and at one position what they find. ``found``: the account."""
     import numpy as np
 
-    from bilinear_jax.explain.at_token import form_at, squares_on, strongest
+    from bilinear_jax.explain.at_token import along_on, form_at, strongest
     from bilinear_jax.explain.parts import Parts
     from bilinear_jax.explain.samples import tensor_inputs
     from bilinear_jax.show.text import text_at
@@ -48,26 +48,31 @@ def at_tokens(tracer, tokens, found, feature: int, position: int, k: int, text: 
     rows, held = text.ids[:ROWS], text.ids[ROWS : 2 * ROWS]
     metric = tracer.metric(rows, firing=feature)
     top = tracer.top_eigh(metric.root.shape[1], [feature], metric=metric, exact=True)
-    every, first = Parts(top.values, top.vectors), Parts(top.values[:, :k], top.vectors[:, :k])
+    every = Parts(top.values, top.vectors)
+
+    def terms(tokens, mask=None):  # of the first k eigenpairs, [k, rows, seq]
+        along = along_on(tracer, top.vectors[:, :k], tokens, token_mask=mask)[0]
+        return np.asarray(top.values)[0, :k, None, None] * along**2
+
     x = tensor_inputs(tracer.lm.original, (tracer.site, tracer.layer), tracer.tensor.n_in, tokens)
     at, codes, indices = (array[0, position] for array in (x, found.codes, found.indices))
     form = form_at(tracer, every, at, codes, indices, feature, n=k)
     listed: list[dict[str, Any]] = [one._asdict() | {"largest_at": []} for one in form.eigenpairs]
     if len(held):
         last = held.shape[1] - 1 - np.asarray(tracer.lm.token_mask(held))[:, ::-1].argmax(axis=1)  # before the padding
-        for one, places in zip(listed, strongest(squares_on(tracer, first, held)[0], TEXTS), strict=True):
+        for one, places in zip(listed, strongest(terms(held), TEXTS), strict=True):
             one["largest_at"] = [
                 " ".join(text_at(tracer.lm.tokenizer, held[row], place, int(last[row])).split())
                 for row, place in places.tolist()
             ]
-    at_each = squares_on(tracer, first, tokens, token_mask=np.ones(tokens.shape, bool))[0, :, 0].T
+    at_each = terms(tokens, np.ones(tokens.shape, bool))[:, 0].T
     whole = np.asarray(tracer.tensor.apply(x[0]) @ tracer.directions[feature])
     return {
         "form": {"total": form.total, "listed": form.first, "metric": text.name},
         "eigenpairs": listed,
         "eigenpairs_at": [
-            {"form": float(total), "contributions": terms}
-            for total, terms in zip(whole, at_each.astype(float).tolist(), strict=True)
+            {"form": float(total), "contributions": its}
+            for total, its in zip(whole, at_each.astype(float).tolist(), strict=True)
         ],
     }
 

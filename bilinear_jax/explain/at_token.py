@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from bilinear_jax.explain.parts import Parts, squares
-from bilinear_jax.explain.samples import tensor_inputs
+from bilinear_jax.explain.parts import Parts
+from bilinear_jax.explain.samples import each_input
 from bilinear_jax.explain.tracer import Tracer
 
 
@@ -62,6 +62,7 @@ def form_at(
 
     Example:
         >>> import bilinear_jax as bj
+        >>> from bilinear_jax.explain.samples import tensor_inputs
         >>> lm = bj.load("ts-nano")
         >>> tracer, tokens = bj.Tracer(lm, layer=2), lm.encode("Tom had a dog.")
         >>> x, account = tensor_inputs(lm, ("mlp_in", 2), tracer.tensor.n_in, tokens), bj.account(tracer, tokens, 7)
@@ -89,14 +90,17 @@ def form_at(
     return FormAt(total, float(sum(one.contribution for one in found)), found)
 
 
-def squares_on(
-    tracer: Tracer, parts: Parts, tokens, token_mask=None, batch_size: int = 16
+def along_on(
+    tracer: Tracer, vectors: Float[Array, "U k in"], tokens, token_mask=None, batch_size: int = 16
 ) -> Float[np.ndarray, "U k rows seq"]:
-    """What each square of some output features adds at each token of a text; 0 at the tokens that do not count.
+    """What some vectors find at each token of a text, ``p . x``; 0 at the tokens that do not count.
 
     Args:
-        parts: in the coordinates of the tracer's tensor.
+        vectors: in the coordinates of the tracer's tensor.
         tokens, token_mask, batch_size: the text, as for ``LanguageModel.batches``.
+
+    Raises:
+        ValueError: if the tokens do not fit the model, or a value is not finite.
 
     Memory: the result, on the host.
 
@@ -105,21 +109,22 @@ def squares_on(
         >>> lm = bj.load("ts-nano")
         >>> tracer, tokens = bj.Tracer(lm, layer=2), lm.encode("Tom had a dog.")
         >>> top = tracer.top_eigh(256, [7], exact=True)
-        >>> found = squares_on(tracer, Parts(top.values, top.vectors), tokens)
+        >>> terms = np.asarray(top.values)[..., None, None] * along_on(tracer, top.vectors, tokens) ** 2
         >>> z = bj.account(tracer, tokens, 7).preactivation
-        >>> found.shape, bool(np.ptp(found.sum(axis=1)[0, :, 1:] - z[:, 1:]) < 1e-3)  # they differ by a constant
+        >>> terms.shape, bool(np.ptp(terms.sum(axis=1)[0, :, 1:] - z[:, 1:]) < 1e-3)  # they differ by a constant
         ((1, 256, 1, 6), True)
     """
     lm, site, found = tracer.lm.original, (tracer.site, tracer.layer), []
     inputs = tracer.inp if tracer.reads_codes else None
-    for batch in lm.batches(tokens, token_mask, batch_size, description="eigenpairs"):
-        x = tensor_inputs(lm, site, tracer.tensor.n_in, batch.tokens, inputs)
-        terms = squares(x.reshape(-1, x.shape[-1]), parts)
-        terms = terms.reshape(*terms.shape[:2], *x.shape[:2])[:, :, : batch.rows]
-        found.append(np.asarray(jnp.where(batch.mask[: batch.rows], terms, 0)))
-        if not np.isfinite(found[-1]).all():
-            raise batch.not_finite()
+    for batch, x in each_input(lm, site, tracer.tensor.n_in, tokens, token_mask, batch_size, inputs=inputs):
+        found.append(np.asarray(_along(vectors, x, batch.mask))[:, :, : batch.rows])
     return np.concatenate(found, axis=2)
+
+
+@jax.jit
+def _along(vectors: Float[Array, "U k in"], x: Float[Array, "batch seq in"], mask: Bool[Array, "batch seq"]):
+    with jax.default_matmul_precision("highest"):
+        return jnp.where(mask, jnp.einsum("uki,bni->ukbn", vectors, x), 0)
 
 
 def strongest(terms: Float[np.ndarray, "k rows seq"], n: int) -> list[Int[np.ndarray, "m 2"]]:

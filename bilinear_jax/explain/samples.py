@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bilinear_jax.explain.directions import Directions
-from bilinear_jax.language import LanguageModel
+from bilinear_jax.language import Batch, LanguageModel
 from bilinear_jax.nn import sites
 from bilinear_jax.nn.attention import rms_norm
 from bilinear_jax.nn.sae import SAE
@@ -143,17 +143,36 @@ def second_moment(
     feature fires, as ``parts.firing_metrics``.
     """
     total, number, own, fired = 0.0, 0, 0.0, 0
-    for batch in lm.batches(tokens, token_mask, batch_size, description="second moments"):
-        x = np.asarray(tensor_inputs(lm, (site, layer), n_in, batch.tokens, inputs), np.float64)
-        if not np.isfinite(x).all():
-            raise batch.not_finite()
-        mask = np.asarray(batch.mask)
+    for batch, read in each_input(lm, (site, layer), n_in, tokens, token_mask, batch_size, inputs=inputs):
+        x, mask = np.asarray(read, np.float64), np.asarray(batch.mask)
         if firing is not None:
             here = x[mask & np.asarray(_fires(lm, layer, _unnamed(firing[0]), jnp.asarray(firing[1]), batch.tokens))]
             own, fired = own + here.T @ here, fired + len(here)
         x = x[mask]
         total, number = total + x.T @ x, number + len(x)
     return np.asarray((own / fired + total / number) / 2 if fired else total / number)
+
+
+def each_input(
+    lm: LanguageModel,
+    site: Place,
+    n_in: int,
+    tokens,
+    token_mask=None,
+    batch_size: int = 16,
+    *,
+    inputs: SAE | None = None,
+) -> Iterator[tuple[Batch, Float[Array, "batch seq in"]]]:
+    """Batches of a text, and what the MLP's tensor reads at each of their tokens: see ``second_moment``.
+
+    Raises:
+        ValueError: if the tokens do not fit the model, or a value is not finite.
+    """
+    for batch in lm.batches(tokens, token_mask, batch_size, description="inputs of the MLP"):
+        x = tensor_inputs(lm, site, n_in, batch.tokens, inputs)
+        if not bool(jnp.isfinite(x).all()):
+            raise batch.not_finite()
+        yield batch, x
 
 
 def edited_loss(

@@ -124,19 +124,25 @@ def largest(size: Float[np.ndarray, " m"], n: int) -> Int[np.ndarray, " n"]:
 # What the model computes: first on the device, then on the host
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["directions", "encoder", "sae"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["features", "directions", "encoder", "sae"], meta_fields=["firing"]
+)
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """The encoders of some output features."""
 
+    features: Any  # [U]
     directions: Any  # [U, d_model]: u
     encoder: Any  # [U]: b_enc - u . b_dec_out
     sae: SAE
+    firing: bool  # whether the terms of each are summed over the tokens at which it fires, or over the mask
 
     @staticmethod
-    def of(tracer: Tracer, features: list[int]) -> "Outputs":
+    def of(tracer: Tracer, features: list[int], firing: bool = False) -> "Outputs":
         index = np.asarray(features, np.int32)
-        return Outputs(tracer.directions[index], encoder_constant(tracer.out, index), tracer.out)
+        return Outputs(
+            jnp.asarray(index), tracer.directions[index], encoder_constant(tracer.out, index), tracer.out, firing
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +157,8 @@ class Observed:
     inputs: sparse.csr_array  # [tokens, features]: c, codes as the MLP sees them, in float64; with the constant input
     outputs: sparse.csr_array  # [tokens, features]: all codes of the output SAE; empty if there is no output feature
     z: Float[np.ndarray, "tokens U"]  # pre-activations of the output features; 0 outside the mask
-    terms: Float[np.ndarray, "U 7"]  # sums over the mask of each kind of term, except the encoder's
+    terms: Float[np.ndarray, "U 7"]  # sums over the mask of each kind of term, except the encoder's; of
+    # ``observe_all``, over those tokens of the mask at which the output feature fires
     magnitude: Float[np.ndarray, "U 7"]  # sums of their absolute values
     encoder: Float[np.ndarray, " U"]  # b_enc - u . b_dec_out of the output features, in float64
     with_bias: Float[np.ndarray, "U features"]  # 2 D^T Q b: the term of each input feature with the decoder bias
@@ -160,6 +167,24 @@ class Observed:
     def counted(self) -> sparse.csr_array:
         """``inputs``, without the codes of tokens outside the mask."""
         return only(self.inputs, self.counts)
+
+    def where(self, column: int, places: Int[np.ndarray, " n"]) -> "Observed":
+        """One output feature at the tokens at which it fires, all of which are in the mask of the result.
+
+        Of an observation by ``observe_all``. The feature is named by its place among those observed.
+        """
+        one = [column]
+        return Observed(
+            counts=np.ones(len(places), bool),
+            scale=self.scale[places],
+            inputs=self.inputs[places],
+            outputs=self.outputs[places],
+            z=self.z[places][:, one],
+            terms=self.terms[one],
+            magnitude=self.magnitude[one],
+            encoder=self.encoder[one],
+            with_bias=self.with_bias[one],
+        )
 
 
 def only(codes: sparse.csr_array, kept: Bool[np.ndarray, " tokens"]) -> sparse.csr_array:
@@ -186,8 +211,8 @@ def observe(
 
 
 def observe_all(tracer: Tracer, tokens, features: list[int], batch_size: int) -> Observed:
-    """``observe`` for all tokens together."""
-    outputs = Outputs.of(tracer, features)
+    """``observe`` for all tokens together, with terms where each output feature fires."""
+    outputs = Outputs.of(tracer, features, firing=True)
     batches = list(_batches(tracer, tokens, outputs, None, batch_size, "running the model"))
     together = {name: np.concatenate([got[name] for got in batches]) for name in batches[0]}
     return _observed(together, _of_weights(tracer, outputs))
@@ -268,7 +293,12 @@ def _of_tokens(lm, tensor: BilinearTensor, inp: SAE, outputs: Outputs | None, to
         z = y @ outputs.directions.T
         form = jnp.zeros_like(z) if left_out is None else left_out @ outputs.directions.T
         terms = jnp.stack([*_terms(tensor, inp, outputs.directions, parts), form], axis=-1)
-    terms = jnp.where(mask[:, :, None, None], terms, 0)
+    summed = jnp.broadcast_to(mask[..., None], z.shape)
+    if outputs.firing:
+        summed &= jnp.any(
+            (codes.indices[..., None] == outputs.features[None, None, None]) & (codes.values != 0)[..., None], axis=-2
+        )
+    terms = jnp.where(summed[..., None], terms, 0)
     return found | {
         "out_codes": codes.values,
         "out_indices": codes.indices,

@@ -7,7 +7,7 @@ much of the pre-activation all of them together explain.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -229,56 +229,70 @@ def summary(
 
 
 class PairMeasurer:
-    """Sums up the pairs of one output feature after another, after all of them were observed together."""
+    """Sums up the pairs of one output feature after another over the tokens at which it fires.
+
+    All of them were observed together, by ``cofiring.observe_all``.
+    """
 
     def __init__(self, seen: Observed, seq: int):  # seq: tokens in a row of the dataset
-        self.seen, self.counted, self.seq = seen, seen.counted.tocsc(), seq
-        fired, account = CoFiringSums(), AccountSums()
+        self.seen, self.seq = seen, seq
+        fired = CoFiringSums()
         fired.add(seen)
-        account.add(seen)
-        self.co, self.totals = fired.finished(), account.finished(fired)
+        self.everywhere = fired.finished()
 
     def measure(
-        self, weights: FeatureWeights, column: int, firing: Int[np.ndarray, " m"], n: int, places: int
+        self,
+        weights: FeatureWeights,
+        column: int,
+        firing: Int[np.ndarray, " m"],
+        *,
+        n: int,
+        places: int,
+        also: Iterable[int] = (),
     ) -> "MeasuredPairs":
-        """Sum up the pairs of largest weight, and the n pairs that contribute most on the data.
+        """Sum up the pairs of largest weight, and the n pairs that contribute most where the output feature fires.
 
         Args:
             column: the place of the output feature among those observed.
             firing: the tokens at which it fires.
-            places: for each pair, how many tokens to find at which both of its features fire most.
+            places: for each pair, how many of these to find at which both of its features fire most.
+            also: input features to name beside those of the pairs and the eigenvectors.
         """
+        here, fired, account = self.seen.where(column, firing), CoFiringSums(), AccountSums()
+        fired.add(here)
+        account.add(here)
+        fired.tokens = max(fired.tokens, 1)  # of a feature that never fires, every sum is 0
+        co = fired.finished()
+        (totals,) = account.finished(fired)
         by_weight = weights.pairs[weights.weights != 0]
-        of_pairs = weights.weights_of(np.concatenate([self.co.pairs, by_weight]))
-        of_pairs, of_largest = np.split(of_pairs, [len(self.co.pairs)])
-        size = magnitudes(self.co, of_pairs)
+        of_pairs = weights.weights_of(np.concatenate([co.pairs, by_weight]))
+        of_pairs, of_largest = np.split(of_pairs, [len(co.pairs)])
+        size = magnitudes(co, of_pairs)
         best = largest(size, n)
-        chosen = ((by_weight, of_largest), (self.co.pairs[best], of_pairs[best]))
-        first, second = (self._summed(*some, column, size.sum(), firing, places) for some in chosen)
-        read = {feature for pair in weights.eigenpairs for feature, _ in pair.reads}
-        named = sorted({*read, *(int(feature) for pairs, _ in chosen for feature in pairs.ravel())})
-        return MeasuredPairs(first, second, named, weights.between(named), weights.projected)
 
-    def _summed(self, pairs, weights, column: int, whole: float, firing, places: int) -> "PairsOnData":
-        products, sums = pair_products(self.counted, pairs), PairSums()
-        sums.add(products, self.seen.z[:, column])
-        found = summary(pairs, weights, sums, self.totals[column], self.co, whole)
-        fires = np.zeros(len(self.seen.counts))
-        fires[firing] = 1
-        when_firing = entries(pairs) * weights * (products.T @ fires) / len(firing) if len(firing) else None
-        strongest = []
-        for start, stop in itertools.pairwise(products.indptr):
-            tokens = products.indices[start:stop]
-            best = best_of_rows(tokens // self.seq, np.abs(products.data[start:stop]))[:places]
-            strongest.append(tokens[best].copy())  # a view would keep all tokens in memory
-        return PairsOnData(found, when_firing, strongest)
+        def summed(pairs, its_weights) -> PairsOnData:
+            products, sums = pair_products(here.counted.tocsc(), pairs), PairSums()
+            sums.add(products, here.z[:, 0])
+            found = summary(pairs, its_weights, sums, totals, co, size.sum())
+            strongest = []
+            for start, stop in itertools.pairwise(products.indptr):
+                tokens = firing[products.indices[start:stop]]
+                strongest.append(tokens[best_of_rows(tokens // self.seq, np.abs(products.data[start:stop]))[:places]])
+            everywhere = self.everywhere.find(pairs)
+            return PairsOnData(found, everywhere.count / everywhere.tokens, strongest)
+
+        first, second = summed(by_weight, of_largest), summed(co.pairs[best], of_pairs[best])
+        read = {feature for pair in weights.eigenpairs for feature, _ in pair.reads}
+        named = {int(feature) for some in (first, second) for feature in some.summary.pairs.ravel()}
+        everything = sorted({*read, *named, *also})
+        return MeasuredPairs(first, second, everything, weights.between(everything), weights.projected)
 
 
 class PairsOnData(NamedTuple):
-    """What some pairs of one output feature do on the data."""
+    """What some pairs of one output feature do where it fires."""
 
-    summary: PairSummary
-    when_firing: Float[np.ndarray, " n"] | None  # mean contribution where the output feature fires; None if nowhere
+    summary: PairSummary  # over the tokens at which it fires
+    everywhere: Float[np.ndarray, " n"]  # share of all tokens at which both features of the pair fire
     strongest: list[Int[np.ndarray, " places"]]  # for each pair, the tokens of the largest |c_i c_j|, one a row
 
 

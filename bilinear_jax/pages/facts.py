@@ -54,23 +54,25 @@ class Activity:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two input features that together act on an output feature. See ``measure.pairs.PairSummary`` for the numbers."""
+    """Two input features that together act on an output feature, at the tokens at which it fires.
+
+    See ``measure.pairs.PairSummary`` for the numbers.
+    """
 
     i: int  # input features; the constant input of an MLP with biases has the number n_features
     j: int
     weight: float  # (D^T Q D)_ij; off the diagonal it acts twice
-    mean: float  # mean contribution to the pre-activation, signed, over the tokens that count
-    mean_when_firing: float | None  # mean contribution over the tokens at which the output feature fires
-    joint: float  # share of the tokens at which both fire, 0 to 1
-    chance: float  # this share if the two were independent
+    mean: float  # mean contribution to the pre-activation, signed, where the output feature fires
+    joint: float  # share of the tokens at which it fires at which both fire, 0 to 1
+    everywhere: float  # share of all tokens that count at which both fire
     interference: bool  # it has a weight, but the two never fire together
     r2: float | None  # how well the sum of this pair and all pairs before it in the list predicts the pre-activation
-    contexts: list[Context]  # where both fire; empty if they never do
+    contexts: list[Context]  # where all three fire; empty if they never do
 
 
 @dataclasses.dataclass(frozen=True)
 class PairList:
-    """Pairs chosen in one way, and what all of them together explain."""
+    """Pairs chosen in one way, and what all of them together explain where the output feature fires."""
 
     pairs: list[Pair]
     r2: float | None  # of all of them
@@ -78,6 +80,49 @@ class PairList:
     share_of_pairs: float | None  # their share in the |terms| of all pairs
     terms: dict[str, float]  # mean of each kind of term of the account; "shown": these pairs; they add up to the mean
     # pre-activation
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    """One eigenpair by firing (``explain.parts``): ``l (p . x)^2`` in the pre-activation."""
+
+    value: float  # l, its eigenvalue
+    mean: float | None  # mean contribution where the feature fires; None if it does not fire on the scoring rows
+    share: float | None  # of the mean of x^T Q x there; all eigenpairs together are 1
+    finds: list[tuple[int, float]]  # input features, each with its share of what the square adds there
+    contexts: list[Context]  # where it is largest, with its contributions as values
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """A token at which a feature fires, and what makes it fire there."""
+
+    context: Context
+    form: float  # x^T Q x
+    contributions: list[float]  # of each square
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well some explanation says where a feature fires, and its pre-activation. None: there is no such number."""
+
+    name: str
+    average_precision: float | None
+    r2: float | None
+    r2_active: float | None  # of the pre-activation where the feature fires
+    control: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """What makes an output feature fire: its first eigenpairs by firing, on rows that they were not chosen on."""
+
+    chosen: int  # numbers of choosing and of scoring tokens
+    scored: int
+    firings: int  # scoring tokens at which it fires
+    squares: list[Square]  # the largest |l| first
+    tokens: list[At]  # the strongest of these tokens, one a row
+    scores: list[Score]  # of 1, 2, ... squares, their controls, and of all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +141,11 @@ class OutputFeature:
     activity: Activity
     norm: float  # ||Q||, Frobenius
     effective_rank: float  # of Q
+    making: Making | None  # what makes it fire; None of a dataset of one row
     eigenpairs: list[Eigenpair]  # the largest |value| first
     explained: float  # share of these eigenpairs in the sum of the squares of Q, 0 to 1
     by_weight: PairList  # the pairs of largest |weight|
-    by_data: PairList  # the pairs that contribute most on the dataset
+    by_data: PairList  # the pairs that contribute most where it fires
     heat_map: HeatMap
 
 

@@ -14,6 +14,7 @@ from bilinear_jax.measure.pairs import PairMeasurer
 from bilinear_jax.nn.sites import token_array
 from bilinear_jax.pages.activity import Codes, Texts, activities, significant
 from bilinear_jax.pages.facts import Feeds, InputFeature, OutputFeature, Site
+from bilinear_jax.pages.making import making
 from bilinear_jax.pages.options import PageOptions
 from bilinear_jax.pages.pairs import lay_out
 from bilinear_jax.pages.provenance import provenance
@@ -33,7 +34,8 @@ def gather(
 ) -> Site:
     """The facts of a site about some output features, and about every input feature that their pages name.
 
-    The model is run once, over ``options.rows`` rows of the dataset. The sparse codes of both SAEs at every token and
+    The model is run over ``options.rows`` rows of the dataset, and again over the first and the last of them, on which
+    eigenpairs are chosen and scored. The sparse codes of both SAEs at every token and
     the pre-activations of the output features are kept on the host. Everything else is computed from them. Position 0
     and padding do not count (see ``LanguageModel.batches``): they are shown, but no number contains them. The same
     input gives the same facts: samples are drawn with a fixed seed for each feature. Numbers are rounded to 4
@@ -76,12 +78,14 @@ def gather(
     request = {"eigenpairs": options.eigenpairs, "reads": options.reads, "pairs": options.pairs}
     asked = feature_weights(tracer, features, **request)
     seen = observe_all(tracer, chosen, features, options.batch_size)
-    outputs = Codes(seen.outputs, seen.counts)
+    outputs, texts = Codes(seen.outputs, seen.counts), Texts(lm.tokenizer, chosen, rows, seen.counts)
+    made = making(tracer, features, chosen, seen, outputs, texts, options)
     measurer, weights, measured = PairMeasurer(seen, chosen.shape[1]), {}, {}
     for column, one in enumerate(asked):
-        measured[one.feature] = measurer.measure(
-            one, column, outputs.of(one.feature).places, options.pairs, options.pair_contexts
-        )
+        its = made[one.feature]
+        finds = () if its is None else {feature for square in its.squares for feature, _ in square.finds}
+        shown = {"n": options.pairs, "places": options.pair_contexts, "also": finds}
+        measured[one.feature] = measurer.measure(one, column, outputs.of(one.feature).places, **shown)
         weights[one.feature] = {name: getattr(one, name) for name in OF_WEIGHTS}  # its matrix is large
     n_inputs = tracer.inp.config.n_features
     named = sorted({one for some in measured.values() for one in some.named if one < n_inputs})
@@ -89,13 +93,13 @@ def gather(
     of_inputs = logit_effects_of(lm, tracer.inp, named, options.logits)
 
     # The facts of the pages.
-    texts = Texts(lm.tokenizer, chosen, rows, seen.counts)
     inputs = Codes(_raw(seen, n_inputs), seen.counts)
     found, feeds = [], {one: [] for one in named}
     acts = activities(tracer.out.name, features, outputs, texts, options, of_outputs)
     for feature in features:
         why = lay_out(measured[feature], inputs, texts, options)
         lists = {"by_weight": why.by_weight, "by_data": why.by_data, "heat_map": why.heat_map}
+        lists |= {"making": made[feature]}
         found.append(OutputFeature(activity=acts[feature], **weights[feature], **lists))
         for one, (other, weight) in why.feeds.items():
             if one < n_inputs:  # the constant input has no page

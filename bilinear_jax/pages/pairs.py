@@ -51,10 +51,9 @@ def _listed(some: PairsOnData, codes: Codes, texts: Texts, options: PageOptions)
             j=int(j),
             weight=float(found.weight[m]),
             mean=float(found.mean[m]),
-            mean_when_firing=None if some.when_firing is None else float(some.when_firing[m]),
             joint=float(found.joint[m]),
-            chance=float(found.chance[m]),
-            interference=bool(found.interference[m]),
+            everywhere=float(some.everywhere[m]),
+            interference=bool(found.weight[m] != 0 and some.everywhere[m] == 0),
             r2=_number(found.r2[m]),
             contexts=[
                 context(texts, codes, int(i), int(place), options.window, second=int(j)) for place in some.strongest[m]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bilinear_jax.explain.account import TERMS
-from bilinear_jax.pages.facts import Activity, Histogram, InputFeature, OutputFeature, Provenance, Site
-from bilinear_jax.show.html import Context, Html, environment, fragment, largest_of, number, shade
+from bilinear_jax.pages.facts import Activity, Histogram, InputFeature, Making, OutputFeature, Provenance, Site
+from bilinear_jax.show.html import MINUS, Context, Html, environment, fragment, largest_of, number, percent, shade
 
 ROOM = "bilinear_jax.pages"
 SHOWN = {"shown": "the pairs shown"} | TERMS | {"pairs": "all other pairs of input features"}
@@ -102,8 +102,52 @@ def terms(page: OutputFeature) -> list[Term]:
     return [term for term in listed if term.by_weight or term.by_data or term.name == SHOWN["shown"]]
 
 
+def largest_share(made: Making) -> float:
+    """The largest |share| of an eigenpair, or of all others."""
+    return largest_of([others(made), *(square.share or 0.0 for square in made.squares)])
+
+
+def signed(value: float) -> str:
+    """A contribution with its sign and two decimals: those of one table can be compared.
+
+    Example:
+        >>> signed(0.128), signed(-0.004)
+        ('+0.13', '0.00')
+    """
+    text = f"{value:+.2f}"
+    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+
+
+def others(made: Making) -> float:
+    """The share of the eigenpairs that are not listed."""
+    return 1 - math.fsum(square.share or 0.0 for square in made.squares)
+
+
+def sentence_of_squares(made: Making) -> str:
+    """What the first eigenpairs add where the feature fires, in words."""
+    first = max(made.squares, key=lambda square: square.share or 0.0)
+    place, n = 1 + made.squares.index(first), len(made.squares)
+    return (
+        f"Its pre-activation is a sum of squares. Where it fires, number {place} is {percent(first.share)} of the sum, "
+        f"and the {n} listed are {percent(1 - others(made))}."
+    )
+
+
+def sentence_of_scores(made: Making) -> str:
+    """How well they say where it fires, beside the best control, in words."""
+    best = [score for score in made.scores[:-1] if not score.control][-1]
+    controls = [score for score in made.scores if score.control and score.average_precision is not None]
+    if best.average_precision is None or not controls:
+        return "It fires too seldom there to say."
+    control = max(controls, key=lambda score: score.average_precision or 0.0)
+    found = f"{best.name} say where it fires with an average precision of {number(best.average_precision, 2)}"
+    against = f"the best control, {control.name}, has {number(control.average_precision, 2)}"
+    matched = " That says nothing of this feature." if control.average_precision >= best.average_precision else ""
+    return f"{found[0].upper()}{found[1:]} (1 is perfect); {against}.{matched}"
+
+
 def total(page: OutputFeature) -> float:
-    """The mean pre-activation, which is the sum of all terms."""
+    """The mean pre-activation where the feature fires, which is the sum of all terms."""
     return math.fsum(page.by_weight.terms.values())
 
 
@@ -144,5 +188,8 @@ def name_of(origin: Provenance) -> str:
     return f"{origin.model}, layer {origin.layer}"
 
 
-HELPERS = (bars, terms, total, heat, cut, without_second, largest_in, name_of)
+HELPERS = (
+    *(bars, terms, total, heat, cut, without_second, largest_in, name_of),
+    *(largest_share, others, sentence_of_squares, sentence_of_scores, shade, signed),
+)
 """Functions that the templates call, in addition to those of ``show.html``."""

@@ -2,6 +2,7 @@
 
 from bilinear_jax.pages.facts import (
     Activity,
+    At,
     Context,
     ContextGroup,
     Eigenpair,
@@ -9,11 +10,14 @@ from bilinear_jax.pages.facts import (
     HeatMap,
     Histogram,
     InputFeature,
+    Making,
     OutputFeature,
     Pair,
     PairList,
     Provenance,
+    Score,
     Site,
+    Square,
     TokenEffect,
 )
 
@@ -50,11 +54,28 @@ def dead(feature: int) -> Activity:
 
 
 PAIRS = [
-    Pair(1, 2, 0.5, 0.25, 1.0, 0.02, 0.001, False, 0.3, [context(second=True)]),
-    Pair(2, 2, -0.25, -0.125, None, 0.1, 0.1, False, 0.4, [context(second=True)]),
-    Pair(0, 3, 0.125, 0.0, 0.0, 0.0, 0.0004, True, 0.4, []),
-    Pair(1, CONSTANT, 0.0625, 0.03, 0.1, 0.3, 0.3, False, None, []),
+    Pair(1, 2, 0.5, 0.25, 0.02, 0.001, False, 0.3, [context(second=True)]),
+    Pair(2, 2, -0.25, -0.125, 0.1, 0.1, False, 0.4, [context(second=True)]),
+    Pair(0, 3, 0.125, 0.0, 0.0, 0.0, True, 0.4, []),
+    Pair(1, CONSTANT, 0.0625, 0.03, 0.3, 0.3, False, None, []),
 ]
+MAKING = Making(
+    chosen=1020,
+    scored=1275,
+    firings=37,
+    squares=[
+        Square(0.9, 0.75, 0.6, [(1, 0.5), (CONSTANT, -0.25)], [context()]),
+        Square(-0.4, -0.25, -0.2, [(3, 0.7)], []),
+    ],
+    tokens=[At(context(), 1.25, [1.5, -0.5])],
+    scores=[
+        Score("1 eigenpair", 0.4, 0.1, -2.0, False),
+        Score("2 eigenpairs", 0.55, 0.2, None, False),
+        Score("rotated, 2", 0.02, 0.0, -9.0, True),
+        Score("random directions, 2", 0.125, 0.3, -8.0, True),
+        Score("all eigenpairs", 0.9, 1.0, 1.0, False),
+    ],
+)
 MATRIX = [[0.0, 0.125, 0.0], [0.125, -0.25, 0.5], [0.0, 0.5, 1.0]]
 
 
@@ -65,6 +86,7 @@ def output(one: Activity, r2: float) -> OutputFeature:
         activity=one,
         norm=2.0,
         effective_rank=1.5,
+        making=MAKING,
         eigenpairs=[
             Eigenpair(1.5, 1e-7, 0.5625, [(1, 0.9), (2, -0.4)]),
             Eigenpair(-0.5, 1e-7, 0.0625, [(3, 0.7)]),
@@ -79,7 +101,7 @@ def output(one: Activity, r2: float) -> OutputFeature:
 def site() -> Site:
     """Three output features, the middle one dead, and the four input features that they name."""
     nothing = PairList([], None, None, None, {})
-    silent = OutputFeature(dead(11), 0.0, 0.0, [], 0.0, nothing, nothing, HeatMap([], [], 0.0))
+    silent = OutputFeature(dead(11), 0.0, 0.0, None, [], 0.0, nothing, nothing, HeatMap([], [], 0.0))
     outputs = [
         output(activity(10, 0.1, ["␣dog", "<img src=x>"]), 0.35),
         silent,

@@ -134,13 +134,13 @@ def test_values_show_under_the_pointer(open_page):
 
 def test_values_show_at_the_focus_and_under_a_finger(open_page):
     page = open_page("output/10.html", has_touch=True)
-    page.locator(".ctx").first.locator("span").nth(1).tap()
+    page.locator("ol.contexts .ctx").first.locator("span").nth(1).tap()
     assert page.locator("#tip").inner_text().startswith("“␣\"q'” 1.00")
     page.keyboard.press("Escape")
     assert not page.locator("#tip").is_visible()
     page.locator("#theme").focus()
     page.keyboard.press("Tab")
-    page.locator(".ctx").first.focus()
+    page.locator("ol.contexts .ctx").first.focus()
     assert page.locator("#tip").inner_text().startswith("“␣dog” 4.00")
     page.keyboard.press("ArrowLeft")  # within the context: no other page
     assert page.locator("#tip").inner_text().startswith("“␣&amp;” \N{MINUS SIGN}2.00")

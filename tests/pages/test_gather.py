@@ -80,10 +80,10 @@ def test_by_hand(planted):
     data = page.by_data
     assert [(pair.i, pair.j) for pair in data.pairs] == [(0, 1)]
     pair = data.pairs[0]
-    assert (pair.weight, pair.mean, pair.mean_when_firing) == (1, 3.111, 4.667)  # a: 6, b: 4: 28 / 9 and 28 / 6
-    assert (pair.joint, pair.chance, pair.interference) == (0.6667, 0.6049, False)  # 6 / 9, (7 / 9)^2
+    assert (pair.weight, pair.mean) == (1, 4.667)  # where it fires, a: 6, b: 4: 28 / 6
+    assert (pair.joint, pair.everywhere, pair.interference) == (1, 0.6667, False)  # 6 / 6, 6 / 9
     assert (pair.r2, data.r2, data.share, data.share_of_pairs) == (1, 1, 1, 1)
-    assert data.terms["shown"] == 3.111 and sum(data.terms.values()) == 3.111
+    assert data.terms["shown"] == 4.667 and sum(data.terms.values()) == 4.667
     assert [(place.row, place.start, place.focus, place.values, place.second) for place in pair.contexts] == [
         (0, 0, 1, [3, 3, 2], [1, 1, 1]),
         (2, 2, 1, [0, 3, 2], [0, 1, 1]),
@@ -93,7 +93,6 @@ def test_by_hand(planted):
     assert {pair: one.weight for pair, one in weight.items()} == {(0, 1): 1, (1, 4): 1, (2, 3): 0.5}  # none of weight 0
     for pair in ((1, 4), (2, 3)):
         assert weight[pair].interference and not weight[pair].contexts and weight[pair].mean == 0
-    assert (weight[1, 4].chance, weight[2, 3].chance) == (0, 0.02469)  # 4 is dead; 2 / 9 * 1 / 9
     assert page.heat_map.inputs == [0, 1, 4, 2, 3] and page.heat_map.explained == 1
     assert np.array(page.heat_map.matrix).tolist() == [
         [0, 1, 0, 0, 0],
@@ -102,6 +101,23 @@ def test_by_hand(planted):
         [0, 0, 0, 0, 0.5],
         [0, 0, 0, 0.5, 0],
     ]
+
+
+def test_what_makes_it_fire_by_hand(planted):
+    made = planted.outputs[0].making  # chosen on a b é é, scored on b x a b b
+    assert (made.chosen, made.scored, made.firings) == (4, 5, 4)
+    assert [(one.form, one.context.row, one.context.start + one.context.focus) for one in made.tokens] == [(6, 2, 3)]
+    assert sum(made.tokens[0].contributions) == pytest.approx(6, abs=1e-2)
+    assert sum(square.share for square in made.squares) == pytest.approx(1, abs=1e-2)
+    assert sum(square.mean for square in made.squares) == pytest.approx(4.5, abs=1e-2)  # a: 6, and three times b: 4
+    first = made.squares[0]
+    assert first.value > 0 and {feature for feature, share in first.finds if share} == {0, 1}
+    assert sum(share for _, share in first.finds) == pytest.approx(1, abs=1e-3)
+    assert [(place.row, place.start + place.focus) for place in first.contexts] == [(2, 3)]  # one row is scored on
+    assert max(first.contexts[0].values) == first.contexts[0].values[first.contexts[0].focus] > 5
+    scores = {score.name: score for score in made.scores}
+    assert scores["all eigenpairs"].average_precision == 1 and not scores["all eigenpairs"].control
+    assert scores["rotated, 3"].control and scores["random directions, 3"].control and scores["token lookup"].control
 
 
 def test_activity_by_hand(planted):
@@ -120,6 +136,8 @@ def test_activity_by_hand(planted):
 
 def test_what_is_dead_or_rare_has_a_page(planted):
     dead = planted.outputs[1]
+    assert dead.making.firings == 0 and dead.making.tokens == [] and dead.making.scores[0].average_precision is None
+    assert all(square.mean is square.share is None and square.finds == [] for square in dead.making.squares)
     assert dead.activity.feature == 2 and dead.activity.density == dead.activity.largest == dead.norm == 0
     assert dead.activity.top.contexts == dead.activity.lower == dead.activity.histogram.counts == []
     assert dead.by_weight.pairs == dead.by_data.pairs == [] and dead.by_data.r2 is None and dead.by_data.share is None
@@ -154,7 +172,14 @@ def made(request, golden, tmp_path_factory):
     return tracer, tokens, site_of(tracer, tokens)
 
 
-def site_of(tracer, tokens, features=(3, 1), **options):
+def firing_often(tracer, tokens):
+    """The two output features that fire most in the last half of the rows."""
+    fires = dense_codes(tracer.lm, tracer.out, tokens[-3:])[:, 1:] != 0
+    return np.argsort(-fires.sum(axis=(0, 1)), kind="stable")[:2].tolist()
+
+
+def site_of(tracer, tokens, features=None, **options):
+    features = firing_often(tracer, tokens) if features is None else features
     options = dataclasses.replace(SMALL, **options)
     return gather(tracer, list(features), tokens=tokens, options=options, command="", dataset="random")
 
@@ -213,22 +238,72 @@ def test_pairs_against_their_summaries_and_dense_codes(made):
         matrix = np.asarray(tracer.q(feature, project=True), np.float64)
         upper = np.abs(matrix[np.triu_indices(len(matrix))])
         close([abs(pair.weight) for pair in page.by_weight.pairs], np.sort(upper)[::-1][:5])
-        strongest = strongest_pairs(tracer, co_firing(tracer, tokens), feature, 5).tolist()
+        fires = (codes[..., feature] != 0) & (np.arange(tokens.shape[1]) > 0)
+        assert fires.any()
+        strongest = strongest_pairs(tracer, co_firing(tracer, tokens, token_mask=fires), feature, 5).tolist()
         assert [[pair.i, pair.j] for pair in page.by_data.pairs] == strongest
         for found in (page.by_weight, page.by_data):
             pairs = [(pair.i, pair.j) for pair in found.pairs]
+            here = pair_summaries(tracer, tokens, {feature: pairs}, token_mask=fires)[feature]
             whole = pair_summaries(tracer, tokens, {feature: pairs})[feature]
-            for name in ("weight", "mean", "joint", "chance", "interference", "r2"):
-                close([getattr(pair, name) for pair in found.pairs], getattr(whole, name))
-            close([found.r2, found.share, found.share_of_pairs], [whole.r2[-1], whole.share, whole.share_of_pairs])
-            close(list(found.terms.values()), [whole.terms[name] for name in found.terms])
-            fires = (codes[..., feature] != 0) & (np.arange(tokens.shape[1]) > 0)
-            if fires.any():
-                firing = pair_summaries(tracer, tokens, {feature: pairs}, token_mask=fires)[feature]
-                close([pair.mean_when_firing for pair in found.pairs], firing.mean)
+            for name in ("weight", "mean", "joint", "r2"):
+                close([getattr(pair, name) for pair in found.pairs], getattr(here, name))
+            close([pair.everywhere for pair in found.pairs], whole.joint)
+            close([pair.interference for pair in found.pairs], whole.interference)
+            close([found.r2, found.share, found.share_of_pairs], [here.r2[-1], here.share, here.share_of_pairs])
+            close(list(found.terms.values()), [here.terms[name] for name in found.terms])
         inputs = page.heat_map.inputs
         close(page.heat_map.matrix, matrix[np.ix_(inputs, inputs)])
         close(page.heat_map.explained, (matrix[np.ix_(inputs, inputs)] ** 2).sum() / (matrix**2).sum())
+
+
+def test_what_makes_a_feature_fire_against_its_eigenpairs(made):
+    tracer, tokens, site = made
+    rows, held = tokens[:3], tokens[3:]
+    counted = np.arange(held.shape[1]) > 0
+    for page in site.outputs:
+        feature, found = page.activity.feature, page.making
+        metric = tracer.metric(rows, firing=feature)
+        top = tracer.top_eigh(6, [feature], metric=metric, exact=True)
+        values, vectors = np.asarray(top.values[0], np.float64), np.asarray(top.vectors[0], np.float64)
+        close([square.value for square in found.squares], values)
+        x = np.asarray(tracer.lm.capture(held, [("mlp_in", tracer.layer)])["mlp_in", tracer.layer], np.float64)
+        x = np.concatenate([x, np.ones((*x.shape[:2], tracer.tensor.n_in - x.shape[2]))], axis=2)
+        along = np.einsum("ki,rsi->krs", vectors, x)
+        terms = values[:, None, None] * along**2
+        fires = (dense_codes(tracer.lm, tracer.out, held)[..., feature] != 0) & counted
+        assert found.firings == fires.sum() > 0 and found.chosen == found.scored == 3 * counted.sum()
+        q = np.asarray(tracer.q(feature), np.float64)
+        form = np.einsum("rsi,ij,rsj->rs", x, q, x)
+        close([square.mean for square in found.squares], terms[:, fires].mean(axis=1))
+        close([square.share for square in found.squares], terms[:, fires].sum(axis=1) / form[fires].sum())
+        codes = dense_codes(tracer.lm, tracer.inp, held)
+        if tracer.site == "resid_mid":  # as the MLP sees them
+            r = np.asarray(tracer.lm.capture(held, [("resid_mid", 0)])["resid_mid", 0])
+            codes = codes / np.sqrt((r**2).mean(axis=-1, keepdims=True))
+        codes = np.concatenate([codes, np.ones((*codes.shape[:2], tracer.basis.shape[1] - codes.shape[2]))], axis=2)
+        for square, one, p, its in zip(found.squares, along, vectors, terms, strict=True):
+            added = np.einsum("n,nj->j", one[fires], codes[fires] * (p @ np.asarray(tracer.basis)))
+            for named, share in square.finds:
+                assert share == pytest.approx(added[named] / (one[fires] ** 2).sum(), rel=1e-2, abs=1e-3)
+            sizes = np.abs(its) * counted
+            places = [(place.row - 3, place.start + place.focus) for place in square.contexts]
+            close([sizes[place] for place in places], np.sort(sizes.max(axis=1))[::-1][:2])
+            close([place.values[place.focus] for place in square.contexts], [its[place] for place in places])
+        assert {named for square in found.squares for named, _ in square.finds} - {tracer.inp.config.n_features} <= {
+            one.activity.feature for one in site.inputs
+        }
+        for at in found.tokens:
+            place = (at.context.row - 3, at.context.start + at.context.focus)
+            assert fires[place]
+            close([at.form, *at.contributions], [form[place], *terms[(slice(None), *place)]])
+        expected = tracer.explained(held, rows, features=[feature], parts=(1, 2, 6), by="firing")
+        close([score.r2 for score in found.scores[:3]], expected.r2[0])
+
+
+def test_one_row_cannot_be_scored(made):
+    tracer, tokens, _ = made
+    assert [page.making for page in site_of(tracer, tokens[:1]).outputs] == [None, None]
 
 
 def test_eigenpairs_are_those_of_the_matrix(made):

@@ -135,9 +135,49 @@ def test_an_output_feature_says_what_is_not_shown(pages):
     assert (
         "The 4 pairs of largest weight make up 3.21% of the account" in text and "and 5.00% of all its pairs." in text
     )
-    assert "predicts the pre-activation with R² 0.400" in text
+    assert "predicts the pre-activation there with R² 0.400" in text
     assert "interference" in text and "mean pre-activation 0.375" in text  # 0.5 - 0.25 + 0.125
     assert "coordinates that the input SAE passes through" not in text  # there are none
+
+
+def test_the_first_screen_answers_in_words(pages):
+    text = " ".join(" ".join(Page(pages["output 0"]).pieces).split())
+    when, what, much = (
+        text.index(one) for one in ("When does it fire?", "What makes it fire?", "How much of it is that?")
+    )
+    assert when < what < much < text.index("Largest activations")
+    assert "At 10.0% of the tokens" in text[when:what]
+    assert "number 1 is 60.0% of the sum, and the 2 listed are 40.0%." in text[what:much]
+    said = "2 eigenpairs say where it fires with an average precision of 0.55 (1 is perfect); the best control, random"
+    assert (
+        said in text[much:]
+        and "says nothing of this feature." not in text[much : text.index("What makes it fire", much)]
+    )
+    assert "Eigenpair 2: suppresses 0.250 where it fires" in text and f"+1.25 +1.50 {shared.MINUS}0.50 +0.25" in text
+
+
+def test_what_a_control_matches_is_reported_as_that():
+    made_of = made.MAKING
+    for best, matched in ((0.55, False), (0.125, True), (0.1, True)):
+        scores = [
+            dataclasses.replace(one, average_precision=best) if one.name == "2 eigenpairs" else one
+            for one in made_of.scores
+        ]
+        said = render.sentence_of_scores(dataclasses.replace(made_of, scores=scores))
+        assert said.endswith("says nothing of this feature.") == matched and "random directions, 2, has 0.12" in said
+    seldom = [dataclasses.replace(one, average_precision=None) for one in made_of.scores]
+    assert "too seldom" in render.sentence_of_scores(dataclasses.replace(made_of, scores=seldom))
+
+
+def test_what_is_not_scored_says_so():
+    site = made.site()
+    for making, said in (
+        (None, "it takes at least two rows"),
+        (dataclasses.replace(made.MAKING, firings=0), "1275 tokens"),
+    ):
+        page = dataclasses.replace(site.outputs[0], making=making)
+        text = Page(render.output_page(dataclasses.replace(site, outputs=[page]), 0)).text
+        assert said in text and "How much of it is that?" not in text
 
 
 def test_a_visualizer_s_contexts_in_a_notebook():

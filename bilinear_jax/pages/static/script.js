@@ -160,7 +160,12 @@ function tips() {
   const show = (event) => showTip(tipOf(event.target));
   document.addEventListener("mouseover", show);
   document.addEventListener("click", show);
-  document.addEventListener("scroll", () => showTip(null), { passive: true, capture: true });
+  const scrolled = () => {
+    const focused = document.activeElement;
+    if (focused?.matches(".ctx:focus-visible")) step(focused, 0); // the focus scrolls to where it goes
+    else showTip(null);
+  };
+  document.addEventListener("scroll", scrolled, { passive: true, capture: true });
   document.addEventListener("focusin", (event) => {
     if (event.target.matches(".ctx:focus-visible")) step(event.target, 0);
   });
