@@ -21,6 +21,7 @@ from bilinear_jax.measure.evaluation import evaluate_saes
 from bilinear_jax.measure.interventions import ablate_pairs, steer
 from bilinear_jax.measure.pairs import pair_summaries
 from bilinear_jax.measure.saebench import saebench_adapter
+from bilinear_jax.measure.squares import intervene_on_squares
 from bilinear_jax.nn.activations import SparseCodes
 from bilinear_jax.nn.image import ImageClassifier, ImageConfig
 from bilinear_jax.nn.sae import SAE, SAEConfig
@@ -68,6 +69,7 @@ __all__ = [
     "image_tensor",
     "images",
     "interactions",
+    "intervene_on_squares",
     "list_saes",
     "load",
     "load_corpus",
