@@ -76,13 +76,7 @@ def eigh(
         [0.707, 0.707]
     """
     check_count("batch_size", batch_size)
-
-    def decompose(tensor, directions):
-        def one(direction):
-            return matrixwise(jnp.linalg.eigh)(tensor.interaction(direction[None])[0])
-
-        return jax.lax.map(one, directions, batch_size=min(batch_size, max(len(directions), 1)))
-
+    decompose = functools.partial(_decompose, batch_size=batch_size)
     with jax.default_matmul_precision("highest"):
         isometry = None
         if basis is not None:
@@ -90,6 +84,14 @@ def eigh(
             tensor = tensor.in_basis(root)
         values, vectors = spread(decompose, mesh, tensor, directions)
         return Spectrum(values, vectors if isometry is None else jnp.einsum("ni,uij->unj", isometry, vectors))
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _decompose(tensor, directions, batch_size: int):
+    def one(direction):
+        return matrixwise(jnp.linalg.eigh)(tensor.interaction(direction[None])[0])
+
+    return jax.lax.map(one, directions, batch_size=min(batch_size, max(len(directions), 1)))
 
 
 @functools.partial(
