@@ -24,8 +24,13 @@ KEPT = None
 if "BILINEAR_JAX_CACHE" not in os.environ:
     KEPT = os.environ["BILINEAR_JAX_CACHE"] = tempfile.mkdtemp(prefix="bilinear-jax-compiled-")
 
+OWN = tempfile.mkdtemp(prefix="bilinear-jax-compiled-")
+"""The larger programs that this process compiles: what many a test makes anew, as the runs of one recipe do."""
+
 import jax  # noqa: E402
 
+jax.config.update("jax_compilation_cache_dir", OWN)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -71,6 +76,7 @@ NO_REAL_MODEL = (
 
 
 def pytest_unconfigure():
+    shutil.rmtree(OWN, ignore_errors=True)
     if KEPT is not None:
         shutil.rmtree(KEPT, ignore_errors=True)
 

@@ -101,7 +101,7 @@ def test_each_term_is_its_formula(options):
     # In float64 and with dense codes. A term in a wrong place would leave the sum as it is.
     tracer, x, y = case(**options)
     feature, tokens = 5, jnp.asarray([3, 0, 10, 3, 7])
-    found = account_at(output_feature(tracer, feature), x, y, tokens=tokens)
+    found = jax.jit(account_at)(output_feature(tracer, feature), x, y, tokens=tokens)
     true = preactivations(tracer.out, y)[:, feature]
     np.testing.assert_allclose(found.preactivation, true, rtol=1e-4)
     # These random SAEs reconstruct nothing, so that large terms cancel: to float32's rounding of those.
