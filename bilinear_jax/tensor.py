@@ -23,6 +23,7 @@ Source: Pearce, Dooms et al. 2025, "Bilinear MLPs enable weight-based mechanisti
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -299,10 +300,6 @@ class BilinearTensor:
         directions = self._rows(directions)
         (hidden, inputs), number = self.left.shape, len(directions)
         unit, at_inputs, at_down = self.unit()
-
-        def square_of_built(gates):
-            return jnp.sum(_quadratic_forms(gates[None], unit.left, unit.right, symmetric=True) ** 2)
-
         with jax.default_matmul_precision("highest"):
             few = gram is None and number * inputs**2 <= 3 * hidden * inputs + number * hidden
             if few or number <= self.n_out:
@@ -311,14 +308,14 @@ class BilinearTensor:
                 rows, at_rows = unit_scale(directions, axis=1)
             if few:
                 batch = min(max(number, 1), max(2**24 // (inputs * max(hidden, inputs)), 1))
-                squares = jax.lax.map(square_of_built, rows, batch_size=batch)
+                squares = _squares_of_built(rows, unit.left, unit.right, batch)
             else:
                 form = self._unit_gram(unit, at_inputs, gram)
                 if number > self.n_out:  # then forms of the directions themselves are cheaper
                     form = unit.down @ form @ unit.down.T
                 # In batches, because one product of 4096 x 4096 matrices took XLA 20 times as long on a CPU.
                 batch = min(max(number, 1), 1024)
-                squares = jax.lax.map(lambda row: jnp.sum((row @ form) * row), rows, batch_size=batch)
+                squares = _squares_by_form(rows, form, batch)
         zero = squares <= 0
         return shift(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))), at_rows[:, 0] + at_inputs + at_down)
 
@@ -396,6 +393,20 @@ def with_constant(x: Float[Array, "*batch in"]) -> Float[Array, "*batch extended
     return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames="batch")
+def _squares_of_built(gates, left, right, batch: int) -> Float[Array, " U"]:
+    def square(gates):
+        return jnp.sum(_quadratic_forms(gates[None], left, right, symmetric=True) ** 2)
+
+    return jax.lax.map(square, gates, batch_size=batch)
+
+
+@functools.partial(jax.jit, static_argnames="batch")
+def _squares_by_form(rows, form, batch: int) -> Float[Array, " U"]:
+    return jax.lax.map(lambda row: jnp.sum((row @ form) * row), rows, batch_size=batch)
+
+
+@functools.partial(jax.jit, static_argnames="symmetric")
 def _quadratic_forms(gates, left, right, symmetric: bool) -> Float[Array, "U in in"]:
     # One direction at a time: one product for all is slower on a CPU, because left scaled by every gate does not fit
     # the caches. A contraction planner would form a tensor [hidden, in, in].

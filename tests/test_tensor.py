@@ -97,8 +97,9 @@ def test_an_sae_basis_is_not_contracted_with_the_hidden_units():
 
 def test_the_third_order_tensor_is_never_formed():
     tensor, u = random_tensor(64, 32, 32), random(256, 32)  # more directions than hidden units
-    shapes = [v.aval.shape for e in jax.make_jaxpr(tensor.interaction)(u).eqns for v in e.outvars]
-    assert (64, 32, 32) not in {tuple(sorted(shape, reverse=True)) for shape in shapes}
+    program = str(jax.make_jaxpr(tensor.interaction)(u))
+    assert "f32[256,32,32]" in program
+    assert not any(f"f32[{shape}]" in program for shape in ("64,32,32", "32,64,32", "32,32,64"))
 
 
 def test_out_basis_composes_output_directions():
@@ -135,8 +136,9 @@ def rotation(n, seed=3):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
-def test_traces_norms_and_cosines_are_those_of_the_matrices(hidden, inputs, outputs, number, seed):
+@given(st.sampled_from([(1, 1, 1, 1), (30, 1, 2, 6), (2, 9, 4, 1), (12, 5, 3, 4)]), st.integers(0, 2**31))
+def test_traces_norms_and_cosines_are_those_of_the_matrices(shape, seed):
+    hidden, inputs, outputs, number = shape  # few, because each is compiled anew
     tensor, u = random_tensor(hidden, inputs, outputs, seed), random(number, outputs, seed=seed + 1)
     q = forms(tensor, u)
     inner, norms = np.einsum("uij,vij->uv", q, q), np.linalg.norm(q, axis=(1, 2))
@@ -280,12 +282,11 @@ def test_a_zero_matrix_is_like_nothing(seed):
 def test_gradients_of_norms_and_cosines():
     tensor, u = zeros_and_a_matrix()
     for gram in (None, tensor.gram()):
-        of_zero = jax.grad(lambda u, gram=gram: tensor.norms(u, gram).sum())(u[:1])
-        assert np.array_equal(of_zero, np.zeros((1, 5)))
+        slope = jax.jit(jax.grad(lambda u, gram=gram: tensor.norms(u, gram).sum()))
+        assert np.array_equal(slope(u[:1]), np.zeros((1, 5)))
         # |Q_u|^2 = g K g^T, so the gradient by u is K g / |Q_u|.
-        gradient = jax.grad(lambda u, gram=gram: tensor.norms(u, gram).sum())(u[2:])
-        close(gradient, u[2:] @ tensor.gram() / tensor.norms(u[2:])[:, None])
-    assert np.isfinite(jax.grad(lambda u: (tensor.cosines(u) ** 2).sum())(u)).all()
+        close(slope(u[2:]), u[2:] @ tensor.gram() / tensor.norms(u[2:])[:, None])
+    assert np.isfinite(jax.jit(jax.grad(lambda u: (tensor.cosines(u) ** 2).sum()))(u)).all()
 
 
 def test_not_a_number_is_not_taken_for_zero():

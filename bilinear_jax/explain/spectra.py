@@ -76,13 +76,7 @@ def eigh(
         [0.707, 0.707]
     """
     check_count("batch_size", batch_size)
-
-    def decompose(tensor, directions):
-        def one(direction):
-            return matrixwise(jnp.linalg.eigh)(tensor.interaction(direction[None])[0])
-
-        return jax.lax.map(one, directions, batch_size=min(batch_size, max(len(directions), 1)))
-
+    decompose = functools.partial(_decompose, batch_size=batch_size)
     with jax.default_matmul_precision("highest"):
         isometry = None
         if basis is not None:
@@ -90,6 +84,14 @@ def eigh(
             tensor = tensor.in_basis(root)
         values, vectors = spread(decompose, mesh, tensor, directions)
         return Spectrum(values, vectors if isometry is None else jnp.einsum("ni,uij->unj", isometry, vectors))
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _decompose(tensor, directions, batch_size: int):
+    def one(direction):
+        return matrixwise(jnp.linalg.eigh)(tensor.interaction(direction[None])[0])
+
+    return jax.lax.map(one, directions, batch_size=min(batch_size, max(len(directions), 1)))
 
 
 @functools.partial(
@@ -193,7 +195,10 @@ def top_eigh(
     _check_request(tensor, directions, columns, k, which, rtol, max_steps, block_size)
     steps = max(128, tensor.n_in // 8, 12 * k) if max_steps is None else max_steps
     key = jax.random.key(0) if key is None else key
-    top = _top_eigh(tensor, directions, columns, key, k, which, float(rtol), steps, block_size, exact, mesh)
+    signed, directions = which != "magnitude", -directions if which == "negative" else directions  # the largest of -Q
+    top = _top_eigh(tensor, directions, columns, key, k, signed, float(rtol), steps, block_size, exact, mesh)
+    if which == "negative":
+        top = dataclasses.replace(top, values=-top.values)
     if metric is None:
         return top
     with jax.default_matmul_precision("highest"):
@@ -213,8 +218,8 @@ def _in_metric(tensor: BilinearTensor, basis, metric: Metric) -> Array:
         return basis @ metric.root.astype(basis.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "which", "rtol", "max_steps", "block_size", "exact", "mesh"))
-def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_size, exact, mesh) -> TopSpectrum:
+@functools.partial(jax.jit, static_argnames=("k", "signed", "rtol", "max_steps", "block_size", "exact", "mesh"))
+def _top_eigh(tensor, directions, basis, key, k, signed, rtol, max_steps, block_size, exact, mesh) -> TopSpectrum:
     with jax.default_matmul_precision("highest"):
         tensor, at_inputs, at_outputs = tensor.unit()
         isometry, exponents = None, at_inputs + at_outputs
@@ -230,7 +235,7 @@ def _top_eigh(tensor, directions, basis, key, k, which, rtol, max_steps, block_s
 
         def solve(shared, rows):
             return top_eigenpairs(
-                *shared, *rows, k=k, which=which, rtol=rtol, max_steps=max_steps, block=block_size, exact=exact
+                *shared, *rows, k=k, signed=signed, rtol=rtol, max_steps=max_steps, block=block_size, exact=exact
             )
 
         top = spread(solve, mesh, (tensor.left, tensor.right, key), (gates,))

@@ -34,14 +34,14 @@ class Pairs(NamedTuple):
 
 
 def top_eigenpairs(
-    left, right, key, gates, *, k: int, which: str, rtol: float, max_steps: int, block: int, exact: bool
+    left, right, key, gates, *, k: int, signed: bool, rtol: float, max_steps: int, block: int, exact: bool
 ) -> Pairs:
     """The result of ``spectra.top_eigh``, for directions given by their gates ``[U, hidden]``.
 
+    ``signed`` asks for the largest values, and otherwise for the largest |values|.
+
     The factors and each row of the gates have their largest entry near 1, so that no square overflows or underflows.
     """
-    sign, signed = -1 if which == "negative" else 1, which != "magnitude"
-    gates = sign * gates  # then the largest are searched for
     fixed = jax.lax.stop_gradient((left, right, gates))
 
     def decompose(gates):
@@ -54,8 +54,7 @@ def top_eigenpairs(
         found = search(*fixed, k=k, block=block, signed=signed, rtol=finest, max_steps=max_steps, key=key)
         pairs = _assess(*fixed, found, signed, rtol)
         pairs = _replace(pairs, ~pairs.converged, decompose, fixed[2])
-    values = _rayleigh_quotients(left, right, gates, pairs.vectors, pairs.values)
-    return pairs._replace(values=sign * values)
+    return pairs._replace(values=_rayleigh_quotients(left, right, gates, pairs.vectors, pairs.values))
 
 
 def dense_is_faster(inputs: int, k: int) -> bool:

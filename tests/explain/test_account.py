@@ -184,9 +184,10 @@ def test_whatever_runs_at_once(monkeypatch):
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6 * float(whole.magnitude[1].max()))
 
     same(jax.jit(account_at)(output, x, y))
-    same(jax.vmap(account_at, (None, 0, 0))(output, x, y))
+    same(jax.jit(jax.vmap(account_at, (None, 0, 0)))(output, x, y))
     same(jax.tree.map(lambda a: a.reshape(5, *a.shape[2:]), account_at(output, x[:, None], y[:, None])))
-    features = jax.vmap(lambda feature: account_at(output_feature(tracer, feature), x, y))(jnp.array([2, 5]))
+    of_feature = jax.jit(jax.vmap(lambda feature: account_at(output_feature(tracer, feature), x, y)))
+    features = of_feature(jnp.array([2, 5]))
     same(jax.tree.map(lambda a: a[1], features))
     monkeypatch.setattr("bilinear_jax.explain.account.TOKENS_AT_ONCE", 2)
     same(account_at(output, x, y))
@@ -196,7 +197,7 @@ def test_the_gradient_is_that_of_the_pre_activation():
     # With respect to x, and where the codes are a function of x too: what they hold more, the error holds less.
     tracer, x, y = case()
     output = output_feature(tracer, 5)
-    gradient = jax.grad(lambda x: account_at(output, x, y).total.sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: account_at(output, x, y).total.sum()))(x)
     np.testing.assert_allclose(gradient, 2 * x @ output.q, rtol=1e-4, atol=1e-3)
 
 

@@ -87,27 +87,27 @@ def test_what_is_scored_was_not_seen_in_choosing(by, monkeypatch):
 
 
 def test_the_halves_can_be_given_as_two_texts():
-    found = TRACER.explained(TOKENS, parts=(2,))
-    given = TRACER.explained(TOKENS[12:], TOKENS[:12], parts=(2,))
+    found = TRACER.explained(TOKENS, parts=(1, 4))
+    given = TRACER.explained(TOKENS[12:], TOKENS[:12], parts=(1, 4))
     for name in NAMES:
         np.testing.assert_array_equal(getattr(found, name), getattr(given, name))
     assert found.tokens == given.tokens == (12 * 11, 12 * 11)
-    other = TRACER.explained(TOKENS[12:], TOKENS[:6], parts=(2,))
+    other = TRACER.explained(TOKENS[12:], TOKENS[:6], parts=(1, 4))
     assert not np.array_equal(other.r2, found.r2)
 
 
 def test_features_at_once_do_not_change_a_score(monkeypatch):
-    found = TRACER.explained(TOKENS, parts=(1, 3), loss=True)
-    monkeypatch.setattr(module, "BYTES", 7 * 8 * 3 * 132)  # seven features
+    found = TRACER.explained(TOKENS, parts=(1, 4), loss=True)
+    monkeypatch.setattr(module, "BYTES", 7 * 8 * 4 * 132)  # seven features
     monkeypatch.setattr(replaced, "FEATURES_AT_ONCE", 5)
-    other = TRACER.explained(TOKENS, parts=(1, 3), batch_size=5, loss=True)
+    other = TRACER.explained(TOKENS, parts=(1, 4), batch_size=5, loss=True)
     for one, two in zip(all_scores(found), all_scores(other), strict=True):
         for name in NAMES:
             np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found.firings, other.firings)
     np.testing.assert_allclose(found.firings_left, other.firings_left)
     np.testing.assert_allclose(found.layer.losses, other.layer.losses, rtol=1e-5)
-    some = TRACER.explained(TOKENS, features=[3, 17], parts=(1, 3), loss=True)
+    some = TRACER.explained(TOKENS, features=[3, 17], parts=(1, 4), loss=True)
     np.testing.assert_allclose(
         some.controls["random directions"].r2, found.controls["random directions"].r2[[3, 17]], atol=1e-4
     )

@@ -48,10 +48,10 @@ def test_eigh_inside_jit_vmap_and_grad():
     expected = spectra.eigh(tensor, u)
     compiled = jax.jit(lambda t, u: spectra.eigh(t, u, batch_size=2))(tensor, u)
     np.testing.assert_allclose(compiled.values, expected.values, atol=1e-5)
-    mapped = jax.vmap(lambda u: spectra.eigh(tensor, u[None]))(u)
+    mapped = jax.jit(jax.vmap(lambda u: spectra.eigh(tensor, u[None])))(u)
     np.testing.assert_allclose(mapped.values[:, 0], expected.values, atol=1e-5)
     # Q is linear in u: the largest eigenvalue of 2 Q grows by 3 for each 1 of u.
-    gradient = jax.grad(lambda u: spectra.eigh(tensor, u).values[1, -1])(u)
+    gradient = jax.jit(jax.grad(lambda u: spectra.eigh(tensor, u).values[1, -1]))(u)
     np.testing.assert_allclose(gradient[:, 0], [0, 3, 0], atol=1e-4)
 
 
@@ -142,12 +142,12 @@ def test_summaries_inside_jit_vmap_and_grad(fn):
     q = symmetric(3, 5, seed=4)
     expected = fn(q)
     np.testing.assert_allclose(jax.jit(fn)(q), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(fn)(q), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(fn))(q), expected, rtol=1e-4, atol=1e-5)
 
     def total(q):
         return jnp.sum(fn((q + q.swapaxes(1, 2)) / 2))
 
-    gradient, step = jax.grad(total)(q), symmetric(3, 5, seed=5)
+    gradient, step = jax.jit(jax.grad(total))(q), symmetric(3, 5, seed=5)
     assert jnp.isfinite(gradient).all()
     difference = (total(q + 3e-3 * step) - total(q - 3e-3 * step)) / 6e-3
     np.testing.assert_allclose(jnp.sum(gradient * step), difference, rtol=2e-2, atol=2e-2)

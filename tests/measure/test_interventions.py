@@ -244,9 +244,10 @@ def test_in_jit_vmap_and_grad():
     effects = pair_effects(tracer, some_pairs(tracer)[:20])
     whole = removed(effects, x, y)
     np.testing.assert_allclose(jax.jit(removed)(effects, x, y), whole, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(jax.vmap(removed, (None, 0, 0))(effects, x, y), whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.vmap(removed, (None, 0, 0)))(effects, x, y), whole, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(removed(effects, x[2, 3], y[2, 3]), whole[2, 3], rtol=1e-4, atol=1e-4)
-    gradient = jax.grad(lambda v: removed(dataclasses.replace(effects, vectors=v), x, y).sum())(effects.vectors)
+    slope = jax.jit(jax.grad(lambda v: removed(dataclasses.replace(effects, vectors=v), x, y).sum()))
+    gradient = slope(effects.vectors)
     assert gradient.shape == effects.vectors.shape and bool(jnp.isfinite(gradient).all())
 
 

@@ -15,7 +15,7 @@ from bilinear_jax.nn.toy import Toy, ToyConfig, toy_targets
 from bilinear_jax.training.images import ImageRecipe, accuracy, image_state, image_update, train_images
 
 CONFIG = ImageConfig(n_inputs=6, d_hidden=4, n_classes=3, residual=True)
-PARAMS = ImageClassifier(CONFIG).init(jax.random.key(0), jnp.ones(6))["params"]
+PARAMS = jax.jit(ImageClassifier(CONFIG).init)(jax.random.key(0), jnp.ones(6))["params"]
 MASKS = jax.random.normal(jax.random.key(1), (2, 6))
 RECIPE = ImageRecipe(epochs=1, batch_size=3, noise=0.1)
 LABELS = np.array([0, 1, 2, 2, 1])

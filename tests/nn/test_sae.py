@@ -137,10 +137,10 @@ def test_under_jit_vmap_and_grad():
     reconstruction, codes = sae(x)
     jitted = jax.jit(lambda s, y: s(y))(sae, x)
     np.testing.assert_allclose(jitted[0], reconstruction, rtol=1e-5, atol=1e-6)
-    mapped = jax.vmap(lambda y: sae.encode(y, sparse=True))(x)
+    mapped = jax.jit(jax.vmap(lambda y: sae.encode(y, sparse=True)))(x)
     assert isinstance(mapped, SparseCodes)
     np.testing.assert_allclose(mapped.dense(), codes, rtol=1e-5, atol=1e-6)
-    gradient = jax.grad(lambda s: jnp.sum((s(x)[0] - x) ** 2))(sae)
+    gradient = jax.jit(jax.grad(lambda s: jnp.sum((s(x)[0] - x) ** 2)))(sae)
     active = np.any(codes != 0, axis=0)
     np.testing.assert_array_equal(np.any(gradient.w_dec != 0, axis=0), active)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bilinear_jax.errors import UnknownNameError
+from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.sites import capture, captured_loss, default_token_mask, forward, loss, token_array
 from bilinear_jax.nn.transformer import SITES, Transformer, TransformerConfig, cross_entropy
 
@@ -15,7 +16,7 @@ TOKENS = jnp.asarray([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
 
 @pytest.fixture(scope="module")
 def params():
-    return Transformer(CONFIG).init(jax.random.key(0), TOKENS)["params"]
+    return LanguageModel.init(CONFIG, jax.random.key(0)).params
 
 
 def test_forward_is_the_module(params):

@@ -8,10 +8,16 @@ import pytest
 from bilinear_jax.language import LanguageModel
 from bilinear_jax.nn.attention import QUERY_BLOCK, attend, attend_causally, rms_norm, rotary_turns, rotate
 from bilinear_jax.nn.sites import forward
-from bilinear_jax.nn.transformer import MLP, Transformer, TransformerConfig, swish
+from bilinear_jax.nn.transformer import MLP, TransformerConfig, swish
 
 SHAPE = dict(n_layer=2, n_head=2, d_model=8, d_hidden=6, n_ctx=8, n_vocab=11)
 TOKENS = jnp.asarray([[1, 2, 3, 4], [4, 3, 2, 1]])
+
+run = jax.jit(forward, static_argnums=0, static_argnames="compute_dtype")
+
+
+def random_params(config: TransformerConfig) -> dict:
+    return LanguageModel.init(config, jax.random.key(0)).params
 
 
 def test_golden_logits_and_next_tokens(golden):
@@ -77,13 +83,15 @@ def test_swish_goes_from_silu_to_exactly_half_its_input():
 
 def test_beta_reaches_every_layer_and_only_swish():
     config = TransformerConfig(**SHAPE, gate="silu")
-    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
-    run = jax.jit(lambda weights, beta: forward(config, params | weights, TOKENS, beta=beta))
-    np.testing.assert_allclose(run({}, 1.0), forward(config, params, TOKENS), rtol=1e-6, atol=1e-7)
+    params = random_params(config)
+    np.testing.assert_allclose(
+        run(config, params, TOKENS, beta=1.0), forward(config, params, TOKENS), rtol=1e-6, atol=1e-7
+    )
     for layer in range(2):
         w_p = params["layers"]["mlp"]["w_p"].at[layer].set(0.0)  # the other layer's MLP alone writes anything
-        weights = {"layers": params["layers"] | {"mlp": params["layers"]["mlp"] | {"w_p": w_p}}}
-        assert np.max(np.abs(run(weights, 1.0) - run(weights, 0.0))) > 1e-3
+        weights = params | {"layers": params["layers"] | {"mlp": params["layers"]["mlp"] | {"w_p": w_p}}}
+        one, none = (run(config, weights, TOKENS, beta=beta) for beta in (1.0, 0.0))
+        assert np.max(np.abs(one - none)) > 1e-3
     with pytest.raises(ValueError, match="beta needs gate='silu', but this model has gate=None"):
         forward(TransformerConfig(**SHAPE), params, TOKENS, beta=jnp.asarray(0.0))
 
@@ -92,13 +100,13 @@ def test_queries_in_blocks_attend_as_all_at_once():
     """300 tokens are three blocks; an edit of the pattern takes them all at once."""
     config = TransformerConfig(n_layer=2, n_head=2, d_model=8, d_hidden=6, n_ctx=300, n_vocab=11)
     tokens = jax.random.randint(jax.random.key(1), (2, 300), 0, 11)
-    params = Transformer(config).init(jax.random.key(0), tokens)["params"]
-    run = jax.jit(lambda tokens: forward(config, params, tokens))
-    blocks = run(tokens)
+    params = random_params(config)
+    blocks = run(config, params, tokens)
     whole = forward(config, params, tokens, {"pattern": lambda x: x})
     np.testing.assert_allclose(blocks, whole, rtol=1e-4, atol=1e-6)
     for end in (128, 129, 299):  # the first token of a block, the second, and the last of all
-        np.testing.assert_array_equal(run(tokens.at[:, end:].add(1) % 11)[:, :end], blocks[:, :end])
+        changed = run(config, params, tokens.at[:, end:].add(1) % 11)
+        np.testing.assert_array_equal(changed[:, :end], blocks[:, :end])
 
 
 @pytest.mark.parametrize("bilinear", [True, False])
@@ -106,56 +114,56 @@ def test_queries_in_blocks_attend_as_all_at_once():
 @pytest.mark.parametrize("gate", [None, "relu"])
 def test_every_kind_of_mlp_runs_and_has_its_params(bilinear, bias, gate):
     config = TransformerConfig(**SHAPE, bilinear=bilinear, bias=bias, attention_bias=bias, gate=gate)
-    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    params = random_params(config)
     names = {"w_l", "w_p"} | ({"w_r"} if bilinear else set()) | ({"b_l", "b_p"} if bias else set())
     assert set(params["layers"]["mlp"]) == names | ({"b_r"} if bias and bilinear else set())
     assert params["layers"]["mlp"]["w_l"].shape == (2, 6, 8)
     assert ("b_q" in params["layers"]["attention"]) == bias
-    assert np.all(np.isfinite(forward(config, params, TOKENS)))
+    assert np.all(np.isfinite(run(config, params, TOKENS)))
 
 
 def test_biases_act():
     config = TransformerConfig(**SHAPE, bias=True, attention_bias=True)
-    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
-    plain = forward(config, params, TOKENS)
+    params = random_params(config)
+    plain = run(config, params, TOKENS)
     for room, name in [("mlp", "b_l"), ("mlp", "b_r"), ("mlp", "b_p"), ("attention", "b_v"), ("attention", "b_q")]:
         layers = {**params["layers"], room: {**params["layers"][room], name: params["layers"][room][name] + 1.0}}
-        assert np.any(np.abs(forward(config, {**params, "layers": layers}, TOKENS) - plain) > 1e-4), name
+        assert np.any(np.abs(run(config, {**params, "layers": layers}, TOKENS) - plain) > 1e-4), name
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_each_normalization_can_be_left_out(which):
     full = TransformerConfig(**SHAPE)
     flags = tuple(i != which for i in range(3))
-    params = Transformer(full).init(jax.random.key(0), TOKENS)["params"]
-    with_it = forward(full, params, TOKENS)
-    without = forward(TransformerConfig(**SHAPE, normalization=flags), params, TOKENS)
+    params = random_params(full)
+    with_it = run(full, params, TOKENS)
+    without = run(TransformerConfig(**SHAPE, normalization=flags), params, TOKENS)
     assert np.any(np.abs(with_it - without) > 1e-3)
 
 
 def test_attention_scale_is_a_factor_on_the_output_of_attention():
     config = TransformerConfig(**SHAPE)
     assert config.attn_scale == 0.5  # 1 / sqrt(2 * 2)
-    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
-    doubled = forward(TransformerConfig(**SHAPE, attn_scale=1.0), params, TOKENS)
+    params = random_params(config)
+    doubled = run(TransformerConfig(**SHAPE, attn_scale=1.0), params, TOKENS)
     by_edit = forward(config, params, TOKENS, {"attn_out": lambda x: 2.0 * x})
     np.testing.assert_allclose(doubled, by_edit, rtol=1e-5, atol=1e-6)
 
 
 def test_causality():
     config = TransformerConfig(**SHAPE)
-    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
+    params = random_params(config)
     changed = TOKENS.at[:, 3].set(9)
-    same = forward(config, params, TOKENS)[:, :3] == forward(config, params, changed)[:, :3]
+    same = run(config, params, TOKENS)[:, :3] == run(config, params, changed)[:, :3]
     assert np.all(same)
 
 
 def test_bfloat16_compute_keeps_float32_params_and_logits():
     config = TransformerConfig(**SHAPE)
-    params = Transformer(config).init(jax.random.key(0), TOKENS)["params"]
-    low = forward(config, params, TOKENS, compute_dtype=jnp.bfloat16)
+    params = random_params(config)
+    low = run(config, params, TOKENS, compute_dtype=jnp.bfloat16)
     assert low.dtype == jnp.float32
-    assert 0 < np.max(np.abs(low - forward(config, params, TOKENS))) < 0.1
+    assert 0 < np.max(np.abs(low - run(config, params, TOKENS))) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -184,14 +192,14 @@ def test_bad_configs_are_named(change, message):
 )
 def test_bad_tokens_are_named(tokens, message):
     config = TransformerConfig(**SHAPE)
-    lm = LanguageModel(Transformer(config).init(jax.random.key(0), TOKENS)["params"], config)
+    lm = LanguageModel.init(config, jax.random.key(0))
     with pytest.raises(ValueError, match=message):
         lm.logits(jnp.asarray(tokens))
 
 
 def test_a_language_model_is_an_argument_of_jit_and_grad():
     config = TransformerConfig(**SHAPE)
-    lm = LanguageModel(Transformer(config).init(jax.random.key(0), TOKENS)["params"], config)
+    lm = LanguageModel.init(config, jax.random.key(0))
     gradient = jax.jit(jax.grad(lambda model: model.loss(TOKENS)))(lm)
     assert gradient.params["w_u"].shape == lm.w_u.shape
     assert np.any(gradient.params["layers"]["mlp"]["w_p"] != 0)
@@ -199,7 +207,7 @@ def test_a_language_model_is_an_argument_of_jit_and_grad():
 
 def test_views_of_a_plain_mlp_have_no_right_side():
     config = TransformerConfig(**SHAPE, bilinear=False, gate="relu")
-    lm = LanguageModel(Transformer(config).init(jax.random.key(0), TOKENS)["params"], config)
+    lm = LanguageModel.init(config, jax.random.key(0))
     with pytest.raises(ValueError, match="no right side"):
         _ = lm.w_r
     with pytest.raises(AttributeError, match="no attribute 'w_x'"):

@@ -353,10 +353,11 @@ def test_dropout_drops_its_share_keeps_the_mean_and_depends_on_the_step():
 def test_a_step_with_dropout_is_another_and_its_parts_drop_other_values():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8, (4, 16)))
     rows = jnp.concatenate([tokens[:1]] * 4)
-    losses = {}
-    for share, parts in ((0.0, 1), (0.5, 1), (0.5, 2)):
-        recipe = LanguageRecipe(steps=2, batch_size=4, dropout=share, accumulation=parts)
-        update = jax.jit(language_update(CONFIG, recipe))
-        losses[share, parts] = float(update(initial_state(CONFIG, recipe), rows)[1]["loss"])
-    assert len(set(losses.values())) == 3
-    assert all(np.isfinite(list(losses.values())))
+    recipe = LanguageRecipe(steps=2, batch_size=4, dropout=0.5)
+    start = initial_state(CONFIG, recipe)
+    losses = [float(LanguageModel(start.params, CONFIG).loss(rows))]  # of no dropout
+    for parts in (1, 2):
+        update = jax.jit(language_update(CONFIG, dataclasses.replace(recipe, accumulation=parts)))
+        losses.append(float(update(start, rows)[1]["loss"]))
+    assert len({round(loss, 5) for loss in losses}) == 3
+    assert all(np.isfinite(losses))

@@ -1,6 +1,7 @@
 """Training SAEs on activations: the optimiser and the loss by hand, stacks, dead features, exact resume, devices."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -116,8 +117,8 @@ def test_no_input_at_all_costs_nothing():
     """A batch of zeros must not make anything nan; codes of exactly 0 are no firing."""
     config = SAEConfig("mlp_in", 0, d_model=2, expansion=2, k=1)
     params = SAE.init(config, jax.random.key(0)).params
-    both = jax.value_and_grad(lambda p: reconstruction_loss(config, p, jnp.zeros((3, 2))), has_aux=True)(params)
-    (loss, parts), gradient = both
+    loss_of = jax.value_and_grad(lambda p: reconstruction_loss(config, p, jnp.zeros((3, 2))), has_aux=True)
+    (loss, parts), gradient = jax.jit(loss_of)(params)
     assert float(loss) == 0 and not np.any(parts["fired"])
     assert all(np.all(np.isfinite(leaf)) for leaf in gradient.values())
 
@@ -139,11 +140,11 @@ def test_steps_are_those_of_dense_autodiff_on_the_published_parameters(form):
     start = initial_state([config], recipe, MEANS)
     params = saes_of(start, [config])[0].params
     expected = start._replace(params=params, opt_state=optimizer.init(params))
-    gradient = jax.jit(jax.value_and_grad(dense_loss))
+    gradient, apply = jax.jit(jax.value_and_grad(dense_loss)), jax.jit(functools.partial(apply_optimizer, optimizer))
     loss = None
     for step in range(3):
         loss, found = gradient(expected.params, jnp.asarray(planted(step)[SITES[1]]))
-        params, opt_state = apply_optimizer(optimizer, found, expected)
+        params, opt_state = apply(found, expected)
         expected = expected._replace(params=params, opt_state=opt_state)
     state, metrics = advanced([config], recipe, 3, form)
     np.testing.assert_allclose(metrics[f"nmse.{config.name}"], loss, rtol=1e-5)
@@ -225,12 +226,13 @@ def test_the_auxiliary_loss_by_hand():
     def loss(params, dead):
         return reconstruction_loss(config, params, x, dead=dead, loss=Loss(1, 0.5))
 
-    (total, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, dead)
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (total, parts), gradient = both(params, dead)
     np.testing.assert_allclose(parts["aux"], 4 / 5, rtol=1e-6)
     np.testing.assert_allclose(total, 5 / 14 + 0.5 * 4 / 5, rtol=1e-6)
     # d/d w_dec[:, 2] of 1/2 |e - w_dec[:, 2] z|^2 / |e|^2 = -(e - e_hat) z / |e|^2 = -(0, 2, 0, 0) / 5
     np.testing.assert_allclose(gradient["w_dec"][:, 2], [0, -2 / 5, 0, 0], atol=1e-6)
-    total, parts = loss(params, jnp.zeros(4, bool))
+    (total, parts), _ = both(params, jnp.zeros(4, bool))
     np.testing.assert_allclose([total, parts["aux"]], [5 / 14, 0], rtol=1e-6)
 
 
