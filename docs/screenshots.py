@@ -23,9 +23,7 @@ def main(site: Path) -> None:
         page.screenshot(path=figures / "pages-index.png")
         page.locator("table.index tbody a").first.click()
         page.set_viewport_size({"width": 1280, "height": 1240})
-        page.locator("button.more").nth(1).click()
-        page.evaluate("scrollTo(0, 0)")
-        page.locator("ol.contexts b").first.hover()
+        page.locator(".answers .ctx b").nth(3).hover()
         page.screenshot(path=figures / "pages-feature.png")
         browser.close()
 

@@ -6,10 +6,10 @@ For any ``BilinearTensor``:
     hosvd, cp     structure that all outputs share    similarity  how similar two tensors are
 
 For a language model between two SAEs:
-    tracer        ``Tracer``: the MLP of a layer as a tensor between SAE features
+    tracer        ``Tracer``: the MLP of a layer as a tensor between SAE features; its methods on text are in on_text
     mlp           the MLP of a layer as a tensor
     account       every term of an output feature's pre-activation at a token
-    at_token      the eigenpairs that make a pre-activation at one token
+    at_token      what each eigenpair adds at the tokens of a text
     explained     how much of a feature its first few eigenpairs explain, on other text and beside its controls; its
                   pieces are parts, scores, lookups, removed, replaced and samples
     scan          which features two eigenpairs explain, and which one vetoes (negation), beside random directions

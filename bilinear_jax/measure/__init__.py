@@ -11,6 +11,7 @@ Every measurement takes a model (or a ``Tracer``, which holds one) and token ids
     saebench        SAEs as SAEBench takes them
     correlation     how well a few eigenpairs predict a feature
     interventions   ablation of pairs of features, steering of features
+    squares         ablation and steering of eigenpairs
     bilinear_form   gated models as bilinear tensors; certificate and quadratic: how far, and what they are
 
 It may import ``explain`` and what that imports. ``show`` and ``pages`` draw the results.

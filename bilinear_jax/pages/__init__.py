@@ -3,7 +3,8 @@
     gather        collects the facts of a site: reads the weights (``explain``), measures on data (``measure``), and
                   puts the results together
     facts         what a page states, as plain data   options       how much a page shows
-    activity      what a feature does on the data     pairs         which input features make it fire
+    activity      when a feature fires                making        which eigenpairs make it fire, and how much that is
+    pairs         which input features make it fire
     render        facts to HTML                       site          HTML to a folder
     provenance    where the numbers come from         neuronpedia   the same facts as Neuronpedia's files
 

@@ -74,7 +74,7 @@ def test_the_index_sorts(open_page):
     page.get_by_role("button", name="Feature", exact=True).click()
     assert shown(page) == ["3", "10", "11"] and density.get_attribute("aria-sort") is None
     page = open_page("index.html")  # 11, which has no R², is in the middle
-    by_data = page.get_by_role("button", name="R² by data")
+    by_data = page.get_by_role("button", name="R² of pairs")
     for order in (["3", "10", "11"], ["10", "3", "11"]):  # what has no number comes last both ways
         by_data.click()
         assert shown(page) == order
