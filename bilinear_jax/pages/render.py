@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bilinear_jax.explain.account import TERMS
-from bilinear_jax.pages.facts import Activity, Histogram, InputFeature, Making, OutputFeature, Provenance, Score, Site
+from bilinear_jax.pages.facts import Activity, Histogram, InputFeature, Making, OutputFeature, Provenance, Site
 from bilinear_jax.show.html import MINUS, Context, Html, environment, fragment, largest_of, number, percent, shade
 
 ROOM = "bilinear_jax.pages"
@@ -138,24 +138,29 @@ def sentence_of_scores(made: Making) -> str:
     best, control = _best(made), _best(made, control=True)
     if best is None or control is None:
         return "It fires too seldom there to say."
-    found = f"{best.name} say where it fires with an average precision of {number(best.average_precision, 2)}"
-    against = f"the best control, {control.name}, has {number(control.average_precision, 2)}"
-    matched = " That says nothing of this feature." if control.average_precision >= best.average_precision else ""
+    (name, precision), (other, its) = best, control
+    found = f"{name} say where it fires with an average precision of {number(precision, 2)}"
+    against = f"the best control, {other}, has {number(its, 2)}"
+    matched = " That says nothing of this feature." if its >= precision else ""
     return f"{found[0].upper()}{found[1:]} (1 is perfect); {against}.{matched}"
 
 
 def explained(made: Making | None, control: bool = False) -> float | None:
     """The average precision of the first eigenpairs, or of the best control; None if there is none."""
     found = made and _best(made, control)
-    return None if found is None else found.average_precision
+    return found[1] if found else None
 
 
-def _best(made: Making, control: bool = False) -> Score | None:
-    """The score of the eigenpairs that are listed, or of the best control."""
-    some = [score for score in made.scores[:-1] if score.control == control and score.average_precision is not None]
+def _best(made: Making, control: bool = False) -> tuple[str, float] | None:
+    """The average precision of the eigenpairs that are listed, or of the best control, with its name."""
+    some = [
+        (score.name, score.average_precision)
+        for score in made.scores[:-1]
+        if score.control == control and score.average_precision is not None
+    ]
     if not some:
         return None
-    return max(some, key=lambda score: score.average_precision or 0.0) if control else some[-1]
+    return max(some, key=lambda one: one[1]) if control else some[-1]
 
 
 def total(page: OutputFeature) -> float:

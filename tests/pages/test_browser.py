@@ -59,6 +59,13 @@ def open_page(browser, address):
     assert requests and all(url.startswith((f"{address}/", "data:")) for url in requests)
 
 
+def hover(locator) -> None:
+    """Put the pointer on an element that is on screen: a value vanishes with the next scrolling."""
+    locator.scroll_into_view_if_needed()
+    locator.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    locator.hover()
+
+
 def shown(page) -> list[str]:
     return page.locator("table.index tbody tr:visible th").all_inner_texts()
 
@@ -112,7 +119,7 @@ def test_the_contexts_of_a_pair_unfold(open_page):
     assert not detail.is_visible() and button.get_attribute("aria-expanded") == "false"
     button.press("Enter")
     assert detail.is_visible() and button.get_attribute("aria-expanded") == "true"
-    detail.locator(".ctx b").hover()
+    hover(detail.locator(".ctx b"))
     tip = page.locator("#tip").inner_text()
     assert "1: 4.00 · 2: 1.00" in tip and "“␣dog”" in tip and "position 39 of row 7" in tip
 
@@ -120,13 +127,13 @@ def test_the_contexts_of_a_pair_unfold(open_page):
 def test_values_show_under_the_pointer(open_page):
     page = open_page("output/10.html")
     tip, token = page.locator("#tip"), page.locator("ol.contexts .ctx").first.locator("*")
-    token.filter(has_text="é").hover()  # of two tokens: its position is that of the second
+    hover(token.filter(has_text="é"))  # of two tokens: its position is that of the second
     assert tip.inner_text().split("\n") == ["“é” 3.00", "position 37 of row 7"]
-    token.filter(has_text="script").hover()  # no activation
+    hover(token.filter(has_text="script"))  # no activation
     assert tip.inner_text().split("\n") == ["“<script>alert(1)</script>” 0", "position 30 of row 7"]
-    page.locator(".heat tbody tr").nth(1).locator("td").nth(2).hover()
+    hover(page.locator(".heat tbody tr").nth(1).locator("td").nth(2))
     assert tip.inner_text() == "1 \N{MULTIPLICATION SIGN} 2: 0.500"
-    page.locator(".histogram g").first.hover()
+    hover(page.locator(".histogram g").first)
     assert tip.inner_text() == "0 to 2.00: 3 tokens"
     page.locator("h1").hover()
     assert not tip.is_visible()
