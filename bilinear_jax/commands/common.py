@@ -276,6 +276,16 @@ def chosen_position(position: int | None, preactivation, counts) -> int:
     return position
 
 
+def texts_at(lm, rows, places) -> list[str]:
+    """The text around each (row, position) of some token rows, with that token in brackets and no padding."""
+    import numpy as np
+
+    from bilinear_jax.show.text import text_at
+
+    last = rows.shape[1] - 1 - np.asarray(lm.token_mask(rows))[:, ::-1].argmax(axis=1)  # before the padding
+    return [text_at(lm.tokenizer, rows[row], position, int(last[row])) for row, position in places]
+
+
 class Tokens(NamedTuple):
     """A dataset as a command uses it."""
 

@@ -109,15 +109,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def scanned(tracer, features: list[int], n: int, data: common.Tokens) -> dict[str, Any]:
     """The n best features of each ranking of a scan, the first ones with texts."""
-    import numpy as np
-
     from bilinear_jax.explain.scan import RANKINGS, scan
-    from bilinear_jax.show.text import text_at
     from bilinear_jax.store.files import finite_or_null
 
-    found, tokenizer = scan(tracer, data.ids, features=features), tracer.lm.tokenizer
-    held = data.ids[len(data.ids) // 2 :]
-    last = held.shape[1] - 1 - np.asarray(tracer.lm.token_mask(held))[:, ::-1].argmax(axis=1)  # before the padding
+    found, held = scan(tracer, data.ids, features=features), data.ids[len(data.ids) // 2 :]
     result: dict[str, Any] = {"text": data.name, "chosen": found.tokens[0], "scored": found.tokens[1]}
     for by in RANKINGS:
         result[by] = []
@@ -125,7 +120,7 @@ def scanned(tracer, features: list[int], n: int, data: common.Tokens) -> dict[st
             one: dict[str, Any] = finite_or_null(row)
             for name in ("fires", "silent") if rank < SCAN_EXAMPLES else ():
                 at = getattr(found, name)[features.index(row["feature"])]
-                one[name] = [text_at(tokenizer, held[r], p, int(last[r])) for r, p in at.tolist() if r >= 0]
+                one[name] = common.texts_at(tracer.lm, held, [place for place in at.tolist() if place[0] >= 0])
             result[by].append(one)
     return result
 

@@ -43,7 +43,6 @@ def at_tokens(tracer, tokens, found, feature: int, position: int, k: int, text: 
     from bilinear_jax.explain.at_token import along_on, form_at, strongest
     from bilinear_jax.explain.parts import Parts
     from bilinear_jax.explain.samples import tensor_inputs
-    from bilinear_jax.show.text import text_at
 
     rows, held = text.ids[:ROWS], text.ids[ROWS : 2 * ROWS]
     metric = tracer.metric(rows, firing=feature)
@@ -59,12 +58,9 @@ def at_tokens(tracer, tokens, found, feature: int, position: int, k: int, text: 
     form = form_at(tracer, every, at, codes, indices, feature, n=k)
     listed: list[dict[str, Any]] = [one._asdict() | {"largest_at": []} for one in form.eigenpairs]
     if len(held):
-        last = held.shape[1] - 1 - np.asarray(tracer.lm.token_mask(held))[:, ::-1].argmax(axis=1)  # before the padding
         for one, places in zip(listed, strongest(terms(held), TEXTS), strict=True):
-            one["largest_at"] = [
-                " ".join(text_at(tracer.lm.tokenizer, held[row], place, int(last[row])).split())
-                for row, place in places.tolist()
-            ]
+            texts = common.texts_at(tracer.lm, held, places.tolist())
+            one["largest_at"] = [" ".join(text.split()) for text in texts]
     at_each = terms(tokens, np.ones(tokens.shape, bool))[:, 0].T
     whole = np.asarray(tracer.tensor.apply(x[0]) @ tracer.directions[feature])
     return {

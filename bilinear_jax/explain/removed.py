@@ -64,7 +64,6 @@ def _still(module: MLP, mlp, sae: SAE, features, x, vectors, numbers: tuple[int,
             parts = x @ span
             left = jnp.stack([x - parts[:, :n] @ span[:, :n].T for n in numbers])
             read = left if sae.config.target is not None else run_module(module, mlp, left)
-        codes = sae.encode(read, sparse=True)
-        return jnp.any((codes.indices == feature) & (codes.values != 0), axis=-1)
+        return sae.encode(read, sparse=True).fires(feature)
 
     return jax.lax.map(feature, (features, x, vectors))

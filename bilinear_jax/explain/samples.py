@@ -222,8 +222,7 @@ def _fires(lm: LanguageModel, layer: int, sae: SAE, feature: Int[Array, ""], tok
     """Where a feature of a dictionary of the layer's outputs fires."""
     site = ("mlp_out" if sae.config.target is None else "mlp_in", layer)
     got = sites.capture(lm.config, lm.params, tokens, [site], compute_dtype=lm.compute_dtype)[site]
-    codes = sae.encode(got.astype(jnp.float32), sparse=True)
-    return jnp.any((codes.indices == feature) & (codes.values != 0), axis=-1)
+    return sae.encode(got.astype(jnp.float32), sparse=True).fires(feature)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -174,11 +174,11 @@ def _of_one(
     where = {"ablated": _some_of(here, number, rng), "steered": _some_of(silent, number, rng)}
     model = functools.partial(_run, layer.lm, layer.layer, sae, layer.directions[feature], jnp.asarray(feature), raised)
     tokens, done = jnp.asarray(rows[best], jnp.int32), {}
+    clean = jax.device_get(model(tokens, own, jnp.zeros(n), jnp.zeros(here.shape, bool)))
     for end, squares in (("", own), ("_random", random)):
-        clean = jax.device_get(model(tokens, squares, jnp.zeros(n), jnp.zeros(here.shape, bool)))
+        found_in = choosing.x[fired] @ np.asarray(squares.vectors).T  # [tokens, n]
+        size = np.sqrt((found_in**2).mean(axis=0)) * np.sign(found_in.mean(axis=0)) if fired.any() else np.zeros(n)
         for name, places in where.items():
-            found_in = choosing.x[fired] @ np.asarray(squares.vectors).T  # [tokens, n]
-            size = np.sqrt((found_in**2).mean(axis=0)) * np.sign(found_in.mean(axis=0)) if fired.any() else np.zeros(n)
             targets = np.where((values > 0) & (name == "steered"), size, 0).astype(np.float32)
             new = jax.device_get(model(tokens, squares, jnp.asarray(targets), jnp.asarray(places)))
             predicted = (targets**2 - clean.along**2) @ values if squares is own else np.full(places.shape, np.nan)
@@ -216,8 +216,7 @@ def _run(lm, layer: int, sae: SAE, direction, feature, raised, tokens, squares: 
         edits = {wanted[0]: edit}
         got = sites.capture(lm.config, lm.params, tokens, wanted, edits, compute_dtype=lm.compute_dtype)
         x, y = (got[site].astype(jnp.float32) for site in wanted[:2])
-        codes = sae.encode(y, sparse=True)
-        fires = jnp.any((codes.indices == feature) & (codes.values != 0), axis=-1)
+        fires = sae.encode(y, sparse=True).fires(feature)
         logits = unembed(lm.config, lm.params, got[wanted[2]])
         raises = logits[..., raised].mean(axis=-1) - logits.mean(axis=-1)
         return _Ran(x @ squares.vectors.T, y @ direction, fires, raises)

@@ -34,6 +34,10 @@ class SparseCodes:
     indices: Int[Array, "... k"]  # the feature of each code
     n_features: int  # number of all features
 
+    def fires(self, feature: Int[Array, ""]) -> Bool[Array, "..."]:
+        """Whether a feature is active at each token, with a code other than 0."""
+        return jnp.any((self.indices == feature) & (self.values != 0), axis=-1)
+
     def dense(self) -> Float[Array, "... features"]:
         """The same codes as a dense array over all features."""
         flat_values, flat_indices = (part.reshape(-1, part.shape[-1]) for part in (self.values, self.indices))
